@@ -1,0 +1,65 @@
+# make demo              answer questions about the Python standard library (make demo QUERY="...")
+# make test              install what the tests need into .venv and run them
+# make full              the tests that take longer: every configuration, more examples, emulators
+# make bench             measure every op beside its peers
+# make lint              ruff, mypy, clang-format
+# make format            let ruff and clang-format rewrite the sources
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+SOURCES := python tests benchmarks examples
+# Idle threads sleep instead of spinning: on a shared machine spinning costs more than it saves.
+export OMP_WAIT_POLICY ?= passive
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.PHONY: demo test full bench lint format clean
+
+# Each extra is installed once; the marker file is newer than what it was installed from.
+# torch comes first and alone: the constraint keeps it, whatever the other packages ask for.
+$(VENV)/torch:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q torch==2.13.0
+	$(BIN)/python -m pip install -q 'scikit-build-core>=0.10' 'pybind11>=2.13' cmake ninja
+	$(BIN)/python -m pip freeze | grep -i '^torch==' > $(VENV)/constraints.txt
+	touch $@
+
+NATIVE := CMakeLists.txt pyproject.toml $(shell find csrc python -type f -not -name '*.pyc')
+
+$(VENV)/installed-%: $(VENV)/torch $(NATIVE)
+	$(BIN)/python -m pip install -q --no-build-isolation -c $(VENV)/constraints.txt '.[$*]'
+	touch $@
+
+demo: $(VENV)/installed-demo
+	$(BIN)/python examples/stdlib_search/search.py $(if $(QUERY),--query "$(QUERY)")
+
+test: $(VENV)/installed-dev,demo,bench
+	$(BIN)/python -m pytest
+
+full: $(VENV)/installed-dev,demo,bench
+	HYPOTHESIS_PROFILE=full $(BIN)/python -m pytest
+	for isa in $$($(BIN)/python -c 'from emblas._load import _C; print(*_C.supported_isas())'); do \
+	  EMBLAS_ISA=$$isa $(BIN)/python -m pytest || exit 1; done
+	PATH=$(abspath $(BIN)):$$PATH bash .ci/native
+
+bench: $(VENV)/installed-dev,demo,bench
+	mkdir -p benchmarks/results
+	result=benchmarks/results/$$(date +%F)-$$(uname -n).json; \
+	$(BIN)/python -m pytest benchmarks --override-ini addopts= -q \
+	  -o python_files='bench_*.py' -o python_functions='bench_*' \
+	  --benchmark-json=$$result --benchmark-columns=median --benchmark-disable-gc && \
+	$(BIN)/python benchmarks/report.py $$result
+
+lint: $(VENV)/installed-dev,demo,bench
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/mypy
+	find csrc tests/native -name '*.h' -o -name '*.cpp' | xargs $(BIN)/clang-format --dry-run -Werror
+
+format: $(VENV)/installed-dev,demo,bench
+	$(BIN)/ruff check --fix $(SOURCES)
+	$(BIN)/ruff format $(SOURCES)
+	find csrc tests/native -name '*.h' -o -name '*.cpp' | xargs $(BIN)/clang-format -i
+
+clean:
+	rm -rf $(VENV) build dist wheelhouse .cache

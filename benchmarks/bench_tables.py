@@ -1,0 +1,127 @@
+"""Hashed embeddings beside thinc's HashEmbed, and beside torch with the row numbers given.
+
+The ids are words by a Zipf law, hashed as spaCy hashes strings. thinc and emblas hash them in the
+measured call; the rows of torch leave that out, so they are ahead by it. Bytes for the bound: ids,
+results and each row of the table in use once (and in training the gradients of all three, the
+table's in full).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import rotate
+from emblas.tables import TableSpec, hash_bag, hash_keys
+from torch import Tensor
+
+SHAPES = {  # rows, dim, ids
+    "5000 x 96, 32768 ids": (5000, 96, 32768),
+    "5000 x 256, 32768 ids": (5000, 256, 32768),
+    "50000 x 300, 8192 ids": (50000, 300, 8192),
+}
+
+
+def _ids(count: int, seed: int) -> Tensor:
+    words = np.random.default_rng(seed).zipf(1.2, count) % 200_000
+    return torch.from_numpy(words.astype(np.int64) * 0x1E3779B97F4A7C15)
+
+
+CONTENDERS: dict[str, Callable[..., Tensor]] = {
+    "emblas": lambda table, spec, ids, keys: hash_bag(ids, table, spec),
+    "torch embedding_bag, rows given": lambda table, spec, ids, keys: (
+        torch.nn.functional.embedding_bag(keys, table, mode="sum")
+    ),
+    "torch gather and sum, rows given": lambda table, spec, ids, keys: table[keys].sum(1),
+}
+
+
+def _torch_call(who: str, rows: int, dim: int, training: bool) -> Callable[..., Tensor]:
+    table, spec = torch.randn(rows, dim), TableSpec(rows)
+
+    def forward(ids: Tensor, keys: Tensor) -> Tensor:
+        return CONTENDERS[who](table, spec, ids, keys)
+
+    def train(ids: Tensor, keys: Tensor) -> Tensor:
+        with torch.inference_mode(False), torch.enable_grad():
+            out = forward(ids, keys)
+            return torch.autograd.grad(out, table, gradient[: len(ids)])[0]
+
+    if not training:
+        return forward
+    table.requires_grad_()
+    gradient = torch.ones(max(count for _, _, count in SHAPES.values()), dim)
+    return train
+
+
+def _thinc_call(rows: int, dim: int, training: bool) -> Callable[..., Any]:
+    thinc = pytest.importorskip("thinc.api", reason="thinc is not installed")
+    model = thinc.HashEmbed(dim, rows, seed=0)
+    model.initialize(X=np.zeros(1, np.uint64))
+    gradient = np.ones((max(count for _, _, count in SHAPES.values()), dim), np.float32)
+
+    def forward(ids: Tensor, keys: Tensor) -> Any:
+        return model.predict(ids.numpy().view(np.uint64))
+
+    def train(ids: Tensor, keys: Tensor) -> Any:
+        _, backward = model(ids.numpy().view(np.uint64), is_train=True)
+        return backward(gradient[: len(ids)])
+
+    return train if training else forward
+
+
+@pytest.mark.parametrize("who", [*CONTENDERS, "thinc HashEmbed"])
+@pytest.mark.parametrize("training", [False, True], ids=["forward", "training"])
+@pytest.mark.parametrize("shape", SHAPES)
+def bench_hash_bag(row: Any, shape: str, training: bool, who: str) -> None:
+    rows, dim, count = SHAPES[shape]
+    size = count * (8 + dim * 4)
+    spec = TableSpec(rows)
+
+    def make(seed: int) -> tuple[Tensor, Tensor]:
+        ids = _ids(count, seed)
+        return ids, hash_keys(ids, spec)
+
+    inputs = rotate(make, size)
+    call = (_torch_call(who, rows, dim, training) if who in CONTENDERS
+            else _thinc_call(rows, dim, training))  # fmt: skip
+    used = len(inputs[0][1].unique())
+    row(
+        "tables", "4 hashes, sum" + (", forward and backward" if training else ""), who,
+        shape=shape, dtype="float32", call=call, inputs=inputs,
+        bytes=size + used * dim * 4 + (count * dim * 4 + rows * dim * 4 if training else 0),
+        single_thread=who.startswith("thinc"),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("who", ["emblas", "torch embedding_bag, rows given"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def bench_bags(row: Any, dtype: torch.dtype, who: str) -> None:
+    """Bags of about 20 ids: the words of a sentence, summed."""
+    rows, dim, bags = 5000, 96, 2048
+    spec = TableSpec(rows)
+    table = torch.randn(rows, dim).to(dtype)
+
+    def make(seed: int) -> tuple[Tensor, Tensor, Tensor]:
+        lengths = torch.randint(10, 31, (bags,), generator=torch.Generator().manual_seed(seed))
+        offsets = torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)]).int()
+        ids = _ids(int(offsets[-1]), seed)
+        return ids, offsets, hash_keys(ids, spec).flatten()
+
+    def ours(ids: Tensor, offsets: Tensor, keys: Tensor) -> Tensor:
+        return hash_bag(ids, table, spec, offsets)
+
+    def torchs(ids: Tensor, offsets: Tensor, keys: Tensor) -> Tensor:
+        return torch.nn.functional.embedding_bag(
+            keys, table, offsets.long() * 4, mode="sum", include_last_offset=True
+        )
+
+    size = bags * 20 * 8 + bags * dim * dtype.itemsize
+    row(
+        "tables", "bags, 4 hashes, sum", who, shape=f"{rows} x {dim}, {bags} bags of ~20 ids",
+        dtype=str(dtype).removeprefix("torch."), call=ours if who == "emblas" else torchs,
+        inputs=rotate(make, size), bytes=size + rows * dim * dtype.itemsize,
+    )  # fmt: skip

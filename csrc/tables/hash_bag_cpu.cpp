@@ -1,0 +1,321 @@
+// Hashed lookups on a CPU. Ids are hashed a block at a time, one id per 64-bit lane, into row
+// numbers that stay in the first-level cache; the rows of later ids are prefetched while those of
+// the current one are added in registers.
+#include "common/hash.h"
+#include "common/isa.h"
+#include "common/simd.h"
+#include "tables/tables.h"
+
+namespace emblas {
+namespace {
+
+constexpr int kBlock = 64;                 // ids hashed at once
+constexpr int kPrefetchAhead = 8;          // ids
+constexpr int64_t kCachedBytes = 1 << 20;  // a smaller table needs no prefetching
+constexpr int kCacheLine = 64;
+
+typedef uint64_t vuint64 __attribute__((vector_size(EMBLAS_VECTOR_BYTES)));
+
+// Keys 4 * group to 4 * group + 3, as the four 32-bit words from low to high.
+template <class U>
+Hash128<U> four_keys(const HashedIds& hashed, U id, int group) {
+  if (hashed.family == HashFamily::murmur3) return murmur3(id, hashed.seed + uint32_t(group));
+  const U state = (id ^ splitmix64_mix(uint64_t(hashed.seed))) + 2 * group * kSplitmixStep;
+  return {splitmix64_mix(state + kSplitmixStep), splitmix64_mix(state + 2 * kSplitmixStep)};
+}
+
+bool is_padding(const HashedIds& hashed, int64_t i) {
+  return hashed.padding_id && hashed.ids[i * hashed.stride] == *hashed.padding_id;
+}
+
+// The rows of up to kBlock consecutive ids.
+class Block {
+ public:
+  explicit Block(const HashedIds& hashed) : hashed_(hashed), modulo_(hashed.num_embeddings) {}
+
+  // Hash the ids [first, last) or the first kBlock of them; returns how many.
+  int hash(int64_t first, int64_t last) {
+    constexpr int lanes = EMBLAS_VECTOR_BYTES / 8;
+    const int count = last - first < kBlock ? int(last - first) : kBlock;
+    for (int i = 0; i < count; ++i) ids_[i] = hashed_.ids[(first + i) * hashed_.stride];
+    for (int i = 0; i < count; i += lanes) {  // lanes past the count hold ids of before
+      vuint64 id;
+      std::memcpy(&id, ids_ + i, sizeof id);
+      for (int key = 0; key < hashed_.num_hashes; key += 4) {
+        const Hash128<vuint64> words = four_keys(hashed_, id, key / 4);
+        const vuint64 keys[4] = {words.low & 0xffffffff, words.low >> 32, words.high & 0xffffffff,
+                                 words.high >> 32};
+        for (int j = 0; j < 4 && key + j < hashed_.num_hashes; ++j) {
+          const vuint64 rows = modulo_(keys[j]);
+          std::memcpy(rows_[key + j] + i, &rows, sizeof rows);
+        }
+      }
+    }
+    return count;
+  }
+
+  uint64_t row(int i, int j) const { return rows_[j][i]; }
+
+ private:
+  const HashedIds& hashed_;
+  const Modulo modulo_;
+  alignas(64) int64_t ids_[kBlock] = {};
+  alignas(64) uint64_t rows_[kMaxHashes][kBlock];
+};
+
+template <class Row>
+void hash_ids(const HashedIds& hashed, int64_t first, int64_t last, Row* rows) {
+  Block block(hashed);
+  for (int count; first < last; first += count) {
+    count = block.hash(first, last);
+    Row* to = rows + first * hashed.num_hashes;
+    for (int i = 0; i < count; ++i) {
+      for (int j = 0; j < hashed.num_hashes; ++j) *to++ = Row(block.row(i, j));
+    }
+  }
+}
+
+template <class T>
+void prefetch(const T* row, int64_t dim) {
+  const char* begin = reinterpret_cast<const char*>(row);
+  const char* end = reinterpret_cast<const char*>(row + dim);
+  for (; begin < end; begin += kCacheLine) __builtin_prefetch(begin);
+}
+
+// The table rows of consecutive ids, one id per call of next().
+template <class T>
+class RowStream {
+ public:
+  RowStream(const HashBagArgs<T>& args, int64_t first, int64_t last)
+      : block_(args.hashed),
+        args_(args),
+        far_(int64_t(args.hashed.num_embeddings) * args.dim * int64_t(sizeof(T)) > kCachedBytes),
+        first_(first),
+        last_(last) {}
+
+  // num_hashes rows of the next id; null if it is the padding id.
+  const T* const* next() {
+    if (position_ == count_) {
+      first_ += count_;
+      count_ = block_.hash(first_, last_);
+      position_ = 0;
+      for (int i = 0; far_ && i < kPrefetchAhead && i < count_; ++i) prefetch_rows(i);
+    }
+    if (far_ && position_ + kPrefetchAhead < count_) prefetch_rows(position_ + kPrefetchAhead);
+    const int i = position_++;
+    if (is_padding(args_.hashed, first_ + i)) return nullptr;
+    for (int j = 0; j < args_.hashed.num_hashes; ++j) rows_[j] = row(i, j);
+    return rows_;
+  }
+
+ private:
+  const T* row(int i, int j) const {
+    return args_.table + int64_t(block_.row(i, j)) * args_.row_stride;
+  }
+  void prefetch_rows(int i) const {
+    for (int j = 0; j < args_.hashed.num_hashes; ++j) prefetch(row(i, j), args_.dim);
+  }
+
+  Block block_;
+  const HashBagArgs<T>& args_;
+  bool far_;
+  int64_t first_, last_;
+  int position_ = 0, count_ = 0;
+  const T* rows_[kMaxHashes];
+};
+
+// to[i] = weight * sum_j rows[j][i], added to what `to` holds if `add`. A vector that would pass
+// the end is moved back over the one before; what it adds to is read before the loop.
+template <bool add, int fixed_count, class Out, class T>
+void sum_rows(Out* to, const T* const* rows, int given_count, Accumulator<T> weight, int64_t dim) {
+  using A = Accumulator<T>;
+  using V = Vector<T>;
+  constexpr int lanes = kLanes<T>, unroll = 4;
+  const int count = fixed_count ? fixed_count : given_count;
+  if (dim < lanes) {
+    for (int64_t i = 0; i < dim; ++i) {
+      A total = to_accumulator(rows[0][i]);
+      for (int j = 1; j < count; ++j) total += to_accumulator(rows[j][i]);
+      total *= weight;
+      if constexpr (add) total += to[i];
+      from_accumulator(total, to + i);
+    }
+    return;
+  }
+  const auto vector_sum = [&](int64_t i) {
+    V total = load(rows[0] + i);
+    for (int j = 1; j < count; ++j) total += load(rows[j] + i);
+    total *= weight;
+    if constexpr (add) total += load(to + i);
+    return total;
+  };
+  const int64_t tail = dim - lanes;
+  const V last = vector_sum(tail);
+  int64_t i = 0;
+  for (; i + unroll * lanes <= dim; i += unroll * lanes) {
+    V total[unroll];
+    for (int u = 0; u < unroll; ++u) total[u] = load(rows[0] + i + u * lanes);
+    for (int j = 1; j < count; ++j) {
+      for (int u = 0; u < unroll; ++u) total[u] += load(rows[j] + i + u * lanes);
+    }
+    for (int u = 0; u < unroll; ++u) {
+      total[u] *= weight;
+      if constexpr (add) total[u] += load(to + i + u * lanes);
+      store(to + i + u * lanes, total[u]);
+    }
+  }
+  for (; i < tail; i += lanes) store(to + i, vector_sum(i));
+  store(to + tail, last);
+}
+
+// The usual four rows are a constant, over which the loops unroll.
+template <bool add, class Out, class T>
+void sum_rows(Out* to, const T* const* rows, int count, Accumulator<T> weight, int64_t dim) {
+  if (count == 4) {
+    sum_rows<add, 4>(to, rows, count, weight, dim);
+  } else {
+    sum_rows<add, 0>(to, rows, count, weight, dim);
+  }
+}
+
+template <class T>
+void store_row(T* to, const Accumulator<T>* from, int64_t dim) {
+  constexpr int lanes = kLanes<T>;
+  int64_t i = 0;
+  for (; i + lanes <= dim; i += lanes) store(to + i, load(from + i));
+  for (; i < dim; ++i) from_accumulator(from[i], to + i);
+}
+
+// The first id of a bag; ids of the bags [first, last) are those from first_id(first) on.
+template <class T>
+int64_t first_id(const HashBagArgs<T>& args, int64_t bag) {
+  return args.offsets ? args.offsets[bag] : bag;
+}
+
+template <class T>
+void forward(const HashBagArgs<T>& args, int64_t first, int64_t last, Accumulator<T>* scratch,
+             T* out) {
+  using A = Accumulator<T>;
+  const int num_hashes = int(args.hashed.num_hashes);
+  RowStream<T> stream(args, first_id(args, first), first_id(args, last));
+  for (int64_t b = first; b < last; ++b) {
+    const int64_t begin = first_id(args, b), end = first_id(args, b + 1);
+    T* to = out + b * args.dim;
+    bool empty = true;
+    for (int64_t i = begin; i < end; ++i) {
+      const T* const* rows = stream.next();
+      if (!rows) continue;
+      const A weight = args.weights ? args.weights[i] : A(1);
+      if (end - begin == 1) {
+        sum_rows<false>(to, rows, num_hashes, weight, args.dim);
+      } else if (empty) {
+        sum_rows<false>(scratch, rows, num_hashes, weight, args.dim);
+      } else {
+        sum_rows<true>(scratch, rows, num_hashes, weight, args.dim);
+      }
+      empty = false;
+    }
+    if (empty) {
+      std::memset(to, 0, args.dim * sizeof(T));
+    } else if (end - begin > 1) {
+      store_row(to, scratch, args.dim);
+    }
+  }
+}
+
+// (sum_j rows[j]) . other
+template <class T>
+Accumulator<T> dot_rows(const T* const* rows, int count, const T* other, int64_t dim) {
+  constexpr int lanes = kLanes<T>;
+  Vector<T> products{};
+  int64_t i = 0;
+  for (; i + lanes <= dim; i += lanes) {
+    Vector<T> total = load(rows[0] + i);
+    for (int j = 1; j < count; ++j) total += load(rows[j] + i);
+    products += total * load(other + i);
+  }
+  Accumulator<T> result = sum(products);
+  for (; i < dim; ++i) {
+    Accumulator<T> total = to_accumulator(rows[0][i]);
+    for (int j = 1; j < count; ++j) total += to_accumulator(rows[j][i]);
+    result += total * to_accumulator(other[i]);
+  }
+  return result;
+}
+
+template <class T>
+void grad_weights(const HashBagArgs<T>& args, int64_t first, int64_t last, const T* grad_out,
+                  Accumulator<T>* grad_weights) {
+  const int num_hashes = int(args.hashed.num_hashes);
+  RowStream<T> stream(args, first_id(args, first), first_id(args, last));
+  for (int64_t b = first; b < last; ++b) {
+    const T* grad = grad_out + b * args.dim;
+    for (int64_t i = first_id(args, b); i < first_id(args, b + 1); ++i) {
+      const T* const* rows = stream.next();
+      grad_weights[i] = rows ? dot_rows(rows, num_hashes, grad, args.dim) : Accumulator<T>(0);
+    }
+  }
+}
+
+template <class T>
+void grad_table(const HashBagTableArgs<T>& args, int64_t first, int64_t last,
+                Accumulator<T>* scratch) {
+  using A = Accumulator<T>;
+  constexpr bool in_place = sizeof(T) == sizeof(A);
+  T* out = args.grad_table + first * args.dim;
+  A* total = scratch;
+  if constexpr (in_place) total = out;
+  std::memset(total, 0, (last - first) * args.dim * sizeof(A));
+
+  struct Lookup {
+    int64_t row, bag;
+    A weight;
+  } lookups[kBlock * kMaxHashes + 1];
+  const int64_t num_hashes = args.hashed.num_hashes;
+  const int64_t ids = args.offsets ? args.offsets[args.bags] : args.bags;
+  int64_t bag = 0;
+  for (int64_t block = 0; block < ids; block += kBlock) {
+    const int64_t block_end = block + kBlock < ids ? block + kBlock : ids;
+    int count = 0;
+    for (int64_t i = block; i < block_end; ++i) {
+      if (!args.offsets) {
+        bag = i;
+      } else {
+        while (i >= args.offsets[bag + 1]) ++bag;
+      }
+      if (is_padding(args.hashed, i)) continue;
+      const A weight = args.weights ? args.weights[i] : A(1);
+      for (int64_t j = 0; j < num_hashes; ++j) {
+        const int64_t row = args.rows[i * num_hashes + j] - first;
+        lookups[count] = {row, bag, weight};
+        count += uint64_t(row) < uint64_t(last - first);  // no branch: it couldn't be foretold
+      }
+    }
+    for (int l = 0; l < count; ++l) {
+      if (l + kPrefetchAhead < count) {
+        const Lookup& later = lookups[l + kPrefetchAhead];
+        prefetch(total + later.row * args.dim, args.dim);
+        prefetch(args.grad_out + later.bag * args.dim, args.dim);
+      }
+      const T* grad = args.grad_out + lookups[l].bag * args.dim;
+      sum_rows<true, 1>(total + lookups[l].row * args.dim, &grad, 1, lookups[l].weight, args.dim);
+    }
+  }
+  if constexpr (!in_place) store_row(out, total, (last - first) * args.dim);
+}
+
+template <class T>
+constexpr HashBag<T> kernel{forward<T>, grad_weights<T>, grad_table<T>};
+
+}  // namespace
+
+template <>
+const TablesKernels& table_of<TablesKernels, Isa::EMBLAS_ISA>() {
+  static constexpr TablesKernels table{
+      hash_ids<int64_t>,
+      hash_ids<uint32_t>,
+      {kernel<float>, kernel<double>, kernel<bfloat16>, kernel<float16>}};
+  return table;
+}
+
+}  // namespace emblas

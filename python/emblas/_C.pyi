@@ -1,0 +1,48 @@
+"""
+Native part of emblas.
+"""
+from __future__ import annotations
+import numpy
+import numpy.typing
+import typing
+__all__: list[str] = ['build_info', 'compiled_isas', 'hamming_topk', 'hash_bag', 'hash_keys', 'isa', 'murmur3_x64_128', 'murmur64a', 'pack_sign', 'segment_pool', 'set_isa', 'supported_isas', 'varlen_attention']
+def build_info() -> dict[str, str]:
+    """
+    Return the versions of torch and of the compiler that this binary was built with.
+    """
+def compiled_isas() -> list[str]:
+    """
+    Return the instruction sets in this binary, slowest first.
+    """
+def hamming_topk(queries: numpy.ndarray, codes: numpy.ndarray, k: typing.SupportsInt | typing.SupportsIndex) -> tuple[numpy.ndarray, numpy.ndarray]:
+    ...
+def hash_bag(ids: numpy.ndarray, table: numpy.ndarray, offsets: numpy.ndarray | None, weights: numpy.ndarray | None, family: typing.SupportsInt | typing.SupportsIndex, seed: typing.SupportsInt | typing.SupportsIndex, num_hashes: typing.SupportsInt | typing.SupportsIndex, padding_id: typing.SupportsInt | typing.SupportsIndex | None) -> numpy.ndarray:
+    ...
+def hash_keys(ids: numpy.ndarray, family: typing.SupportsInt | typing.SupportsIndex, seed: typing.SupportsInt | typing.SupportsIndex, num_hashes: typing.SupportsInt | typing.SupportsIndex, num_embeddings: typing.SupportsInt | typing.SupportsIndex) -> numpy.typing.NDArray[numpy.int64]:
+    ...
+def isa() -> str:
+    """
+    Return the instruction set that the CPU kernels use.
+    """
+def murmur3_x64_128(data: bytes, seed: typing.SupportsInt | typing.SupportsIndex) -> tuple[int, int]:
+    """
+    Return MurmurHash3_x64_128 as two 64-bit integers.
+    """
+def murmur64a(data: bytes, seed: typing.SupportsInt | typing.SupportsIndex) -> int:
+    """
+    Return MurmurHash64A, with seed 1 spaCy's id of a string.
+    """
+def pack_sign(x: numpy.ndarray) -> numpy.ndarray:
+    ...
+def segment_pool(x: numpy.ndarray, cu_seqlens: numpy.ndarray, weights: numpy.ndarray | None, normalize: bool) -> numpy.ndarray:
+    ...
+def set_isa(name: str) -> None:
+    """
+    Use the kernels of one instruction set; ValueError where this CPU can't run it.
+    """
+def supported_isas() -> list[str]:
+    """
+    Return those of compiled_isas() that this CPU can run.
+    """
+def varlen_attention(q: numpy.ndarray, k: numpy.ndarray, v: numpy.ndarray, cu_seqlens_q: numpy.ndarray, cu_seqlens_k: numpy.ndarray, softmax_scale: typing.SupportsFloat | typing.SupportsIndex, window_left: typing.SupportsInt | typing.SupportsIndex, window_right: typing.SupportsInt | typing.SupportsIndex) -> numpy.ndarray:
+    ...

@@ -1,0 +1,10 @@
+"""emblas: kernels for embedding systems."""
+
+from importlib.metadata import version as _version
+
+from emblas import attention, binary, packed, pooling, tables
+from emblas._info import info
+from emblas._op import use_backend
+
+__version__ = _version("emblas")
+__all__ = ["attention", "binary", "info", "packed", "pooling", "tables", "use_backend"]

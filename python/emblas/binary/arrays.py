@@ -1,0 +1,64 @@
+"""Bit codes in numpy arrays, without torch at the call."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from emblas._load import _C
+
+
+def pack_sign(x: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
+    """Pack the signs of vectors into bits; see :func:`emblas.binary.pack_sign`.
+
+    Runs on the calling thread with the GIL released.
+
+    Parameters
+    ----------
+    x : ndarray
+        C-contiguous ``(rows, dim)``, float32 or float64.
+
+    Returns
+    -------
+    ndarray
+        uint8 ``(rows, ceil(dim / 8))``.
+
+    Raises
+    ------
+    TypeError
+        If ``x`` has another dtype or memory layout.
+    ValueError
+        If ``x`` is not 2-D.
+    """
+    return _C.pack_sign(x)
+
+
+def hamming_topk(
+    queries: npt.NDArray[np.uint8], codes: npt.NDArray[np.uint8], k: int
+) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
+    """Find the codes nearest to each query, exactly; see :func:`emblas.binary.hamming_topk`.
+
+    Runs on the calling thread with the GIL released.
+
+    Parameters
+    ----------
+    queries, codes : ndarray
+        C-contiguous uint8 ``(Q, bytes)`` and ``(N, bytes)``.
+    k : int
+        Number of results per query.
+
+    Returns
+    -------
+    tuple of ndarray
+        Distances int32 ``(Q, k)`` and ids int64 ``(Q, k)``.
+
+    Raises
+    ------
+    TypeError
+        If an array is not C-contiguous uint8.
+    ValueError
+        If widths differ or ``k`` is negative.
+    """
+    return _C.hamming_topk(queries, codes, k)

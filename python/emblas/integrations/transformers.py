@@ -1,0 +1,184 @@
+"""emblas attention inside Hugging Face transformers models, padded or packed.
+
+>>> from emblas.integrations import transformers as hf
+>>> hf.register()
+>>> model.set_attn_implementation("emblas")
+>>> hidden = hf.forward_packed(model, input_ids, cu_seqlens)      # (tokens, hidden), no padding
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from emblas import packed
+from emblas.attention import varlen_attention
+
+try:
+    from transformers import AttentionInterface, AttentionMaskInterface
+except ImportError as error:
+    raise ImportError(
+        "emblas.integrations.transformers needs transformers >= 5: pip install 'emblas[hf]'"
+    ) from error
+
+# transformers reads "flash", "sdpa" and "/" in a name as requests of its own.
+NAME = "emblas"
+
+
+class PaddedBatch(NamedTuple):
+    """Where the tokens of a padded batch are. Made once per forward pass, used by every layer."""
+
+    rows: Tensor
+    """Rows of ``(batch * length, ...)`` that hold a token, int64."""
+    cu_seqlens: Tensor
+    max_seqlen: int
+
+
+def register() -> None:
+    """Make ``attn_implementation="emblas"`` known to transformers.
+
+    Both halves are registered. With the attention function alone, a model would hand it no mask and
+    attend to padding without a word.
+    """
+    AttentionInterface.register(NAME, _attention)
+    AttentionMaskInterface.register(NAME, _mask)
+
+
+def _mask(*, attention_mask: Tensor | None = None, **kwargs: Any) -> PaddedBatch | None:
+    """Locate the tokens of a padded batch; None where there is no padding."""
+    if attention_mask is None:
+        return None
+    lengths = attention_mask.sum(1)
+    return PaddedBatch(
+        attention_mask.flatten().nonzero().squeeze(1),
+        packed.offsets(lengths),
+        int(lengths.max()) if len(lengths) else 0,
+    )
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: PaddedBatch | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    position_bias: Tensor | None = None,
+    s_aux: Tensor | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    cu_seq_lens_k: Tensor | None = None,
+    max_length_q: int | None = None,
+    max_length_k: int | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attend as transformers asks: heads first in, tokens first out."""
+    for name, extra in (("position_bias", position_bias), ("s_aux", s_aux)):
+        if extra is not None:
+            raise NotImplementedError(f"attn_implementation='emblas' can't take {name} yet")
+    if attention_mask is not None and not isinstance(attention_mask, PaddedBatch):
+        raise TypeError(
+            "attention_mask must be (batch, length) with attn_implementation='emblas', "
+            f"got one that the model passed on as {type(attention_mask).__name__}"
+        )
+    causal = getattr(module, "is_causal", False) if is_causal is None else is_causal
+    window = (-1, -1)
+    if sliding_window is not None:
+        # transformers counts the token itself: radius sliding_window - 1.
+        window = (sliding_window - 1, 0 if causal else sliding_window - 1)
+    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
+
+    def attend(
+        q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int
+    ) -> Tensor:
+        return varlen_attention(
+            q, k, v, cu_q, cu_k, max_q, max_k, dropout, scaling, causal, window, softcap or 0.0
+        )
+
+    batch_size, heads, length, _ = query.shape
+    if cu_seq_lens_q is not None:
+        if cu_seq_lens_k is None or max_length_q is None or max_length_k is None:
+            raise ValueError(
+                "packed input needs cu_seq_lens_q, cu_seq_lens_k, max_length_q and max_length_k"
+            )
+        out = attend(q, k, v, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
+    elif attention_mask is None:
+        offsets_q, offsets_k = (
+            torch.arange(batch_size + 1, dtype=torch.int32, device=x.device) * x.shape[2]
+            for x in (query, key)
+        )
+        out = attend(q, k, v, offsets_q, offsets_k, length, key.shape[2])
+    elif length == key.shape[2]:
+        rows, offsets, longest = attention_mask
+        tokens = attend(q[rows], k[rows], v[rows], offsets, offsets, longest, longest)
+        out = q.new_zeros(len(q), heads, v.shape[-1]).index_copy(0, rows, tokens)
+    else:  # cross-attention: every query is a token, the keys are padded
+        rows, offsets, longest = attention_mask
+        offsets_q = torch.arange(batch_size + 1, dtype=torch.int32, device=q.device) * length
+        out = attend(q, k[rows], v[rows], offsets_q, offsets, length, longest)
+    return out.unflatten(0, (batch_size, length)), None
+
+
+def position_start(model: nn.Module) -> int:
+    """Return the position of a sequence's first token.
+
+    0, but ``padding_idx + 1`` in models of the RoBERTa family, which keep the positions up to there
+    for padding.
+    """
+    for module in model.modules():
+        padding_idx = getattr(module, "padding_idx", None)
+        table = getattr(module, "position_embeddings", None)
+        if isinstance(padding_idx, int) and isinstance(table, nn.Embedding):
+            return padding_idx + 1
+    return 0
+
+
+def forward_packed(
+    model: nn.Module, input_ids: Tensor, cu_seqlens: Tensor, **kwargs: Any
+) -> Tensor:
+    """Run an encoder over a packed batch, without a single padding token.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        A model whose attention implementation is "emblas".
+    input_ids : Tensor
+        Token ids ``(tokens,)`` of all sequences, end to end.
+    cu_seqlens : Tensor
+        Offsets ``(batch + 1,)``.
+    **kwargs
+        Handed on to the model.
+
+    Returns
+    -------
+    Tensor
+        Last hidden states ``(tokens, hidden)``.
+
+    Raises
+    ------
+    ValueError
+        If the model uses another attention implementation: those of transformers would let the
+        sequences attend to each other.
+    """
+    implementation: str = getattr(model.config, "_attn_implementation")  # noqa: B009
+    if implementation != NAME:
+        raise ValueError(
+            f"model must use attn_implementation={NAME!r}, got {implementation!r}, which lets "
+            f"packed sequences attend to each other; call model.set_attn_implementation({NAME!r})"
+        )
+    longest = int(cu_seqlens.diff().max()) if len(cu_seqlens) > 1 else 0
+    outputs = model(
+        input_ids=input_ids[None],
+        position_ids=packed.positions(cu_seqlens)[None] + position_start(model),
+        cu_seq_lens_q=cu_seqlens,
+        cu_seq_lens_k=cu_seqlens,
+        max_length_q=longest,
+        max_length_k=longest,
+        **kwargs,
+    )
+    return outputs.last_hidden_state[0]

@@ -1,0 +1,112 @@
+"""Small random models: packed by emblas == padded by emblas == one text at a time, eager."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from emblas import packed
+
+transformers = pytest.importorskip("transformers", reason="needs emblas[hf]")
+
+from emblas.integrations import transformers as hf  # noqa: E402
+
+SIZES = {
+    "vocab_size": 99,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 48,
+}
+CONFIGS = {
+    "bert": lambda: transformers.BertConfig(**SIZES),
+    "xlm-roberta": lambda: transformers.XLMRobertaConfig(**SIZES, pad_token_id=1),
+    "distilbert": lambda: transformers.DistilBertConfig(
+        vocab_size=99, dim=64, n_layers=2, n_heads=2, hidden_dim=48
+    ),
+}
+LENGTHS = (7, 1, 30, 12)
+
+
+@pytest.fixture(params=CONFIGS)
+def model(request):
+    hf.register()
+    torch.manual_seed(0)
+    return transformers.AutoModel.from_config(CONFIGS[request.param]()).eval()
+
+
+@pytest.fixture
+def texts():
+    return [torch.randint(5, 99, (length,)) for length in LENGTHS]
+
+
+def one_by_one(model, texts):
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        out = [model(input_ids=text[None]).last_hidden_state[0] for text in texts]
+    model.set_attn_implementation("emblas")
+    return torch.cat(out)
+
+
+def test_packed(model, texts):
+    expected = one_by_one(model, texts)
+    with torch.no_grad():
+        actual = hf.forward_packed(model, *packed.pack(texts))
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padded(model, texts, side):
+    expected = one_by_one(model, texts)
+    longest = max(LENGTHS)
+    pad = model.config.pad_token_id
+    input_ids = torch.full((len(texts), longest), 0 if pad is None else pad)
+    mask = torch.zeros(len(texts), longest, dtype=torch.long)
+    positions = torch.zeros(len(texts), longest, dtype=torch.long)
+    for b, text in enumerate(texts):
+        at = slice(longest - len(text), None) if side == "left" else slice(len(text))
+        input_ids[b, at], mask[b, at] = text, 1
+        positions[b, at] = torch.arange(len(text)) + hf.position_start(model)
+    kwargs = {} if side == "right" else {"position_ids": positions}
+    if side == "left" and model.config.model_type == "distilbert":
+        pytest.skip("DistilBERT counts positions over the padding on the left, with any attention")
+    with torch.no_grad():
+        hidden = model(input_ids=input_ids, attention_mask=mask, **kwargs).last_hidden_state
+    torch.testing.assert_close(hidden[mask.bool()], expected, rtol=1e-5, atol=2e-6)
+
+
+def test_no_leak(model, texts):
+    """What stands in one text never reaches another, to the bit."""
+    with torch.no_grad():
+        model.set_attn_implementation("emblas")
+        before = hf.forward_packed(model, *packed.pack(texts))
+        texts[0][3] = (texts[0][3] + 1) % 90 + 5
+        after = hf.forward_packed(model, *packed.pack(texts))
+    assert not torch.equal(before[:7], after[:7])
+    assert torch.equal(before[7:], after[7:])
+
+
+def test_other_attention_is_refused(model, texts):
+    model.set_attn_implementation("sdpa")
+    with pytest.raises(ValueError, match="packed sequences attend to each other"):
+        hf.forward_packed(model, *packed.pack(texts))
+
+
+def test_compiled(model):
+    """One graph for every batch, whatever its lengths."""
+    model.set_attn_implementation("emblas")
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("eager")
+
+    def run(input_ids, positions, cu_seqlens, longest):
+        return model(
+            input_ids=input_ids, position_ids=positions, cu_seq_lens_q=cu_seqlens,
+            cu_seq_lens_k=cu_seqlens, max_length_q=longest, max_length_k=longest,
+        ).last_hidden_state  # fmt: skip
+
+    compiled = torch.compile(run, fullgraph=True, dynamic=True, backend=counter)
+    with torch.no_grad():
+        for lengths in ((3, 4), (9, 2, 6), (5, 5, 5, 5), (20, 31)):
+            ids, cu_seqlens = packed.pack([torch.randint(5, 99, (n,)) for n in lengths])
+            args = (ids[None], packed.positions(cu_seqlens)[None] + 2, cu_seqlens, max(lengths))
+            torch.testing.assert_close(compiled(*args), run(*args), rtol=0, atol=0)
+    assert counter.frame_count == 1

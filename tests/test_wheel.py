@@ -1,0 +1,128 @@
+"""The installed binary: what it links to, how it is configured, what importing it brings along."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from emblas._load import _C
+
+BINARY = Path(_C.__file__)
+ROOT = Path(__file__).parents[1]
+linux = pytest.mark.skipif(sys.platform != "linux", reason="reads ELF files and /proc")
+
+
+def tool(*command: str) -> str:
+    if not shutil.which(command[0]):
+        pytest.skip(f"{command[0]} (binutils) is not installed")
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+        check=False,
+    )
+
+
+@linux
+def test_only_stable_torch_symbols():
+    undefined = re.findall(r" U (\S+)", tool("nm", "-D", str(BINARY)))
+    torch_like = [s for s in undefined if re.search(r"torch|c10|at::|_ZN2at|_ZN3c10", s)]
+    assert torch_like
+    assert all(re.match(r"(aoti_)?torch_", symbol) for symbol in torch_like), torch_like
+
+
+@linux
+def test_needs_no_openmp_and_no_path():
+    dynamic = tool("readelf", "-d", str(BINARY))
+    assert "libtorch_cpu" in dynamic
+    assert not re.search(r"libgomp|libomp|libiomp|RPATH|RUNPATH", dynamic), dynamic
+
+
+def test_no_build_path_in_the_binary():
+    assert str(ROOT).encode() not in BINARY.read_bytes()
+
+
+@linux
+def test_one_thread_pool():
+    """Our operators run on torch's threads, and torch.set_num_threads rules them."""
+    code = """
+import os, torch
+from emblas.pooling import segment_pool
+threads = lambda: len(os.listdir("/proc/self/task"))
+x, cu = torch.randn(200_000, 64), torch.arange(0, 200_001, 100)
+torch.set_num_threads(3)
+segment_pool(x, cu)
+after_ours = threads()
+(x * 2).sum()  # torch's own work finds its pool ready
+maps = {line.split()[-1] for line in open("/proc/self/maps") if "gomp" in line or "libomp" in line}
+print(after_ours == threads(), len(maps))
+"""
+    result = python(code)
+    assert result.stdout.split() == ["True", "1"], result.stdout + result.stderr
+
+
+@pytest.mark.parametrize("isa", _C.supported_isas())
+def test_environment_chooses_the_isa(isa):
+    result = python("import emblas; print(emblas.info()['isa'])", EMBLAS_ISA=isa)
+    assert result.stdout.strip() == isa, result.stderr
+
+
+def test_wrong_environment():
+    result = python("import emblas", EMBLAS_ISA="avx9000")
+    assert "ImportError: EMBLAS_ISA: isa must be one that this CPU runs" in result.stderr
+    result = python("import emblas", EMBLAS_BACKEND="fpga")
+    assert "backend must be one of" in result.stderr
+
+
+def test_info_command():
+    command = [sys.executable, "-m", "emblas", "info"]
+    text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    for word in ("torch", "ISA", "threads", "CUDA", "Triton", "segment_pool"):
+        assert word in text
+    output = subprocess.run([*command, "--json"], check=True, capture_output=True, text=True).stdout
+    assert json.loads(output)["torch"] == torch.__version__
+
+
+def test_import_is_light():
+    code = "import sys, emblas; print({'transformers', 'triton'} & set(sys.modules))"
+    assert python(code).stdout.strip() == "set()"
+
+
+def test_stub_is_up_to_date(tmp_path):
+    pytest.importorskip("pybind11_stubgen", reason="needs emblas[dev]")
+    subprocess.run(
+        [sys.executable, "-m", "pybind11_stubgen", "emblas._C", "-o", str(tmp_path)],
+        check=True,
+        capture_output=True,
+    )
+    stub = (tmp_path / "emblas" / "_C.pyi").read_text()
+    assert stub == (ROOT / "python" / "emblas" / "_C.pyi").read_text()
+
+
+@linux
+@pytest.mark.skipif(not list(ROOT.glob("build/*/CMakeFiles")), reason="no build tree here")
+def test_isa_objects_share_nothing():
+    """A symbol that two ISA objects share would carry one's instructions into the other."""
+    objects = [
+        path
+        for path in ROOT.glob("build/*/CMakeFiles/*/csrc/**/*_cpu.cpp.o")
+        if path.parts[-4].endswith(".dir") or "_cpu" in path.name
+    ]
+    assert objects
+    for path in objects:
+        for line in tool("nm", "-C", "--defined-only", str(path)).splitlines():
+            kind, name = line.split(maxsplit=2)[1:]
+            if kind.isupper() and kind not in "U":
+                assert "emblas::table_of<" in name, f"{path.name}: {line}"
