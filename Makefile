@@ -1,7 +1,7 @@
 # make demo              answer questions about the Python standard library (make demo QUERY="...")
 # make test              install what the tests need into .venv and run them
 # make full              the tests that take longer: every configuration, more examples, emulators
-# make bench             measure every op beside its peers
+# make bench             measure every op beside its peers (benchmarks/README.md)
 # make lint              ruff, mypy, clang-format
 # make format            let ruff and clang-format rewrite the sources
 

@@ -1,15 +1,21 @@
-"""Turn pytest-benchmark's JSON into a table: ours, each peer, their ratio, share of the bound."""
+"""Turn pytest-benchmark's JSON into tables: ours, each peer, their ratio, share of the bound.
+
+report.py RESULT            print the table of every row
+report.py RESULT --write    write it to docs/benchmarks.md, and its summary into the README
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
 LEAST_BUSY = 0.95
+ROOT = Path(__file__).resolve().parents[1]
 
 Row = dict[str, Any]
 
@@ -38,54 +44,98 @@ def rows_of(result: dict[str, Any]) -> list[Row]:
     ]
 
 
-def table(result: dict[str, Any]) -> str:
-    """Return the Markdown table of a result file, with the machine and date above it."""
+def _machine(result: dict[str, Any]) -> str:
+    machine = result["machine_info"]["emblas"]
+    return (
+        f"{machine['cpu']}, ISA {machine['isa']}, torch {machine['torch']}, "
+        f"{result['datetime'][:10]}. Medians. Ratio: peer's time over ours."
+    )
+
+
+def _contests(result: dict[str, Any]) -> Iterator[tuple[Row, Row | None]]:
+    """Yield our row and that of each peer (None without one) for every op, shape and dtype."""
     groups: dict[tuple[Any, ...], list[Row]] = defaultdict(list)
     for row in rows_of(result):
         key = tuple(row[k] for k in ("family", "op", "shape", "dtype", "threads"))
         groups[key].append(row)
-    machine = result["machine_info"]["emblas"]
+    for _, rows in sorted(groups.items()):
+        ours = next((row for row in rows if row["who"] == "emblas"), None)
+        if ours is not None:
+            peers: list[Row | None] = [row for row in rows if row is not ours]
+            for peer in peers or [None]:
+                yield ours, peer
+
+
+def _quiet(ours: Row, peer: Row | None) -> bool:
+    return min(ours["busy"], peer["busy"] if peer else 1) >= LEAST_BUSY
+
+
+def table(result: dict[str, Any]) -> str:
+    """Return the Markdown table of every row, with the machine and date above it."""
     lines = [
-        f"{machine['cpu']}, ISA {machine['isa']}, torch {machine['torch']}, "
-        f"{result['datetime'][:10]}. Medians. Ratio: peer's time over ours.",
+        _machine(result),
         "",
         "| op | shape | dtype | threads | emblas | bound | memory | peer | its time | ratio |",
         "|---|---|---|--:|--:|--:|--:|---|--:|--:|",
     ]
-    for (family, op, shape, dtype, threads), rows in sorted(groups.items()):
-        ours = next((row for row in rows if row["who"] == "emblas"), None)
-        if ours is None:
-            continue
-        peers: list[Row | None] = [row for row in rows if row is not ours]
-        for peer in peers or [None]:
-            busy = min(ours["busy"], peer["busy"] if peer else 1)
-            if busy < LEAST_BUSY:
-                verdict = ["the machine was busy", "", ""]
-            elif peer is None:
-                verdict = ["", "", ""]
-            else:
-                ratio = peer["median"] / ours["median"]
-                verdict = [peer["who"], _time(peer["median"]), f"**{ratio:.2f}**"]
-            lines.append(
-                f"| {family}: {op} | {shape} | {dtype} | {threads} | {_time(ours['median'])} | "
-                f"{_share(ours)} | {ours['extra_bytes'] / 2**20:.1f} MiB | {' | '.join(verdict)} |"
-            )
+    for ours, peer in _contests(result):
+        if not _quiet(ours, peer):
+            verdict = ["the machine was busy", "", ""]
+        elif peer is None:
+            verdict = ["", "", ""]
+        else:
+            ratio = peer["median"] / ours["median"]
+            verdict = [peer["who"], _time(peer["median"]), f"**{ratio:.2f}**"]
+        lines.append(
+            f"| {ours['family']}: {ours['op']} | {ours['shape']} | {ours['dtype']} | "
+            f"{ours['threads']} | {_time(ours['median'])} | {_share(ours)} | "
+            f"{ours['extra_bytes'] / 2**20:.1f} MiB | {' | '.join(verdict)} |"
+        )
+    return "\n".join(lines)
+
+
+def summary(result: dict[str, Any]) -> str:
+    """Return one line per op and peer: the lowest and highest ratio over the shapes measured."""
+    ratios: dict[tuple[str, str], dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for ours, peer in _contests(result):
+        if peer is not None and _quiet(ours, peer):
+            key = (f"{ours['family']}: {ours['op']}", peer["who"])
+            ratios[key][ours["threads"]].append(peer["median"] / ours["median"])
+    threads = sorted({count for by_threads in ratios.values() for count in by_threads})
+    titles = [f"{count} thread{'s' * (count > 1)}" for count in threads]
+    lines = [
+        _machine(result),
+        "",
+        f"| op | peer | rows | {' | '.join(titles)} |",
+        f"|---|---|--:|{'--:|' * len(threads)}",
+    ]
+    for (op, who), by_threads in ratios.items():
+        cells = [
+            f"{min(by_threads[n]):.2f} to {max(by_threads[n]):.2f}" if by_threads[n] else ""
+            for n in threads
+        ]
+        lines.append(
+            f"| {op} | {who} | {sum(map(len, by_threads.values()))} | {' | '.join(cells)} |"
+        )
     return "\n".join(lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("result", type=Path, help="file written by --benchmark-json")
-    parser.add_argument("--readme", type=Path, help="replace the table between its markers")
+    parser.add_argument("--write", action="store_true", help="write the documents")
     arguments = parser.parse_args()
-    text = table(json.loads(arguments.result.read_text()))
-    if arguments.readme:
-        readme = arguments.readme.read_text()
-        head, rest = readme.split(BEGIN)
-        tail = rest.split(END)[1]
-        arguments.readme.write_text(f"{head}{BEGIN}\n{text}\n{END}{tail}")
-    else:
-        print(text)
+    result = json.loads(arguments.result.read_text())
+    if not arguments.write:
+        print(table(result))
+        return
+    (ROOT / "docs" / "benchmarks.md").write_text(f"# Benchmarks\n\n{table(result)}\n")
+    readme = ROOT / "README.md"
+    head, rest = readme.read_text().split(BEGIN)
+    tail = rest.split(END)[1]
+    readme.write_text(f"{head}{BEGIN}\n{summary(result)}\n{END}{tail}")
 
 
 if __name__ == "__main__":
