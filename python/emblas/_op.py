@@ -191,7 +191,7 @@ def offsets(name: str, value: object, device: torch.device) -> Tensor:
     tensor = check_tensor(name, value, ndim=1, dtypes=(torch.int32, torch.int64), device=device)
     if tensor.shape[0] == 0:
         raise ValueError(f"{name} must have at least one element (batch + 1), got none")
-    if tensor.dtype == torch.int64:  # what int32 can't hold must stay wrong, not wrap to a legal value
+    if tensor.dtype == torch.int64:  # what int32 can't hold must not wrap to a legal value
         tensor = tensor.clamp(-1, 2**31 - 1)
     return tensor.to(torch.int32).contiguous()
 

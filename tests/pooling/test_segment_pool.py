@@ -253,7 +253,7 @@ X, CU = torch.zeros(4, 3), packed((4,))
         (ValueError, "cu_seqlens must start at 0", lambda: segment_pool(X, packed((5, -1)))),
         (ValueError, "cu_seqlens must start at 0", lambda: segment_pool(X, CU + 1)),
         (ValueError, "cu_seqlens must start at 0", lambda: segment_pool(X, CU.long() + 2**32)),
-        (ValueError, "cu_seqlens must start at 0", lambda: segment_pool(X, CU.long() * (2**30 + 1))),
+        (ValueError, "cu_seqlens must start at 0", lambda: segment_pool(X, CU.long() * 2**31)),
         (ValueError, "cu_seqlens must be on device", lambda: segment_pool(X, CU.to("meta"))),
         (ValueError, "weights must have one value", lambda: segment_pool(X, CU, weights=X[0])),
         (ValueError, "mask must have the shape", lambda: segment_pool(X[None], mask=X)),
