@@ -61,17 +61,8 @@ def test_backward_on_cpu(name):
 
 @pytest.mark.parametrize("name", sorted(_op.ops()))
 def test_gpu_cells(name):
-    """No kernel for CUDA or Triton yet: the reference serves, and says so once."""
-    op = _op.ops()[name]
-    assert op.backend("cuda") == "reference", NO_GPU_KERNEL
-    op._warned = False
-    before, op.reference = op.reference, lambda *args: args
-    try:
-        with pytest.warns(UserWarning, match=f"emblas::{name} has no GPU kernel"):
-            op._on_gpu(1)
-        op._on_gpu(1)  # warns once only: a second warning would be an error here
-    finally:
-        op.reference = before
+    """No kernel for CUDA or Triton yet: the reference serves."""
+    assert _op.ops()[name].backend("cuda") == "reference", NO_GPU_KERNEL
 
 
 def test_unasked_reference_is_noticed():
@@ -92,8 +83,11 @@ def test_info():
 def test_use_backend():
     with pytest.raises(ValueError, match="backend must be one of"), use_backend("gpu"):
         pass
-    for name in ("cuda", "triton"):
-        with pytest.raises(RuntimeError, match=f"backend '{name}' can't run"), use_backend(name):
+    for name, reason in (
+        ("cuda", "this installation has no"),
+        ("triton", "(there is no|triton is)"),
+    ):
+        with pytest.raises(RuntimeError, match=f"'{name}' can't run: {reason}"), use_backend(name):
             pass
     with use_backend("reference"):
         assert _op.use_reference()
