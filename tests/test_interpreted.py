@@ -1,4 +1,4 @@
-"""Triton kernels on the CPU, in a process of their own: triton reads the variable when it decorates.
+"""Triton kernels on the CPU, in a process of their own: triton reads the variable on import.
 
 There run tests/interpreted and tests/test_executors.py, the latter with the interpreted kernels as
 one more executor.

@@ -1,4 +1,4 @@
-"""Triton's interpreter, made to compute what a GPU computes and to notice what it would not forgive.
+"""Triton's interpreter, made to compute what a GPU computes and to notice what it would punish.
 
 ``TRITON_INTERPRET=1`` runs kernels program by program on numpy arrays. Inside
 :func:`checked_interpreter`, it moreover
@@ -381,6 +381,17 @@ def _in_float32(original: Callable) -> Callable:
     return patched
 
 
+def _binary(original: Callable) -> Callable:
+    """Type what a comparison returns, which the interpreter gives the type of its operands."""
+
+    def patched(self: Any, lhs: TensorHandle, rhs: TensorHandle, op: Any) -> TensorHandle:
+        result = original(self, lhs, rhs, op)
+        is_bool = result.data.dtype == np.bool_
+        return TensorHandle(result.data, tl.int1) if is_bool else result
+
+    return _in_float32(patched)
+
+
 def _dot(
     self: Any, a: TensorHandle, b: TensorHandle, d: TensorHandle, precision: Any, imprecise: Any
 ) -> TensorHandle:
@@ -433,7 +444,7 @@ def checked_interpreter(seed: int = 0) -> Iterator[None]:
         "create_dot": _dot,
         "cast_impl": _cast(builder.cast_impl),
         "create_fp_to_fp": _cast(builder.create_fp_to_fp),
-        "binary_op": _in_float32(builder.binary_op),
+        "binary_op": _binary(builder.binary_op),
         "unary_op": _in_float32(builder.unary_op),
         "create_fma": _in_float32(builder.create_fma),
     }

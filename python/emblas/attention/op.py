@@ -41,6 +41,7 @@ _varlen_attention = Op(
     "varlen_attention",
     reference=reference.varlen_attention,
     fake=_fake,
+    triton="emblas.attention.triton",
     check_values=_check_values,
 )
 

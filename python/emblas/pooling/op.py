@@ -48,12 +48,14 @@ _segment_pool = Op(
     reference=reference.segment_pool,
     fake=_segment_pool_fake,
     backward="segment_pool_backward",
+    triton="emblas.pooling.triton",
     check_values=_check_values,
 )
 _segment_pool_backward = Op(
     "segment_pool_backward",
     reference=reference.segment_pool_backward,
     fake=_segment_pool_backward_fake,
+    triton="emblas.pooling.triton",
 )
 
 

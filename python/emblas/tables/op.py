@@ -57,16 +57,25 @@ def _check_values(ids: Tensor, table: Tensor, offsets: Tensor | None, *others: A
         check_offsets("offsets", offsets, ids.shape[0], "ids")
 
 
-_hash_keys = Op("hash_keys", reference=reference.hash_keys, fake=_hash_keys_fake)
+_hash_keys = Op(
+    "hash_keys",
+    reference=reference.hash_keys,
+    fake=_hash_keys_fake,
+    triton="emblas.tables.triton",
+)
 _hash_bag = Op(
     "hash_bag",
     reference=reference.hash_bag,
     fake=_hash_bag_fake,
     backward="hash_bag_backward",
+    triton="emblas.tables.triton",
     check_values=_check_values,
 )
 _hash_bag_backward = Op(
-    "hash_bag_backward", reference=reference.hash_bag_backward, fake=_hash_bag_backward_fake
+    "hash_bag_backward",
+    reference=reference.hash_bag_backward,
+    fake=_hash_bag_backward_fake,
+    triton="emblas.tables.triton",
 )
 
 
