@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from emblas._op import Op, use_reference
+from emblas._op import Op, check_offsets, use_reference
 from emblas.attention import reference
 
 
@@ -28,7 +30,20 @@ def _fake(
     return q.new_empty(q.shape), lse
 
 
-_varlen_attention = Op("varlen_attention", reference=reference.varlen_attention, fake=_fake)
+def _check_values(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, *others: Any
+) -> None:
+    check_offsets("cu_seqlens_q", cu_seqlens_q, q.shape[0], "tokens of q")
+    check_offsets("cu_seqlens_k", cu_seqlens_k, k.shape[0], "tokens of k")
+
+
+_varlen_attention = Op(
+    "varlen_attention",
+    reference=reference.varlen_attention,
+    fake=_fake,
+    triton="emblas.attention.triton",
+    check_values=_check_values,
+)
 
 
 def varlen_attention(

@@ -20,8 +20,18 @@ def _hamming_topk_fake(queries: Tensor, codes: Tensor, k: int) -> tuple[Tensor, 
     return queries.new_empty(shape, dtype=torch.int32), queries.new_empty(shape, dtype=torch.int64)
 
 
-_pack_sign = Op("pack_sign", reference=reference.pack_sign, fake=_pack_sign_fake)
-_hamming_topk = Op("hamming_topk", reference=reference.hamming_topk, fake=_hamming_topk_fake)
+_pack_sign = Op(
+    "pack_sign",
+    reference=reference.pack_sign,
+    fake=_pack_sign_fake,
+    triton="emblas.binary.triton",
+)
+_hamming_topk = Op(
+    "hamming_topk",
+    reference=reference.hamming_topk,
+    fake=_hamming_topk_fake,
+    triton="emblas.binary.triton",
+)
 
 
 class _SignSTE(torch.autograd.Function):

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from emblas._op import Op, needs_grad, use_reference
+from emblas._op import Op, check_offsets, needs_grad, use_reference
 from emblas.pooling import reference
 
 
@@ -39,16 +39,23 @@ def _segment_pool_backward_fake(
     return x.new_empty(tokens if need_x else 0, dim), grad_weights
 
 
+def _check_values(x: Tensor, cu_seqlens: Tensor, *others: Any) -> None:
+    check_offsets("cu_seqlens", cu_seqlens, x.shape[0], "tokens")
+
+
 _segment_pool = Op(
     "segment_pool",
     reference=reference.segment_pool,
     fake=_segment_pool_fake,
     backward="segment_pool_backward",
+    triton="emblas.pooling.triton",
+    check_values=_check_values,
 )
 _segment_pool_backward = Op(
     "segment_pool_backward",
     reference=reference.segment_pool_backward,
     fake=_segment_pool_backward_fake,
+    triton="emblas.pooling.triton",
 )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from emblas._op import Op, needs_grad, use_reference
+from emblas._op import Op, check_offsets, needs_grad, use_reference
 from emblas.tables import reference
 from emblas.tables.spec import TableSpec
 
@@ -52,12 +52,30 @@ def _hash_bag_backward_fake(
     )
 
 
-_hash_keys = Op("hash_keys", reference=reference.hash_keys, fake=_hash_keys_fake)
+def _check_values(ids: Tensor, table: Tensor, offsets: Tensor | None, *others: Any) -> None:
+    if offsets is not None:
+        check_offsets("offsets", offsets, ids.shape[0], "ids")
+
+
+_hash_keys = Op(
+    "hash_keys",
+    reference=reference.hash_keys,
+    fake=_hash_keys_fake,
+    triton="emblas.tables.triton",
+)
 _hash_bag = Op(
-    "hash_bag", reference=reference.hash_bag, fake=_hash_bag_fake, backward="hash_bag_backward"
+    "hash_bag",
+    reference=reference.hash_bag,
+    fake=_hash_bag_fake,
+    backward="hash_bag_backward",
+    triton="emblas.tables.triton",
+    check_values=_check_values,
 )
 _hash_bag_backward = Op(
-    "hash_bag_backward", reference=reference.hash_bag_backward, fake=_hash_bag_backward_fake
+    "hash_bag_backward",
+    reference=reference.hash_bag_backward,
+    fake=_hash_bag_backward_fake,
+    triton="emblas.tables.triton",
 )
 
 

@@ -1,0 +1,109 @@
+"""What tests/test_executors.py doesn't ask of the Triton kernels: gradients, offsets, bits, limits.
+
+Run by tests/test_interpreted.py in a process with TRITON_INTERPRET=1.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from contract import packed
+from emblas import _op, use_backend
+from emblas.attention import varlen_attention
+from emblas.binary import hamming_topk
+from emblas.pooling import segment_pool
+from emblas.tables import TableSpec, hash_bag
+from executors import executors
+from triton_check import checked_interpreter
+
+CU = packed((3, 0, 70))
+
+
+def interpreted(function, *args, seed=0):
+    with checked_interpreter(seed), use_backend("triton"):
+        return function(*args)
+
+
+def run(name, *args):
+    return executors(name)["triton-interpreted"](*args)
+
+
+def test_gradients_through_the_front_door():
+    """The public functions reach the kernels, forward and backward."""
+    x, w = torch.randn(73, 9), torch.rand(73) + 0.1
+
+    def pooled(x, w):
+        return segment_pool(x, CU, weights=w, normalize=True)
+
+    def embedded(x, w):
+        table, ids = x[:20, :5].contiguous(), torch.arange(73)
+        return hash_bag(ids, table, TableSpec(20, seed=1), CU, w)
+
+    for function in (pooled, embedded):
+        results = []
+        for triton in (True, False):
+            leaves = [x.clone().requires_grad_(), w.clone().requires_grad_()]
+            out = interpreted(function, *leaves) if triton else function(*leaves)
+            loss = out.square().sum()
+            interpreted(loss.backward) if triton else loss.backward()
+            results.append([leaf.grad for leaf in leaves])
+        torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "offsets", [[5, 900, -3, 2], [-7, 2**31 - 1, 2**31 - 1, -(2**31)], [80, 70, 60, 3]]
+)
+def test_wrong_offsets_stay_in_bounds(offsets):
+    """The interpreter would notice; results are whatever they are. No two segments overlap."""
+    cu = torch.tensor(offsets, dtype=torch.int32)
+    x, q, ids = torch.randn(73, 9), torch.randn(73, 1, 16), torch.arange(73)
+    grad, norm = torch.randn(3, 9), torch.rand(3)
+    run("segment_pool", x, cu, None, True)
+    run("segment_pool_backward", grad, x, grad, norm, cu, None, True, True, True)
+    run("varlen_attention", q, q, q, cu, cu, 73, 73, None, -1, -1, True)
+    run("hash_bag", ids, x, cu, None, 0, 0, 4, None)
+    run("hash_bag_backward", grad, ids, x, cu, torch.rand(73), 0, 0, 4, None, True, True)
+
+
+def test_bits_depend_on_the_own_sequence_only():
+    x = torch.randn(73, 9)
+    run_pool = executors("segment_pool")["triton-interpreted"]
+    whole, _ = run_pool(x, CU, None, True)
+    again, _ = run_pool(x, CU, None, True)  # programs in another order
+    alone, _ = run_pool(x[3:], packed((70,)), None, True)
+    assert torch.equal(whole, again)
+    assert torch.equal(whole[2:], alone)
+    q = torch.randn(73, 1, 16)
+    run_attention = executors("varlen_attention")["triton-interpreted"]
+    whole, _ = run_attention(q, q, q, CU, CU, 73, 73, None, 9, 9, False)
+    alone, _ = run_attention(*[q[3:]] * 3, packed((70,)), packed((70,)), 70, 70, None, 9, 9, False)
+    assert torch.equal(whole[3:], alone)
+
+
+def test_what_is_not_supported_is_said():
+    double = torch.randn(73, 9, dtype=torch.float64)
+    codes = torch.zeros(3, 4, dtype=torch.uint8)
+    for call in (
+        lambda: segment_pool(double, CU),
+        lambda: varlen_attention(*[torch.zeros(73, 1, 16).double()] * 3, CU, CU, 70, 70),
+        lambda: hash_bag(torch.arange(3), double, TableSpec(73)),
+        lambda: hamming_topk(codes, codes, 257),
+    ):
+        with pytest.raises(RuntimeError, match=r"'triton' can't run this call of emblas::"):
+            interpreted(call)
+    assert _op.ops()["hamming_topk"].serves("triton", codes, codes, 256)
+
+
+@pytest.mark.parametrize("k", [1, 16, 17, 64, 256])
+def test_hamming_topk_at_the_limits_of_its_lists(k):
+    """Rows that get nearer and nearer: every tile changes the list."""
+    codes = torch.full((300, 4), 255, dtype=torch.uint8)
+    bits = torch.arange(299, -1, -1)[:, None] * 32 // 300
+    codes = ((torch.arange(32) < bits).to(torch.uint8).view(300, 4, 8) * 2 ** torch.arange(8)).sum(
+        2
+    )
+    codes = codes.to(torch.uint8)
+    queries = torch.zeros(2, 4, dtype=torch.uint8)
+    expected = _op.ops()["hamming_topk"].reference(queries, codes, k)
+    for actual, e in zip(run("hamming_topk", queries, codes, k), expected, strict=True):
+        assert torch.equal(actual, e)

@@ -1,0 +1,42 @@
+"""Every executor of every operator against the reference in float64, on the same calls."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import CASES, LEFT_OUT
+from contract import tolerance
+from emblas import _op
+from executors import executors
+
+EXECUTORS = {(name, executor): run for name in CASES for executor, run in executors(name).items()}
+CELLS = [(*cell, case) for cell in EXECUTORS for case in CASES[cell[0]]]
+
+
+def wide(value):
+    is_float = isinstance(value, torch.Tensor) and value.is_floating_point()
+    return value.double() if is_float else value
+
+
+def results(value):
+    return value if isinstance(value, tuple) else (value,)
+
+
+@pytest.mark.parametrize(("name", "executor", "case"), CELLS)
+def test_equals_oracle(name, executor, case):
+    left_out, why = LEFT_OUT.get((name, executor.partition(":")[0]), ((), ""))
+    if case in left_out:
+        pytest.skip(why)
+    made = CASES[name][case]()
+    expected = results(_op.ops()[name].reference(*map(wide, made.args)))
+    actual = results(EXECUTORS[name, executor](*made.args))
+    assert len(actual) == len(expected)
+    dtypes = [a.dtype for a in made.args if isinstance(a, torch.Tensor) and a.is_floating_point()]
+    for a, e in zip(actual, expected, strict=True):
+        if not a.is_floating_point():
+            assert torch.equal(a, e)
+            continue
+        limit = tolerance(dtypes[0], made.length)
+        torch.testing.assert_close(
+            a.double(), e.double(), rtol=4 * limit["rtol"], atol=8 * limit["atol"], equal_nan=True
+        )
