@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from emblas._load import _C
+from emblas._load import _C, why_no_cuda_kernels
 
 BINARY = Path(_C.__file__)
 ROOT = Path(__file__).parents[1]
@@ -93,6 +93,31 @@ def test_info_command():
         assert word in text
     output = subprocess.run([*command, "--json"], check=True, capture_output=True, text=True).stdout
     assert json.loads(output)["torch"] == torch.__version__
+
+
+@pytest.mark.parametrize(
+    ("toolkit", "torch_cuda", "reason"),
+    [
+        ("", "13.0", "built without CUDA"),
+        ("13.0.88", None, "torch is a CPU build"),
+        ("13.0.88", "12.8", "built with CUDA 13.0.88, torch with CUDA 12.8"),
+        ("13.0.88", "13.2", None),
+    ],
+)
+def test_when_cuda_kernels_load(toolkit, torch_cuda, reason):
+    actual = why_no_cuda_kernels(toolkit, torch_cuda)
+    assert actual is None if reason is None else reason in actual
+
+
+@linux
+def test_cuda_library_needs_no_python():
+    library = BINARY.with_name("_cuda.so")
+    if not library.exists():
+        pytest.skip("built without EMBLAS_CUDA")
+    assert not re.search(r" U _?Py", tool("nm", "-D", str(library)))
+    dynamic = tool("readelf", "-d", str(library))
+    assert not re.search(r"libcudart|libcuda\.|libpython|RPATH|RUNPATH", dynamic), dynamic
+    assert str(ROOT).encode() not in library.read_bytes()
 
 
 def test_import_is_light():

@@ -20,14 +20,12 @@ add_library(
   _cuda MODULE
   # One line per kernel family.
   csrc/pooling/pooling_ops_cuda.cpp
-  csrc/pooling/segment_pool_cuda.cu
-  csrc/common/cuda/build_info.cpp)
+  csrc/pooling/segment_pool_cuda.cu)
+set(host_options -Xcompiler=-Wall,-Wextra,-ffile-prefix-map=${CMAKE_SOURCE_DIR}/=)
 target_compile_options(
-  _cuda PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:-Werror=all-warnings -Xcompiler=-Wall,-Wextra>
+  _cuda PRIVATE "$<$<COMPILE_LANGUAGE:CUDA>:-Werror=all-warnings;${host_options}>"
                 $<$<COMPILE_LANGUAGE:CXX>:-Werror>)
-target_compile_definitions(
-  _cuda PRIVATE USE_CUDA EMBLAS_CUDA_TOOLKIT="${CMAKE_CUDA_COMPILER_VERSION}"
-                EMBLAS_CUDA_ARCHITECTURES="${CMAKE_CUDA_ARCHITECTURES}")
+target_compile_definitions(_cuda PRIVATE USE_CUDA)
 target_link_libraries(_cuda PRIVATE torch_stable -Wl,--no-as-needed torch_cuda)
 target_link_options(_cuda PRIVATE -Wl,--exclude-libs,ALL)
 set_target_properties(_cuda PROPERTIES PREFIX "" SKIP_BUILD_RPATH ON CUDA_VISIBILITY_PRESET hidden)
