@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import torch  # noqa: F401  (loads libtorch_cpu, which _C binds to)
+import torch
 
 try:
     from emblas import _C

@@ -54,7 +54,8 @@ const Case cases[] = {
     CASE(rounding, 64),
     CASE(multiply_bfloat16, 32),
     CASE(multiply_float16, 32),
-    CASE(multiply_bits, 32),
+    CASE(fragments_bfloat16, 32),
+    CASE(fragments_bits, 32),
     CASE(matrix_loads, 32),
 };
 

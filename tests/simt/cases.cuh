@@ -335,18 +335,24 @@ __device__ void multiply(Arguments args) {
 __global__ void multiply_bfloat16(Arguments args) { multiply<bfloat16>(args); }
 __global__ void multiply_float16(Arguments args) { multiply<float16>(args); }
 
-// One warp; in: a 16 x 256 bits, b 8 x 256 bits, in 32-bit words; out: 16 x 8 counts.
-__global__ void multiply_bits(Arguments args) {
-  const auto* words = reinterpret_cast<const uint32_t*>(args.in);
-  const int lane = threadIdx.x, row = lane / 4, word = lane % 4;
-  const uint32_t a[4] = {words[row * 8 + word], words[(row + 8) * 8 + word],
-                         words[row * 8 + word + 4], words[(row + 8) * 8 + word + 4]};
-  const uint32_t b[2] = {words[128 + row * 8 + word], words[128 + row * 8 + word + 4]};
+// Fragments as they are; one warp. in: per lane 6 words, a[0..3] and b[0..1]; out: per lane
+// d[0..3].
+__device__ inline const uint32_t* lane_words(const Arguments& args) {
+  return reinterpret_cast<const uint32_t*>(args.in) + 6 * threadIdx.x;
+}
+__global__ void fragments_bfloat16(Arguments args) {
+  const uint32_t* words = lane_words(args);
+  const uint32_t a[4] = {words[0], words[1], words[2], words[3]}, b[2] = {words[4], words[5]};
+  float d[4] = {1, 1, 1, 1};
+  mma_m16n8k16(bfloat16{}, d, a, b);
+  for (int i = 0; i < 4; ++i) args.out[4 * threadIdx.x + i] = d[i];
+}
+__global__ void fragments_bits(Arguments args) {
+  const uint32_t* words = lane_words(args);
+  const uint32_t a[4] = {words[0], words[1], words[2], words[3]}, b[2] = {words[4], words[5]};
   int d[4] = {1, 1, 1, 1};
   mma_m16n8k256_and_popc(d, a, b);
-  for (int i = 0; i < 4; ++i) {
-    args.out[(row + i / 2 * 8) * 8 + word * 2 + i % 2] = float(d[i]);
-  }
+  for (int i = 0; i < 4; ++i) args.out[4 * threadIdx.x + i] = float(d[i]);
 }
 
 // One warp; in: 32 rows of 8 values 0 .. 255 below 2048; out: [2, 32 lanes, 8] the values that each

@@ -217,13 +217,6 @@ def test_matrix_multiply(dtype, order):
     torch.testing.assert_close(torch.from_numpy(actual).reshape(16, 8), a @ b.T)
 
 
-def test_matrix_multiply_bits():
-    bits = np.random.default_rng(1).integers(0, 2, (24, 256), dtype=np.uint8)
-    words = np.packbits(bits, bitorder="little").view(np.float32)
-    actual = emulator.run_case("multiply_bits", words, 128, n=1).reshape(16, 8)
-    np.testing.assert_array_equal(actual, bits[:16].astype(int) @ bits[16:].T.astype(int) + 1)
-
-
 def test_matrix_loads():
     values = np.arange(256)
     loaded = emulator.run_case("matrix_loads", values, 512, n=1).reshape(2, 32, 4, 2)
