@@ -78,9 +78,7 @@ def test_mma_of_16_bit_values(layouts):
 def test_mma_of_bits(layouts):
     """A 32-bit word of bits sits where 4 bytes sit in the byte form of the instruction."""
     generator = np.random.default_rng(1)
-    a, b = (
-        generator.integers(0, 2**32, (n, 8), dtype=np.uint64).astype(np.uint32) for n in (16, 8)
-    )
+    a, b = (generator.integers(0, 2**32, (n, 8)).astype(np.uint32) for n in (16, 8))
     rows, columns = (at[:, ::4] for at in layouts["a of bytes"])
     b_rows, b_columns = (at[:, ::4] for at in layouts["b of bytes"])
     words = np.concatenate([a[rows, columns // 4], b[b_columns, b_rows // 4]], axis=1)
