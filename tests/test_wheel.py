@@ -120,6 +120,28 @@ def test_cuda_library_needs_no_python():
     assert str(ROOT).encode() not in library.read_bytes()
 
 
+@linux
+def test_cuda_library_registers(tmp_path):
+    """Its symbols resolve, beside torch and one symbol of a CUDA torch, and its ops are there."""
+    library = BINARY.with_name("_cuda.so")
+    if not library.exists() or torch.version.cuda or not shutil.which("g++"):
+        pytest.skip("loads _cuda, built with EMBLAS_CUDA, beside a CPU torch; needs g++")
+    source = tmp_path / "stream.c"
+    source.write_text("int aoti_torch_get_current_cuda_stream() { return 1; }")
+    stand_in = tmp_path / "libtorch_cuda.so"
+    subprocess.run(["g++", "-xc", "-shared", "-fPIC", source, "-o", stand_in], check=True)
+    code = f"""
+import emblas, torch
+torch.ops.load_library({str(library)!r})
+names = [n for n in torch._C._dispatch_get_all_op_names() if n.startswith("emblas::")]
+kernels = [n for n in names if torch._C._dispatch_has_kernel_for_dispatch_key(n, "CUDA")]
+print(sorted(n for n in kernels if n.endswith("_cuda")))
+"""
+    result = python(code, LD_LIBRARY_PATH=str(tmp_path))
+    assert "emblas::segment_pool_cuda" in result.stdout, result.stderr
+    assert "emblas::segment_pool_backward_cuda" in result.stdout
+
+
 def test_import_is_light():
     code = "import sys, emblas; print({'transformers', 'triton'} & set(sys.modules))"
     assert python(code).stdout.strip() == "set()"

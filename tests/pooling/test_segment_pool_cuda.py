@@ -9,6 +9,8 @@ import pytest
 import torch
 from contract import layouts, packed, tolerance
 from emblas.pooling import reference
+from hypothesis import given
+from hypothesis import strategies as st
 from simt import emulator
 
 pytestmark = pytest.mark.skipif(bool(emulator.why_not()), reason=emulator.why_not() or "")
@@ -46,6 +48,34 @@ def test_chunks(ops, dim, dtype):
     )
     for actual, wanted in zip(results, expected, strict=True):
         torch.testing.assert_close(actual, wanted, **tolerance(dtype, max(lengths)))
+
+
+@given(
+    lengths=st.lists(st.integers(0, 2 * CHUNK + 2), max_size=5),
+    dim=st.integers(1, 40),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64]),
+    padding=st.integers(0, 9),
+    seed=st.integers(0, 2**31),
+    weighted=st.booleans(),
+    normalize=st.booleans(),
+)
+def test_any_shape(ops, lengths, dim, dtype, padding, seed, weighted, normalize):
+    generator = torch.Generator().manual_seed(seed)
+    cu_seqlens = packed(lengths)
+    wide = torch.randn(sum(lengths), dim + padding, generator=generator).to(dtype)
+    x = wide[:, padding // 2 : padding // 2 + dim]  # the rest must not be read
+    weights = torch.rand(len(x), generator=generator) if weighted else None
+    if weighted and dtype == torch.float64:
+        weights = weights.double()
+    with emulator.schedule("random", seed):
+        grad, results = both(ops, x, cu_seqlens, weights, normalize)
+    expected = reference.segment_pool(x, cu_seqlens, weights, normalize)
+    expected += reference.segment_pool_backward(
+        grad, x, *results[:2], cu_seqlens, weights, normalize, True, True
+    )
+    limit = tolerance(dtype, 4 * CHUNK)
+    for actual, wanted in zip(results, expected, strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=limit["rtol"], atol=8 * limit["atol"])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)

@@ -263,11 +263,14 @@ __global__ void primitives(Arguments a) {
   put(float(__ballot_sync(kAllLanes, x > 0) >> 8));
   put(float(__any_sync(kAllLanes, lane == 40)) + 2 * float(__all_sync(kAllLanes, lane < 32)));
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
-  put(0), put(0), put(0), put(0);
+  put(0), put(0), put(0), put(0), put(0);
 #else
   put(float(__reduce_add_sync(kAllLanes, lane - 10)));
   put(float(__reduce_min_sync(kAllLanes, lane - 10)));
   put(float(__reduce_max_sync(kAllLanes, unsigned(lane))));
+  put(float(__reduce_add_sync(kAllLanes, unsigned(lane)) +
+            __reduce_min_sync(kAllLanes, unsigned(lane + 3))) +
+      float(__reduce_max_sync(kAllLanes, lane - 40)));
   put(float(__reduce_or_sync(kAllLanes, 1u << lane % 5) + __reduce_and_sync(kAllLanes, 5u)));
 #endif
   put(warp_sum(x));

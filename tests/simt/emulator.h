@@ -36,9 +36,6 @@
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
-struct alignas(8) uint2 {
-  unsigned x, y;
-};
 
 namespace emblas::simt {
 

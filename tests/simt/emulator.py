@@ -57,8 +57,11 @@ def build(folder: Path, csrc: Path = ROOT / "csrc") -> Path:
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """Build and load; registers ``torch.ops.emblas_simt.<op>_cuda`` for CPU tensors."""
-    path = build(ROOT / "build" / "simt")
+    """Build and load; registers ``torch.ops.emblas_simt.<op>_cuda`` for CPU tensors.
+
+    EMBLAS_SIMT_LIBRARY names a library to take instead, say one built from mutated kernels.
+    """
+    path = os.environ.get("EMBLAS_SIMT_LIBRARY") or build(ROOT / "build" / "simt")
     torch.ops.load_library(path)
     loaded = ctypes.CDLL(str(path))
     loaded.simt_configure.argtypes = [

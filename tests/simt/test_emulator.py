@@ -147,7 +147,7 @@ def test_traffic_is_counted():
 def test_primitives():
     x = X.reshape(4, 32)
     lanes = np.arange(32)
-    rows = emulator.run_case("primitives", X, 15 * N).reshape(15, 4, 32)
+    rows = emulator.run_case("primitives", X, 16 * N).reshape(16, 4, 32)
     votes = (x > 0) @ (1 << lanes.astype(np.uint64)).astype(np.float64)
     expected = [
         np.repeat(x[:, 5:6], 32, 1),
@@ -160,6 +160,7 @@ def test_primitives():
         (lanes - 10).sum(),
         -10,
         31,
+        496 + 3 - 9,
         31 + 5,
         np.repeat(x.sum(1, keepdims=True), 32, 1),
         np.repeat(x.astype(float).reshape(2, 64).sum(1), 64).reshape(4, 32),
