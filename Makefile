@@ -9,6 +9,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := python tests benchmarks examples
+CXX_SOURCES := csrc tests/native tests/simt -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh'
 # Idle threads sleep instead of spinning: on a shared machine spinning costs more than it saves.
 export OMP_WAIT_POLICY ?= passive
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
@@ -54,12 +55,12 @@ lint: $(VENV)/installed-dev,demo,bench
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/mypy
-	find csrc tests/native -name '*.h' -o -name '*.cpp' | xargs $(BIN)/clang-format --dry-run -Werror
+	find $(CXX_SOURCES) | xargs $(BIN)/clang-format --dry-run -Werror
 
 format: $(VENV)/installed-dev,demo,bench
 	$(BIN)/ruff check --fix $(SOURCES)
 	$(BIN)/ruff format $(SOURCES)
-	find csrc tests/native -name '*.h' -o -name '*.cpp' | xargs $(BIN)/clang-format -i
+	find $(CXX_SOURCES) | xargs $(BIN)/clang-format -i
 
 clean:
 	rm -rf $(VENV) build dist wheelhouse .cache

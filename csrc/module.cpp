@@ -41,10 +41,13 @@ PYBIND11_MODULE(_C, module) {
   module.def(
       "build_info",
       [] {
-        return std::map<std::string, std::string>{{"torch", EMBLAS_BUILD_TORCH_VERSION},
-                                                  {"compiler", EMBLAS_COMPILER}};
+        return std::map<std::string, std::string>{
+            {"torch", EMBLAS_BUILD_TORCH_VERSION},
+            {"compiler", EMBLAS_COMPILER},
+            {"cuda", EMBLAS_CUDA_TOOLKIT},
+            {"cuda_architectures", EMBLAS_CUDA_ARCHITECTURES}};
       },
-      "Return the versions of torch and of the compiler that this binary was built with.");
+      "Return what this binary was built with: torch, compiler, CUDA toolkit (or empty).");
   emblas::bind_attention(module);
   emblas::bind_binary(module);
   emblas::bind_pooling(module);

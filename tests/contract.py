@@ -30,8 +30,8 @@ class _Recorder(TorchDispatchMode):
         self.names: set[str] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "emblas":
-            self.names.add(func._schema.name.removeprefix("emblas::"))
+        if func.namespace in ("emblas", "emblas_simt"):
+            self.names.add(func._schema.name.partition("::")[2].removesuffix("_cuda"))
         return func(*args, **(kwargs or {}))
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from emblas._load import _C
+from emblas._load import _C, why_no_cuda_kernels
 
 BINARY = Path(_C.__file__)
 ROOT = Path(__file__).parents[1]
@@ -93,6 +93,53 @@ def test_info_command():
         assert word in text
     output = subprocess.run([*command, "--json"], check=True, capture_output=True, text=True).stdout
     assert json.loads(output)["torch"] == torch.__version__
+
+
+@pytest.mark.parametrize(
+    ("toolkit", "torch_cuda", "reason"),
+    [
+        ("", "13.0", "built without CUDA"),
+        ("13.0.88", None, "torch is a CPU build"),
+        ("13.0.88", "12.8", "built with CUDA 13.0.88, torch with CUDA 12.8"),
+        ("13.0.88", "13.2", None),
+    ],
+)
+def test_when_cuda_kernels_load(toolkit, torch_cuda, reason):
+    actual = why_no_cuda_kernels(toolkit, torch_cuda)
+    assert actual is None if reason is None else reason in actual
+
+
+@linux
+def test_cuda_library_needs_no_python():
+    library = BINARY.with_name("_cuda.so")
+    if not library.exists():
+        pytest.skip("built without EMBLAS_CUDA")
+    assert not re.search(r" U _?Py", tool("nm", "-D", str(library)))
+    dynamic = tool("readelf", "-d", str(library))
+    assert not re.search(r"libcudart|libcuda\.|libpython|RPATH|RUNPATH", dynamic), dynamic
+    assert str(ROOT).encode() not in library.read_bytes()
+
+
+@linux
+def test_cuda_library_registers(tmp_path):
+    """Its symbols resolve, beside torch and one symbol of a CUDA torch, and its ops are there."""
+    library = BINARY.with_name("_cuda.so")
+    if not library.exists() or torch.version.cuda or not shutil.which("g++"):
+        pytest.skip("loads _cuda, built with EMBLAS_CUDA, beside a CPU torch; needs g++")
+    source = tmp_path / "stream.c"
+    source.write_text("int aoti_torch_get_current_cuda_stream() { return 1; }")
+    stand_in = tmp_path / "libtorch_cuda.so"
+    subprocess.run(["g++", "-xc", "-shared", "-fPIC", source, "-o", stand_in], check=True)
+    code = f"""
+import emblas, torch
+torch.ops.load_library({str(library)!r})
+names = [n for n in torch._C._dispatch_get_all_op_names() if n.startswith("emblas::")]
+kernels = [n for n in names if torch._C._dispatch_has_kernel_for_dispatch_key(n, "CUDA")]
+print(sorted(n for n in kernels if n.endswith("_cuda")))
+"""
+    result = python(code, LD_LIBRARY_PATH=str(tmp_path))
+    assert "emblas::segment_pool_cuda" in result.stdout, result.stderr
+    assert "emblas::segment_pool_backward_cuda" in result.stdout
 
 
 def test_import_is_light():

@@ -67,16 +67,21 @@ T* write(const Tensor& tensor) {
 }
 
 // Rows of a 2-D tensor whose last dimension is contiguous; rows may be any stride apart.
+inline bool is_rows(const Tensor& tensor) {
+  return tensor.dim() == 2 && (tensor.size(1) <= 1 || tensor.stride(1) == 1 || tensor.numel() == 0);
+}
+// A contiguous vector; any size if `size` is negative.
+template <class T>
+bool is_vector(const Tensor& tensor, int64_t size) {
+  return has_dtype<T>(tensor) && tensor.dim() == 1 && tensor.is_contiguous() &&
+         (size < 0 || tensor.size(0) == size);
+}
 inline void check_rows(const Tensor& tensor, const char* message) {
-  check(tensor.is_cpu() && tensor.dim() == 2 &&
-            (tensor.size(1) <= 1 || tensor.stride(1) == 1 || tensor.numel() == 0),
-        message);
+  check(tensor.is_cpu() && is_rows(tensor), message);
 }
 template <class T>
 void check_vector(const Tensor& tensor, int64_t size, const char* message) {
-  check(tensor.is_cpu() && has_dtype<T>(tensor) && tensor.dim() == 1 && tensor.is_contiguous() &&
-            (size < 0 || tensor.size(0) == size),
-        message);
+  check(tensor.is_cpu() && is_vector<T>(tensor, size), message);
 }
 
 // Large fresh memory costs more in page faults than a kernel takes to fill it: ask for huge pages,
@@ -93,10 +98,11 @@ inline void prefer_huge_pages(void* data, int64_t bytes) {
 #endif
 }
 
-// An uninitialized contiguous CPU tensor. Through the C shim: torch::stable::empty looks its
-// operator up by name at every call, which costs more than a small kernel.
+// An uninitialized contiguous tensor. Through the C shim: torch::stable::empty looks its operator
+// up by name at every call, which costs more than a small kernel.
 template <size_t n>
-Tensor empty_cpu(ScalarType dtype, const std::array<int64_t, n>& sizes) {
+Tensor empty(ScalarType dtype, const std::array<int64_t, n>& sizes, int32_t device_type,
+             int32_t device_index) {
   std::array<int64_t, n> strides;
   int64_t stride = 1;
   for (size_t i = n; i-- > 0;) {
@@ -105,9 +111,13 @@ Tensor empty_cpu(ScalarType dtype, const std::array<int64_t, n>& sizes) {
   }
   AtenTensorHandle handle;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(n, sizes.data(), strides.data(),
-                                                         static_cast<int32_t>(dtype),
-                                                         aoti_torch_device_type_cpu(), 0, &handle));
-  Tensor tensor(handle);
+                                                         static_cast<int32_t>(dtype), device_type,
+                                                         device_index, &handle));
+  return Tensor(handle);
+}
+template <size_t n>
+Tensor empty_cpu(ScalarType dtype, const std::array<int64_t, n>& sizes) {
+  Tensor tensor = empty(dtype, sizes, aoti_torch_device_type_cpu(), 0);
   prefer_huge_pages(tensor.mutable_data_ptr(), tensor.numel() * tensor.element_size());
   return tensor;
 }

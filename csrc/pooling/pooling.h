@@ -57,4 +57,27 @@ struct SegmentPool {
 
 using PoolingKernels = ByDtype<SegmentPool>;
 
+// --- CUDA (segment_pool_cuda.cu): all sequences, on a stream (a cudaStream_t), never waiting -----
+
+namespace cuda {
+
+inline constexpr int64_t kChunkRows = 128;  // rows that one block adds up
+
+// Blocks over the chunks of all segments, known without reading the offsets.
+inline int64_t segment_pool_slots(int64_t batch, int64_t tokens) {
+  return tokens / kChunkRows + batch;
+}
+
+// partial: workspace of segment_pool_slots x dim.
+template <class T>
+void segment_pool(const SegmentPoolArgs<T>& args, int64_t batch, int64_t tokens,
+                  Accumulator<T>* partial, void* stream);
+
+// scratch: workspace of batch x (dim + 2).
+template <class T>
+void segment_pool_backward(const SegmentPoolBackwardArgs<T>& args, int64_t batch, int64_t tokens,
+                           Accumulator<T>* scratch, void* stream);
+
+}  // namespace cuda
+
 }  // namespace emblas

@@ -8,7 +8,7 @@ import typing
 __all__: list[str] = ['build_info', 'compiled_isas', 'hamming_topk', 'hash_bag', 'hash_keys', 'isa', 'murmur3_x64_128', 'murmur64a', 'pack_sign', 'segment_pool', 'set_isa', 'supported_isas', 'varlen_attention']
 def build_info() -> dict[str, str]:
     """
-    Return the versions of torch and of the compiler that this binary was built with.
+    Return what this binary was built with: torch, compiler, CUDA toolkit (or empty).
     """
 def compiled_isas() -> list[str]:
     """

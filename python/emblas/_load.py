@@ -1,10 +1,11 @@
-"""Loading the native library: torch first, whose symbols it needs, then the instruction set."""
+"""Loading the native libraries: torch first, whose symbols they need, then the instruction set."""
 
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
-import torch  # noqa: F401  (loads libtorch_cpu, which _C binds to)
+import torch
 
 try:
     from emblas import _C
@@ -21,4 +22,28 @@ if isa := os.environ.get("EMBLAS_ISA"):
     except ValueError as error:
         raise ImportError(f"EMBLAS_ISA: {error}") from None
 
-__all__ = ["_C"]
+
+def why_no_cuda_kernels(toolkit: str, torch_cuda: str | None) -> str | None:
+    """Say why the CUDA C++ kernels can't be loaded; None if they can.
+
+    Parameters
+    ----------
+    toolkit : str
+        Version of the CUDA toolkit that built them, empty if they were not built.
+    torch_cuda : str or None
+        ``torch.version.cuda``.
+    """
+    if not toolkit:
+        return "emblas was built without CUDA C++ kernels"
+    if torch_cuda is None:
+        return "torch is a CPU build"
+    if toolkit.partition(".")[0] != torch_cuda.partition(".")[0]:
+        return f"the kernels were built with CUDA {toolkit}, torch with CUDA {torch_cuda}"
+    return None
+
+
+NO_CUDA_KERNELS = why_no_cuda_kernels(_C.build_info()["cuda"], torch.version.cuda)
+if NO_CUDA_KERNELS is None:
+    torch.ops.load_library(Path(__file__).with_name("_cuda.so"))  # registers emblas::<op>_cuda
+
+__all__ = ["NO_CUDA_KERNELS", "_C"]

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+import executors
 import numpy as np
 import pytest
 import torch
@@ -23,6 +24,9 @@ from hypothesis import strategies as st
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 LENGTHS = (0, 5, 1, 0, 9, 70, 4, 0)
 
+executor = executors.fixture("segment_pool", "segment_pool_backward")
+kernel_executor = executors.fixture("segment_pool", "segment_pool_backward", without=("reference",))
+
 
 def oracle(x, cu_seqlens, weights=None, normalize=False):
     """The definition, one sequence at a time, in float64."""
@@ -41,7 +45,7 @@ def oracle(x, cu_seqlens, weights=None, normalize=False):
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("weighted", [False, True])
-def test_equals_oracle(isa, dtype, normalize, weighted):
+def test_equals_oracle(executor, dtype, normalize, weighted):
     cu_seqlens = packed(LENGTHS)
     for dim in (1, 7, 16, 33, 384):
         x = torch.randn(int(cu_seqlens[-1]), dim).to(dtype)
@@ -85,7 +89,7 @@ def test_mask_with_holes(seed, dim):
         torch.testing.assert_close(actual.double(), expected, **tolerance(torch.float32, 9))
 
 
-def test_padded_equals_packed():
+def test_padded_equals_packed(executor):
     lengths = (3, 0, 8, 5)
     cu_seqlens = packed(lengths)
     x = torch.randn(int(cu_seqlens[-1]), 24)
@@ -103,7 +107,7 @@ def test_padded_equals_packed():
 
 
 @pytest.mark.parametrize("normalize", [False, True])
-def test_gradients(isa, normalize):
+def test_gradients(kernel_executor, normalize):
     names = ("segment_pool", "segment_pool_backward")
     cu_seqlens = packed((3, 0, 1, 6))
     x, weights = torch.randn(10, 5), torch.rand(10) + 0.1
@@ -122,7 +126,7 @@ def test_gradients(isa, normalize):
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("normalize", [False, True])
-def test_backward_equals_reference(isa, dtype, normalize):
+def test_backward_equals_reference(executor, dtype, normalize):
     cu_seqlens = packed(LENGTHS)
     results = []
     x, w = torch.randn(89, 37).to(dtype), torch.rand(89) + 0.1
@@ -138,7 +142,7 @@ def test_backward_equals_reference(isa, dtype, normalize):
         torch.testing.assert_close(actual, expected, rtol=4 * limit["rtol"], atol=8 * limit["atol"])
 
 
-def test_empty_means_zero():
+def test_empty_means_zero(executor):
     x = torch.randn(4, 6, requires_grad=True)
     weights = torch.tensor([0.0, 0.0, 1.0, -1.0])  # a masked segment, one whose weights cancel
     out = segment_pool(x, packed((0, 2, 2, 0)), weights=weights, normalize=True)
@@ -150,7 +154,7 @@ def test_empty_means_zero():
     assert segment_pool(torch.empty(4, 0), packed((4,))).shape == (1, 0)
 
 
-def test_masked_rows_get_zero_gradient():
+def test_masked_rows_get_zero_gradient(executor):
     x = torch.randn(2, 3, 4)
     x[0, 1] = torch.nan
     x.requires_grad_()
@@ -160,7 +164,7 @@ def test_masked_rows_get_zero_gradient():
     assert torch.equal(x.grad, expected[:, :, None].expand(2, 3, 4))
 
 
-def test_no_neighbour_and_no_batch_in_the_bits():
+def test_no_neighbour_and_no_batch_in_the_bits(kernel_executor):
     x = torch.randn(100, 48)
     cu_seqlens = packed((10, 0, 60, 30))
     whole = segment_pool(x, cu_seqlens, normalize=True)

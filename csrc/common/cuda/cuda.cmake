@@ -1,0 +1,32 @@
+# The library _cuda: CUDA C++ kernels and their torch adapters, without Python symbols. It carries
+# its CUDA runtime, so only the driver of the machine where it runs matters.
+
+# Machine code for A100 (and 86, 89) and H100; machine code and PTX, for what comes, for RTX 50.
+# Known before the language is enabled, which would choose an architecture by itself.
+if(NOT CMAKE_CUDA_ARCHITECTURES)
+  set(CMAKE_CUDA_ARCHITECTURES 80-real 90-real 120)
+endif()
+enable_language(CUDA)
+set(CMAKE_CUDA_STANDARD 20)
+set(CMAKE_CUDA_STANDARD_REQUIRED ON)
+set(CMAKE_CUDA_RUNTIME_LIBRARY Static)
+
+# aoti_torch_get_current_cuda_stream is torch's, in a library that only CUDA builds of torch have.
+# An empty library of that name stands in while linking, so any torch will do to build beside.
+file(WRITE ${CMAKE_BINARY_DIR}/empty.cpp "")
+add_library(torch_cuda SHARED ${CMAKE_BINARY_DIR}/empty.cpp)
+
+add_library(
+  _cuda MODULE
+  # One line per kernel family.
+  csrc/pooling/pooling_ops_cuda.cpp
+  csrc/pooling/segment_pool_cuda.cu)
+set(host_options -Xcompiler=-Wall,-Wextra,-ffile-prefix-map=${CMAKE_SOURCE_DIR}/=)
+target_compile_options(
+  _cuda PRIVATE "$<$<COMPILE_LANGUAGE:CUDA>:-Werror=all-warnings;${host_options}>"
+                $<$<COMPILE_LANGUAGE:CXX>:-Werror>)
+target_compile_definitions(_cuda PRIVATE USE_CUDA)
+target_link_libraries(_cuda PRIVATE torch_stable -Wl,--no-as-needed torch_cuda)
+target_link_options(_cuda PRIVATE -Wl,--exclude-libs,ALL)
+set_target_properties(_cuda PROPERTIES PREFIX "" SKIP_BUILD_RPATH ON CUDA_VISIBILITY_PRESET hidden)
+install(TARGETS _cuda LIBRARY DESTINATION emblas)
