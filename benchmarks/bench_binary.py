@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import rotate
-from emblas.binary import hamming_topk, pack_sign
+from emblas.binary import HadamardRotation, hamming_topk, pack_sign
 
 ROWS = 1_000_000
 K = 10
@@ -75,4 +75,15 @@ def bench_pack_sign(row: Any, who: str) -> None:
         "binary", "pack_sign", who, shape="10000 x 768", dtype="float32", call=PACKERS[who],
         inputs=rotate(lambda seed: (torch.randn(10_000, 768),), size), bytes=size,
         single_thread=who.startswith("numpy"),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("who", ["emblas", "torch matmul"])
+def bench_hadamard_rotation(row: Any, threads: int, who: str) -> None:
+    size = 10_000 * 768 * 4
+    matrix, rotation = torch.randn(768, 768), HadamardRotation(768)
+    row(
+        "binary", "random rotation", who, shape="10000 x 768", dtype="float32",
+        call=rotation if who == "emblas" else lambda x: x @ matrix,
+        inputs=rotate(lambda seed: (torch.randn(10_000, 768),), size), bytes=2 * size,
     )  # fmt: skip

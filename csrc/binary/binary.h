@@ -53,10 +53,30 @@ struct HammingKernels {
 
 template <class T>
 struct PackSign {
-  // Rows [first, last) of x, `row_stride` elements apart, to codes of ceil(dim / 8) bytes.
-  void (*pack)(const T* x, int64_t row_stride, int64_t dim, int64_t first, int64_t last,
-               uint8_t* codes);
+  // Rows [first, last) of x, `row_stride` elements apart, to codes of ceil(dim / 8) bytes. The
+  // threshold is one value per dimension, or null for 0.
+  void (*pack)(const T* x, int64_t row_stride, const Accumulator<T>* threshold, int64_t dim,
+               int64_t first, int64_t last, uint8_t* codes);
 };
 using PackSignKernels = ByDtype<PackSign>;
+
+// A random rotation in dim * log2(dim) steps, x -> H D_r ... H D_1 x: round t flips the signs D_t
+// and applies the normalized Hadamard matrix H to the largest power of two of dimensions that fits,
+// the first ones in even rounds and the last ones in odd rounds. Orthogonal for any dimension.
+template <class T>
+struct HadamardRotateArgs {
+  const T* x;
+  int64_t row_stride, dim;
+  const int8_t* signs;  // [rounds, dim], +1 or -1
+  int64_t rounds;
+  bool inverse;  // the transpose: the rounds backwards
+  T* out;        // [rows, dim]
+};
+template <class T>
+struct HadamardRotate {
+  // `buffer` holds dim values and belongs to the calling thread.
+  void (*rotate)(const HadamardRotateArgs<T>&, int64_t first, int64_t last, Accumulator<T>* buffer);
+};
+using HadamardRotateKernels = ByDtype<HadamardRotate>;
 
 }  // namespace emblas

@@ -1,6 +1,7 @@
 // The numpy doors of bit codes.
 #pragma once
 
+#include <optional>
 #include <utility>
 
 #include "binary/binary.h"
@@ -11,21 +12,29 @@
 namespace emblas {
 
 template <class T>
-py::array pack_sign_array(const Array<T>& x) {
+py::array pack_sign_array(const Array<T>& x, const std::optional<py::array>& threshold) {
   const int64_t rows = x.shape(0), dim = x.shape(1);
+  std::optional<Array<T>> limits;
+  if (threshold) {
+    limits = as_array<T>(*threshold, 1, "threshold");
+    check_array(limits->shape(0) == dim, "threshold must have one value per dimension");
+  }
   Array<uint8_t> codes({rows, (dim + 7) / 8});
   const T* from = x.data();
+  const T* limit = limits ? limits->data() : nullptr;
   uint8_t* to = codes.mutable_data();
   {
     const py::gil_scoped_release unlocked;
-    kernels<PackSignKernels>().of(T{}).pack(from, dim, dim, 0, rows, to);
+    kernels<PackSignKernels>().of(T{}).pack(from, dim, limit, dim, 0, rows, to);
   }
   return std::move(codes);
 }
 
-inline py::array pack_sign_door(const py::array& x) {
-  if (py::isinstance<Array<double>>(x)) return pack_sign_array(as_array<double>(x, 2, "x"));
-  return pack_sign_array(as_array<float>(x, 2, "x"));
+inline py::array pack_sign_door(const py::array& x, const std::optional<py::array>& threshold) {
+  if (py::isinstance<Array<double>>(x)) {
+    return pack_sign_array(as_array<double>(x, 2, "x"), threshold);
+  }
+  return pack_sign_array(as_array<float>(x, 2, "x"), threshold);
 }
 
 inline std::pair<py::array, py::array> hamming_topk_door(const py::array& queries,
@@ -57,7 +66,7 @@ inline std::pair<py::array, py::array> hamming_topk_door(const py::array& querie
 }
 
 inline void bind_binary(py::module_& module) {
-  module.def("pack_sign", &pack_sign_door, py::arg("x"));
+  module.def("pack_sign", &pack_sign_door, py::arg("x"), py::arg("threshold"));
   module.def("hamming_topk", &hamming_topk_door, py::arg("queries"), py::arg("codes"),
              py::arg("k"));
 }

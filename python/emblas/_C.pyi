@@ -32,7 +32,7 @@ def murmur64a(data: bytes, seed: typing.SupportsInt | typing.SupportsIndex) -> i
     """
     Return MurmurHash64A, with seed 1 spaCy's id of a string.
     """
-def pack_sign(x: numpy.ndarray) -> numpy.ndarray:
+def pack_sign(x: numpy.ndarray, threshold: numpy.ndarray | None) -> numpy.ndarray:
     ...
 def segment_pool(x: numpy.ndarray, cu_seqlens: numpy.ndarray, weights: numpy.ndarray | None, normalize: bool) -> numpy.ndarray:
     ...
