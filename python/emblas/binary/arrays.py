@@ -66,3 +66,28 @@ def hamming_topk(
         If widths differ or ``k`` is negative.
     """
     return _C.hamming_topk(queries, codes, k)
+
+
+def hamming_distance(a: npt.NDArray[np.uint8], b: npt.NDArray[np.uint8]) -> npt.NDArray[np.int32]:
+    """Count the differing bits of all pairs of codes; see :func:`emblas.binary.hamming_distance`.
+
+    Runs on the calling thread with the GIL released.
+
+    Parameters
+    ----------
+    a, b : ndarray
+        C-contiguous uint8 ``(Q, bytes)`` and ``(N, bytes)``.
+
+    Returns
+    -------
+    ndarray
+        int32 ``(Q, N)``.
+
+    Raises
+    ------
+    TypeError
+        If an array is not C-contiguous uint8.
+    ValueError
+        If widths differ.
+    """
+    return _C.hamming_distance(a, b)

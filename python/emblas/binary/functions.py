@@ -1,4 +1,4 @@
-"""The public functions of bit codes: arguments are checked here, by name."""
+"""Packing and unpacking of bit codes: arguments are checked here, by name."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ import torch
 from torch import Tensor
 
 from emblas import _op
-from emblas.binary import op
+from emblas.binary import op, reference
+
+# Of the uniform quantizer of a normal distribution with the least squared error, for 1 to 4 bits.
+_BEST_STEP = (1.596, 0.9957, 0.5860, 0.3352)
 
 
 def pack_sign(
@@ -112,6 +115,87 @@ def unpack_sign(codes: Tensor, dim: int, *, dtype: torch.dtype = torch.float32) 
     return bits.to(dtype) * 2 - 1
 
 
+def pack_planes(x: Tensor, bits: int, *, scale: Tensor | float | None = None) -> Tensor:
+    """Quantize vectors to 1 to 4 bits per dimension, one plane of bits after the other.
+
+    The first plane holds the signs, each further one the sign of what is left: with planes 0 to t
+    a value is ``scale * sum of 2^-t (+1 or -1)``, the recurrent binary form of arXiv 2302.08714
+    without its networks, which is a uniform quantizer. The first plane alone is a sign code, so
+    the prefix ``codes[:, :ceil(dim / 8)]`` serves :func:`hamming_topk`.
+
+    Parameters
+    ----------
+    x : Tensor
+        ``(rows, dim)``; float32, float64, bfloat16 or float16. NaN gives zero bits.
+    bits : int
+        Planes, 1 to 4.
+    scale : Tensor or float, optional
+        What the values are divided by first: one number or one per dimension, above 0. By default
+        the best uniform quantizer of a normal distribution with the root mean square of ``x`` (Max,
+        "Quantizing for minimum distortion", 1960, table II), one number for all dimensions. Rows
+        packed in several calls must share a scale for their scores to be comparable.
+
+    Returns
+    -------
+    Tensor
+        uint8 ``(rows, bits * ceil(dim / 8))``.
+
+    Raises
+    ------
+    TypeError
+        If ``x`` is no tensor of a floating-point dtype.
+    ValueError
+        If ``x`` is not 2-D, or ``bits`` is not between 1 and 4.
+    """
+    _op.check_tensor("x", x, ndim=2, dtypes=_op.FLOATS)
+    if not 1 <= bits <= 4:
+        raise ValueError(f"bits must be between 1 and 4, got {bits}")
+    rest = x if x.dtype == torch.float64 else x.float()
+    if scale is None:
+        step = _BEST_STEP[bits - 1] * 2 ** (bits - 2)  # of the quantizer, in units of the planes'
+        scale = rest.square().mean().sqrt().clamp_min(torch.finfo(rest.dtype).tiny) * step
+    rest = rest / scale
+    planes = []
+    for plane in range(bits):
+        planes.append(pack_sign(rest))
+        rest = rest - 2.0**-plane * torch.where(rest > 0, 1.0, -1.0).to(rest.dtype)
+    return torch.cat(planes, 1)
+
+
+def unpack_planes(codes: Tensor, dim: int, *, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return the values of the codes of :func:`pack_planes`, in units of its scale.
+
+    Parameters
+    ----------
+    codes : Tensor
+        uint8 ``(rows, bits * ceil(dim / 8))``.
+    dim : int
+        Dimensions of the vectors.
+    dtype : torch.dtype, default torch.float32
+        Type of the result.
+
+    Returns
+    -------
+    Tensor
+        ``(rows, dim)``: odd multiples of ``2^(1 - bits)`` between -2 and 2.
+
+    Raises
+    ------
+    TypeError
+        If ``codes`` is no uint8 tensor.
+    ValueError
+        If ``codes`` are not a multiple of ``ceil(dim / 8)`` bytes wide.
+    """
+    _op.check_tensor("codes", codes, ndim=2, dtypes=(torch.uint8,))
+    width = (dim + 7) // 8
+    if dim < 1 or codes.shape[1] == 0 or codes.shape[1] % width:
+        raise ValueError(
+            f"codes must be a multiple of ceil(dim / 8) = {width} bytes wide for dim={dim}, "
+            f"got {codes.shape[1]}"
+        )
+    return reference.plane_values(codes, dim).to(dtype)
+
+
 def sign_ste(
     x: Tensor,
     estimator: str = "clipped",
@@ -169,48 +253,3 @@ def sign_ste(
     noise = uniform.uniform_(1e-6, 1 - 1e-6, generator=generator).logit().to(x.dtype)
     # 2 sigmoid(z) - 1 = tanh(z / 2)
     return op.sign_tanh(x + noise, 2 * temperature)
-
-
-def hamming_topk(queries: Tensor, codes: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Find the codes at the smallest Hamming distance from each query, exactly.
-
-    Parameters
-    ----------
-    queries : Tensor
-        uint8 ``(Q, bytes)``. Rows may be any stride apart.
-    codes : Tensor
-        uint8 ``(N, bytes)``, of any width below 2^20 bytes. They are read once for all queries.
-    k : int
-        Number of results per query, at least 0.
-
-    Returns
-    -------
-    distances : Tensor
-        int32 ``(Q, k)``, ascending.
-    ids : Tensor
-        int64 ``(Q, k)``: rows of ``codes``, ascending among equal distances, whatever the number of
-        threads. Beyond the N-th result, ids are -1 and distances the largest int32.
-
-    Raises
-    ------
-    TypeError
-        If an argument is no uint8 tensor.
-    ValueError
-        If shapes or devices don't fit together, or ``k`` is negative.
-
-    Examples
-    --------
-    >>> codes = torch.tensor([[0b1111], [0b0001], [0b0111]], dtype=torch.uint8)
-    >>> hamming_topk(codes[:1], codes, k=2)
-    (tensor([[0, 1]], dtype=torch.int32), tensor([[0, 2]]))
-    """
-    _op.check_tensor("queries", queries, ndim=2, dtypes=(torch.uint8,))
-    _op.check_tensor("codes", codes, ndim=2, dtypes=(torch.uint8,), device=queries.device)
-    if queries.shape[1] != codes.shape[1]:
-        raise ValueError(
-            f"queries and codes must have the same width, got {queries.shape[1]} and "
-            f"{codes.shape[1]} bytes"
-        )
-    if k < 0:
-        raise ValueError(f"k must be at least 0, got {k}")
-    return op.hamming_topk(_op.rows(queries), _op.rows(codes), k)

@@ -20,9 +20,49 @@ def _rotate_fake(x: Tensor, signs: Tensor) -> Tensor:
     return x.new_empty(x.shape)
 
 
-def _hamming_topk_fake(queries: Tensor, codes: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def _hamming_topk_fake(
+    queries: Tensor, codes: Tensor, k: int, filter: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     shape = (queries.shape[0], k)
     return queries.new_empty(shape, dtype=torch.int32), queries.new_empty(shape, dtype=torch.int64)
+
+
+def _hamming_distance_fake(a: Tensor, b: Tensor) -> Tensor:
+    return a.new_empty(a.shape[0], b.shape[0], dtype=torch.int32)
+
+
+def _range_search_fake(
+    queries: Tensor,
+    codes: Tensor,
+    radius: int,
+    max_results: int,
+    filter: Tensor | None = None,
+    later_only: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    counts = queries.new_empty(queries.shape[0], dtype=torch.int64)
+    return counts, *_hamming_topk_fake(queries, codes, max_results)
+
+
+def _range_search_csr_fake(
+    queries: Tensor,
+    codes: Tensor,
+    radius: int,
+    filter: Tensor | None = None,
+    later_only: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    found = torch.library.get_ctx().new_dynamic_size()
+    return (
+        queries.new_empty(queries.shape[0] + 1, dtype=torch.int64),
+        queries.new_empty(found, dtype=torch.int32),
+        queries.new_empty(found, dtype=torch.int64),
+    )
+
+
+def _asymmetric_topk_fake(
+    queries: Tensor, codes: Tensor, k: int, filter: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    shape = (queries.shape[0], k)
+    return queries.new_empty(shape), queries.new_empty(shape, dtype=torch.int64)
 
 
 _pack_sign = Op("pack_sign", reference=reference.pack_sign, fake=_pack_sign_fake)
@@ -36,6 +76,16 @@ _hadamard_unrotate = Op(
     "hadamard_unrotate", reference=reference.hadamard_unrotate, fake=_rotate_fake
 )
 _hamming_topk = Op("hamming_topk", reference=reference.hamming_topk, fake=_hamming_topk_fake)
+_hamming_distance = Op(
+    "hamming_distance", reference=reference.hamming_distance, fake=_hamming_distance_fake
+)
+_range_search = Op("range_search", reference=reference.range_search, fake=_range_search_fake)
+_range_search_csr = Op(
+    "range_search_csr", reference=reference.range_search_csr, fake=_range_search_csr_fake
+)
+_asymmetric_topk = Op(
+    "asymmetric_topk", reference=reference.asymmetric_topk, fake=_asymmetric_topk_fake
+)
 
 
 class _SignSTE(torch.autograd.Function):
@@ -117,8 +167,47 @@ def pack_sign(x: Tensor, threshold: Tensor | None) -> Tensor:
     return reference.pack_sign(x, threshold) if use_reference() else _pack_sign(x, threshold)
 
 
-def hamming_topk(queries: Tensor, codes: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def hamming_distance(a: Tensor, b: Tensor) -> Tensor:
+    """Compute with checked arguments; see :func:`emblas.binary.hamming_distance`."""
+    return reference.hamming_distance(a, b) if use_reference() else _hamming_distance(a, b)
+
+
+def hamming_topk(
+    queries: Tensor, codes: Tensor, k: int, filter: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """Search with checked arguments; see :func:`emblas.binary.hamming_topk`."""
     if use_reference():
-        return reference.hamming_topk(queries, codes, k)
-    return _hamming_topk(queries, codes, k)
+        return reference.hamming_topk(queries, codes, k, filter)
+    return _hamming_topk(queries, codes, k, filter)
+
+
+def range_search(
+    queries: Tensor,
+    codes: Tensor,
+    radius: int,
+    max_results: int,
+    filter: Tensor | None,
+    later_only: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Search with checked arguments; see :func:`emblas.binary.range_search`."""
+    if use_reference():
+        return reference.range_search(queries, codes, radius, max_results, filter, later_only)
+    return _range_search(queries, codes, radius, max_results, filter, later_only)
+
+
+def range_search_csr(
+    queries: Tensor, codes: Tensor, radius: int, filter: Tensor | None, later_only: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Search with checked arguments; see :func:`emblas.binary.range_search_csr`."""
+    if use_reference():
+        return reference.range_search_csr(queries, codes, radius, filter, later_only)
+    return _range_search_csr(queries, codes, radius, filter, later_only)
+
+
+def asymmetric_topk(
+    queries: Tensor, codes: Tensor, k: int, filter: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Search with checked arguments; see :func:`emblas.binary.asymmetric_topk`."""
+    if use_reference():
+        return reference.asymmetric_topk(queries, codes, k, filter)
+    return _asymmetric_topk(queries, codes, k, filter)
