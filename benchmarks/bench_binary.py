@@ -1,4 +1,4 @@
-"""Bit codes beside faiss, numpy and torch: exact Hamming top-10 and sign packing."""
+"""Bit codes beside faiss, numpy and torch: packing, and exact search of every kind."""
 
 from __future__ import annotations
 
@@ -10,7 +10,17 @@ import numpy as np
 import pytest
 import torch
 from conftest import rotate
-from emblas.binary import hamming_topk, pack_sign
+from emblas.binary import (
+    HadamardRotation,
+    asymmetric_topk,
+    hamming_distance,
+    hamming_topk,
+    pack_sign,
+    range_search_csr,
+    symmetric_topk,
+    unpack_planes,
+    unpack_sign,
+)
 
 ROWS = 1_000_000
 K = 10
@@ -62,6 +72,94 @@ def bench_hamming_topk(row: Any, threads: int, bits: int, queries: int, who: str
     )  # fmt: skip
 
 
+def _asymmetric(codes: torch.Tensor, k: int) -> dict[str, Callable[[torch.Tensor], Any]]:
+    dim = codes.shape[1] * 8
+    signs = unpack_sign(codes[:100_000], dim)  # the dense form needs 32 times the memory
+    return {
+        "emblas": lambda queries: asymmetric_topk(queries, codes, k),
+        "torch matmul + topk, 100k": lambda queries: (queries @ signs.T).topk(k),
+    }
+
+
+@pytest.mark.parametrize("who", ["emblas", "torch matmul + topk, 100k"])
+@pytest.mark.parametrize("queries", [1, 16])
+def bench_asymmetric_topk(row: Any, threads: int, queries: int, who: str) -> None:
+    codes = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (ROWS, 32), dtype=np.uint8))
+    row(
+        "binary", "asymmetric_topk k=10", who,
+        shape=f"{queries} queries x 1M codes", dtype="float32 x 256 bits",
+        call=_asymmetric(codes, K)[who],
+        inputs=[(torch.randn(queries, 256),) for _ in range(8)], bytes=codes.numel(),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("who", ["emblas", "torch matmul + topk, 100k"])
+def bench_symmetric_topk(row: Any, threads: int, who: str) -> None:
+    codes = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (ROWS, 64), dtype=np.uint8))
+    values = unpack_planes(codes[:100_000], 256)
+    calls: dict[str, Callable[[torch.Tensor], Any]] = {
+        "emblas": lambda queries: symmetric_topk(queries, codes, K, dim=256),
+        "torch matmul + topk, 100k": lambda queries: (unpack_planes(queries, 256) @ values.T).topk(
+            K
+        ),
+    }
+    row(
+        "binary", "symmetric_topk k=10", who, shape="16 queries x 1M codes",
+        dtype="256 x 2 bits", call=calls[who],
+        inputs=[(codes[i : i + 16],) for i in range(0, 800, 100)], bytes=codes.numel(),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("who", ["emblas", "faiss IndexBinaryFlat"])
+def bench_range_search(row: Any, threads: int, who: str) -> None:
+    codes = np.random.default_rng(0).integers(0, 256, (ROWS, 32), dtype=np.uint8)
+    faiss.omp_set_num_threads(threads)
+    index = faiss.IndexBinaryFlat(256)
+    index.add(codes)
+    documents = torch.from_numpy(codes)
+    calls: dict[str, Callable[[np.ndarray], Any]] = {
+        "emblas": lambda queries: range_search_csr(torch.from_numpy(queries), documents, 92),
+        "faiss IndexBinaryFlat": lambda queries: index.range_search(queries, 93),
+    }
+    row(
+        "binary", "range_search_csr", who, shape="16 queries x 1M codes, radius 92",
+        dtype="256 bits", call=calls[who],
+        inputs=[(codes[i : i + 16] ^ codes[i + 16 : i + 32],) for i in range(0, 800, 100)],
+        bytes=codes.nbytes,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("share", [1.0, 0.5, 0.1, 0.01])
+@pytest.mark.parametrize("queries", [1, 16])
+def bench_filter(row: Any, threads: int, queries: int, share: float) -> None:
+    codes = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (ROWS, 32), dtype=np.uint8))
+    mask = pack_sign((torch.rand(ROWS) < share).float())
+    row(
+        "binary", f"hamming_topk k=10, filter of {share:.0%}", "emblas",
+        shape=f"{queries} queries x 1M codes", dtype="256 bits",
+        call=lambda wanted: hamming_topk(wanted, codes, K, filter=mask),
+        inputs=[(codes[i : i + queries],) for i in range(0, 800, 100)], bytes=codes.numel(),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("who", ["emblas", "numpy bitwise_count"])
+def bench_hamming_distance(row: Any, threads: int, who: str) -> None:
+    codes = np.random.default_rng(0).integers(0, 256, (100_000, 32), dtype=np.uint8)
+    words, documents = codes.view(np.uint64), torch.from_numpy(codes)
+    calls: dict[str, Callable[[np.ndarray], Any]] = {
+        "emblas": lambda queries: hamming_distance(torch.from_numpy(queries), documents),
+        "numpy bitwise_count": lambda queries: [
+            np.bitwise_count(words ^ query).sum(1, dtype=np.int32)
+            for query in queries.view(np.uint64)
+        ],
+    }
+    row(
+        "binary", "hamming_distance", who, shape="16 x 100k", dtype="256 bits", call=calls[who],
+        inputs=[(codes[i : i + 16],) for i in range(0, 800, 100)],
+        bytes=16 * 100_000 * 4, single_thread=who.startswith("numpy"),
+    )  # fmt: skip
+
+
 PACKERS: dict[str, Callable[[torch.Tensor], Any]] = {
     "emblas": pack_sign,
     "numpy packbits": lambda x: np.packbits(x.numpy() > 0, axis=1),
@@ -75,4 +173,15 @@ def bench_pack_sign(row: Any, who: str) -> None:
         "binary", "pack_sign", who, shape="10000 x 768", dtype="float32", call=PACKERS[who],
         inputs=rotate(lambda seed: (torch.randn(10_000, 768),), size), bytes=size,
         single_thread=who.startswith("numpy"),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("who", ["emblas", "torch matmul"])
+def bench_hadamard_rotation(row: Any, threads: int, who: str) -> None:
+    size = 10_000 * 768 * 4
+    matrix, rotation = torch.randn(768, 768), HadamardRotation(768)
+    row(
+        "binary", "random rotation", who, shape="10000 x 768", dtype="float32",
+        call=rotation if who == "emblas" else lambda x: x @ matrix,
+        inputs=rotate(lambda seed: (torch.randn(10_000, 768),), size), bytes=2 * size,
     )  # fmt: skip

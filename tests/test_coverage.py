@@ -8,24 +8,42 @@ from cases import CASES
 from contract import only_kernels, packed
 from emblas import _op, info, use_backend
 from emblas.attention import varlen_attention
-from emblas.binary import hamming_topk, pack_sign
+from emblas.binary import (
+    HadamardRotation,
+    asymmetric_topk,
+    hamming_distance,
+    hamming_topk,
+    pack_sign,
+    range_search,
+    range_search_csr,
+)
 from emblas.pooling import segment_pool
 from emblas.tables import HashEmbedding, TableSpec, hash_keys
 
 CU = packed((3, 5))
+CODES = torch.zeros(2, 3, dtype=torch.uint8)
 # One call through the public front door for each forward operator.
 CALLS = {
     "segment_pool": lambda: segment_pool(torch.randn(8, 4, requires_grad=True), CU),
     "varlen_attention": lambda: varlen_attention(*[torch.randn(8, 1, 16)] * 3, CU, CU, 5, 5),
     "pack_sign": lambda: pack_sign(torch.randn(2, 9)),
-    "hamming_topk": lambda: hamming_topk(*[torch.zeros(2, 3, dtype=torch.uint8)] * 2, 1),
+    "hadamard_rotate": lambda: HadamardRotation(9)(torch.randn(2, 9, requires_grad=True)),
+    "asymmetric_topk": lambda: asymmetric_topk(torch.randn(2, 20), CODES, 1),
+    "hamming_distance": lambda: hamming_distance(CODES, CODES),
+    "hamming_topk": lambda: hamming_topk(CODES, CODES, 1),
+    "range_search": lambda: range_search(CODES, CODES, 1),
+    "range_search_csr": lambda: range_search_csr(CODES, CODES, 1),
     "hash_bag": lambda: HashEmbedding(10, 4, seed=1)(torch.arange(5)),
     "hash_keys": lambda: hash_keys(torch.arange(5), TableSpec(10, seed=1)),
 }
 # Cells of the table that may be empty, and why.
 NO_GRADIENT = {
     "pack_sign": "bits",
+    "asymmetric_topk": "ids, and scores that serve for ranking",
+    "hamming_distance": "integers",
     "hamming_topk": "integers",
+    "range_search": "integers",
+    "range_search_csr": "integers",
     "hash_keys": "integers",
     "varlen_attention": "forward only in this version",
 }

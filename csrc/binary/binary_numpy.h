@@ -1,6 +1,8 @@
 // The numpy doors of bit codes.
 #pragma once
 
+#include <limits>
+#include <optional>
 #include <utility>
 
 #include "binary/binary.h"
@@ -11,55 +13,76 @@
 namespace emblas {
 
 template <class T>
-py::array pack_sign_array(const Array<T>& x) {
+py::array pack_sign_array(const Array<T>& x, const std::optional<py::array>& threshold) {
   const int64_t rows = x.shape(0), dim = x.shape(1);
+  std::optional<Array<T>> limits;
+  if (threshold) {
+    limits = as_array<T>(*threshold, 1, "threshold");
+    check_array(limits->shape(0) == dim, "threshold must have one value per dimension");
+  }
   Array<uint8_t> codes({rows, (dim + 7) / 8});
   const T* from = x.data();
+  const T* limit = limits ? limits->data() : nullptr;
   uint8_t* to = codes.mutable_data();
   {
     const py::gil_scoped_release unlocked;
-    kernels<PackSignKernels>().of(T{}).pack(from, dim, dim, 0, rows, to);
+    kernels<PackSignKernels>().of(T{}).pack(from, dim, limit, dim, 0, rows, to);
   }
   return std::move(codes);
 }
 
-inline py::array pack_sign_door(const py::array& x) {
-  if (py::isinstance<Array<double>>(x)) return pack_sign_array(as_array<double>(x, 2, "x"));
-  return pack_sign_array(as_array<float>(x, 2, "x"));
+inline py::array pack_sign_door(const py::array& x, const std::optional<py::array>& threshold) {
+  if (py::isinstance<Array<double>>(x)) {
+    return pack_sign_array(as_array<double>(x, 2, "x"), threshold);
+  }
+  return pack_sign_array(as_array<float>(x, 2, "x"), threshold);
 }
+
+inline Codes codes_of(const Array<uint8_t>& array) {
+  check_array(array.shape(1) < int64_t(1) << 20, "codes must be shorter than 2^20 bytes");
+  return {array.data(), array.shape(1), array.shape(0), array.shape(1)};
+}
+
+inline constexpr auto kSerial = [](int64_t count, int64_t, const auto& body) { body(0, count); };
 
 inline std::pair<py::array, py::array> hamming_topk_door(const py::array& queries,
                                                          const py::array& codes, int64_t k) {
-  const auto query_codes = as_array<uint8_t>(queries, 2, "queries");
-  const auto document_codes = as_array<uint8_t>(codes, 2, "codes");
-  check_array(query_codes.shape(1) == document_codes.shape(1),
+  const auto query_array = as_array<uint8_t>(queries, 2, "queries");
+  const auto code_array = as_array<uint8_t>(codes, 2, "codes");
+  check_array(query_array.shape(1) == code_array.shape(1),
               "queries and codes must have the same width in bytes");
-  check_array(document_codes.shape(1) < int64_t(1) << 20, "codes must be shorter than 2^20 bytes");
   check_array(k >= 0, "k must not be negative, got " + std::to_string(k));
-  Array<int32_t> distances({int64_t(query_codes.shape(0)), k});
-  Array<int64_t> ids({int64_t(query_codes.shape(0)), k});
-  const int64_t bytes = document_codes.shape(1);
-  const HammingTopk args{query_codes.data(),
-                         bytes,
-                         query_codes.shape(0),
-                         document_codes.data(),
-                         bytes,
-                         document_codes.shape(0),
-                         bytes,
-                         k,
-                         distances.mutable_data(),
-                         ids.mutable_data()};
-  {
+  const Codes query_codes = codes_of(query_array), documents = codes_of(code_array);
+  Array<int32_t> distances({query_codes.count, k});
+  Array<int64_t> ids({query_codes.count, k});
+  int32_t* distance = distances.mutable_data();
+  int64_t* id = ids.mutable_data();
+  if (k > 0) {
     const py::gil_scoped_release unlocked;
-    hamming_topk(args, [](int64_t count, int64_t, const auto& body) { body(0, count); });
+    write_topk<HammingScan>(search(HammingScan(query_codes, k), documents, {}, kSerial), k,
+                            std::numeric_limits<int32_t>::max(), distance, id);
   }
   return {distances, ids};
 }
 
+inline py::array hamming_distance_door(const py::array& a, const py::array& b) {
+  const auto left = as_array<uint8_t>(a, 2, "a"), right = as_array<uint8_t>(b, 2, "b");
+  check_array(left.shape(1) == right.shape(1), "a and b must have the same width in bytes");
+  const Codes rows = codes_of(left), columns = codes_of(right);
+  Array<int32_t> distances({rows.count, columns.count});
+  int32_t* to = distances.mutable_data();
+  {
+    const py::gil_scoped_release unlocked;
+    hamming_distances(rows, columns, 0, columns.count, to);
+  }
+  return std::move(distances);
+}
+
 inline void bind_binary(py::module_& module) {
-  module.def("pack_sign", &pack_sign_door, py::arg("x"));
+  module.def("pack_sign", &pack_sign_door, py::arg("x"), py::arg("threshold"));
   module.def("hamming_topk", &hamming_topk_door, py::arg("queries"), py::arg("codes"),
              py::arg("k"));
+  module.def("hamming_distance", &hamming_distance_door, py::arg("a"), py::arg("b"));
 }
 
 }  // namespace emblas

@@ -7,25 +7,28 @@
 namespace emblas {
 namespace {
 
-// Bit i is x[i] > 0, for 64 values; NaN is not above 0.
-template <class T>
-inline uint64_t positive(const T* x) {
+// Bit i is x[i] > threshold[i] (or 0), for 64 values; a comparison with NaN is false.
+template <bool has_threshold, class T>
+inline uint64_t above(const T* x, const Accumulator<T>* threshold) {
   uint64_t mask = 0;
 #if defined(EMBLAS_HAS_AVX2)
   if constexpr (kLanes<T> == EMBLAS_VECTOR_BYTES / 4) {
     for (int i = 0; i < 64; i += kLanes<T>) {
+      const vfloat limit = has_threshold ? load((const float*)threshold + i) : vfloat{};
 #if defined(EMBLAS_HAS_AVX512)
-      const __m512 values = (__m512)load(x + i);
-      mask |= uint64_t(_mm512_cmp_ps_mask(values, _mm512_setzero_ps(), _CMP_GT_OQ)) << i;
+      const __mmask16 bits = _mm512_cmp_ps_mask((__m512)load(x + i), (__m512)limit, _CMP_GT_OQ);
+      mask |= uint64_t(bits) << i;
 #else
-      const __m256 above = _mm256_cmp_ps((__m256)load(x + i), _mm256_setzero_ps(), _CMP_GT_OQ);
-      mask |= uint64_t(uint32_t(_mm256_movemask_ps(above))) << i;
+      const __m256 bits = _mm256_cmp_ps((__m256)load(x + i), (__m256)limit, _CMP_GT_OQ);
+      mask |= uint64_t(uint32_t(_mm256_movemask_ps(bits))) << i;
 #endif
     }
     return mask;
   }
 #endif
-  for (int i = 0; i < 64; ++i) mask |= uint64_t(to_accumulator(x[i]) > 0) << i;
+  for (int i = 0; i < 64; ++i) {
+    mask |= uint64_t(to_accumulator(x[i]) > (has_threshold ? threshold[i] : 0)) << i;
+  }
   return mask;
 }
 
@@ -35,25 +38,38 @@ inline uint64_t reverse_bits_of_bytes(uint64_t x) {
   return (x >> 4 & 0x0f0f0f0f0f0f0f0f) | (x & 0x0f0f0f0f0f0f0f0f) << 4;
 }
 
-template <class T>
-void pack(const T* x, int64_t row_stride, int64_t dim, int64_t first, int64_t last,
-          uint8_t* codes) {
+template <bool has_threshold, class T>
+void pack_rows(const T* x, int64_t row_stride, const Accumulator<T>* threshold, int64_t dim,
+               int64_t first, int64_t last, uint8_t* codes) {
   const int64_t bytes = (dim + 7) / 8;
   for (int64_t r = first; r < last; ++r) {
     const T* row = x + r * row_stride;
     uint8_t* code = codes + r * bytes;
     int64_t i = 0;
     for (; i + 64 <= dim; i += 64) {
-      const uint64_t bits = reverse_bits_of_bytes(positive(row + i));
+      const uint64_t bits = reverse_bits_of_bytes(
+          above<has_threshold>(row + i, has_threshold ? threshold + i : threshold));
       std::memcpy(code + i / 8, &bits, 8);
     }
     for (; i < dim; i += 8) {
       uint8_t byte = 0;
       for (int64_t j = i; j < i + 8; ++j) {
-        byte = uint8_t(byte << 1 | int(j < dim && to_accumulator(row[j]) > 0));
+        const bool bit =
+            j < dim && to_accumulator(row[j]) > (has_threshold ? threshold[j] : Accumulator<T>(0));
+        byte = uint8_t(byte << 1 | int(bit));
       }
       code[i / 8] = byte;
     }
+  }
+}
+
+template <class T>
+void pack(const T* x, int64_t row_stride, const Accumulator<T>* threshold, int64_t dim,
+          int64_t first, int64_t last, uint8_t* codes) {
+  if (threshold) {
+    pack_rows<true>(x, row_stride, threshold, dim, first, last, codes);
+  } else {
+    pack_rows<false>(x, row_stride, threshold, dim, first, last, codes);
   }
 }
 

@@ -1,109 +1,378 @@
-// Exact Hamming top-k over the kernels of binary.h, for both doors: torch and numpy.
+// Exact search over the scan kernels, for both doors: torch and numpy.
+//
+// Results are ordered as integers, key = distance above row: ascending distance, then ascending
+// row. Keys are unique, so the best of a union doesn't depend on how the rows were cut into tiles
+// and threads. Working memory: the best keys of each query and one tile per thread.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <limits>
 #include <mutex>
 #include <vector>
 
-#include "binary/binary.h"
+#include "binary/scan.h"
 #include "common/isa.h"
 
 namespace emblas {
 
-struct HammingTopk {
-  const uint8_t* queries;
-  int64_t query_stride, query_count;
-  const uint8_t* codes;
-  int64_t code_stride, code_count;
-  int64_t bytes, k;
-  int32_t* distances;  // [query_count, k]
-  int64_t* ids;        // [query_count, k]
+inline constexpr int64_t kKeepAll = std::numeric_limits<int64_t>::max();
+
+struct Codes {
+  const uint8_t* data;
+  int64_t stride, count, bytes;
+
+  const uint8_t* at(int64_t row) const { return data + row * stride; }
 };
 
-inline void tighten(Candidates& list) {
-  std::nth_element(list.keys, list.keys + list.k - 1, list.keys + list.count);
-  list.count = list.k;
-  list.limit = list.keys[list.k - 1] >> kRowBits;
+// Which rows a search may return. Bit 7 of byte 0 of a bitmap is row 0.
+struct Filter {
+  const uint8_t* bitmaps = nullptr;
+  int64_t bitmap_stride = 0;     // 0: all queries share one
+  const int64_t* ids = nullptr;  // ascending
+  int64_t id_count = 0;
+
+  bool allows(int64_t query, int64_t row) const {
+    return !bitmaps || (bitmaps[query * bitmap_stride + row / 8] >> (7 - row % 8) & 1);
+  }
+};
+
+// Memory for blocks of codes, aligned to a cache line.
+class Tile {
+ public:
+  static constexpr int64_t kBytes = 128 << 10;  // a part of L2, which every query reads again
+
+  explicit Tile(int64_t bytes = 0) : storage_(size_t(bytes + 64)) {}
+  uint8_t* data() {
+    return storage_.data() + (64 - reinterpret_cast<uintptr_t>(storage_.data()) % 64) % 64;
+  }
+
+ private:
+  std::vector<uint8_t> storage_;
+};
+
+// Set bits of the bytes [first, last): 8 bytes at a time, without popcount instructions.
+inline int64_t count_bits(const uint8_t* first, const uint8_t* last) {
+  int64_t total = 0;
+  for (; first < last; first += 8) {
+    uint64_t word = 0;
+    std::memcpy(&word, first, size_t(std::min<int64_t>(8, last - first)));
+    word -= word >> 1 & 0x5555555555555555;
+    word = (word & 0x3333333333333333) + (word >> 2 & 0x3333333333333333);
+    total += int64_t(((word + (word >> 4)) & 0x0f0f0f0f0f0f0f0f) * 0x0101010101010101 >> 56);
+  }
+  return total;
 }
 
-// The k best of codes [first, last) for queries [begin, end), appended to found[query - begin].
-inline void search_range(const HammingTopk& args, int64_t begin, int64_t end, int64_t first,
-                         int64_t last, std::vector<std::vector<uint64_t>>& found,
-                         std::mutex& lock) {
-  const HammingKernels& kernel = kernels<HammingKernels>();
-  const int64_t words = (args.bytes + 7) / 8, queries = end - begin;
-  std::vector<uint64_t> prepared(queries * words);
-  for (int64_t q = 0; q < queries; ++q) {
-    kernel.prepare(args.queries + (begin + q) * args.query_stride, args.bytes,
-                   prepared.data() + q * words);
-  }
-  constexpr int64_t kRearrangeFrom = 3;  // queries; fewer don't earn the rearranging back
-  const int64_t tile_bytes = 128 << 10;  // a part of L2, which every query reads again
-  const int64_t tile_codes =
-      std::max<int64_t>(1, tile_bytes / (8 * words) / kernel.block) * kernel.block;
-  std::vector<uint64_t> storage(tile_codes * words + 8);
-  uint64_t* tile = storage.data() + (64 - reinterpret_cast<uintptr_t>(storage.data()) % 64) / 8 % 8;
+// What is kept of the codes that are offered to one query: the k smallest keys below the limit.
+struct Collector {
+  std::vector<uint64_t> keys;
+  int64_t k = 0;
+  bool fixed_limit = false;  // a radius: what is dropped was still found
+  uint64_t limit = std::numeric_limits<uint64_t>::max();
+  int64_t dropped = 0;
 
-  const int64_t k = std::min(args.k, last - first);
-  const int64_t capacity = std::max<int64_t>(2 * k, k + 32);
-  std::vector<uint64_t> keys(queries * capacity);
-  std::vector<Candidates> candidates(queries);
-  for (int64_t q = 0; q < queries; ++q) {
-    candidates[q] = {keys.data() + q * capacity, 0, capacity, k, kNoLimit};
+  void add(uint64_t key) {
+    keys.push_back(key);
+    if (k < kKeepAll && int64_t(keys.size()) >= std::max<int64_t>(2 * k, k + 32)) tighten();
   }
-  for (int64_t row = first; row < last; row += tile_codes) {
-    const int64_t count = std::min(tile_codes, last - row);
-    const uint8_t* codes = args.codes + row * args.code_stride;
-    if (queries < kRearrangeFrom) {
-      for (int64_t q = 0; q < queries; ++q) {
-        kernel.scan_rows(codes, args.code_stride, count, row, args.bytes,
-                         prepared.data() + q * words, candidates[q], tighten);
+  void tighten() {
+    if (int64_t(keys.size()) <= k) return;
+    if (k > 0) std::nth_element(keys.begin(), keys.begin() + (k - 1), keys.end());
+    dropped += int64_t(keys.size()) - k;
+    keys.resize(size_t(k));
+    if (!fixed_limit && k > 0) limit = keys[size_t(k) - 1];
+  }
+  void merge(const Collector& other) {
+    keys.insert(keys.end(), other.keys.begin(), other.keys.end());
+    dropped += other.dropped;
+    tighten();
+  }
+};
+
+// Hamming distances: sums are the distances themselves.
+class HammingScan {
+ public:
+  static constexpr int kRowBits = 40;
+  static constexpr int64_t kRearrangeFrom = 3;  // queries; fewer don't earn the rearranging back
+
+  HammingScan(const Codes& queries, int64_t k) : queries_(queries) { start_.k = k; }
+  HammingScan(const Codes& queries, int64_t k, int64_t radius) : HammingScan(queries, k) {
+    start_.fixed_limit = true;
+    start_.limit = uint64_t(std::min<int64_t>(radius, 8 * queries.bytes) + 1) << kRowBits;
+  }
+
+  const Collector& start() const { return start_; }
+  int64_t queries() const { return queries_.count; }
+  bool by_rows(int64_t queries) const {
+    return queries < kRearrangeFrom || queries_.bytes > kWidestScan || queries_.bytes == 0;
+  }
+  const uint8_t* query(int64_t q) const { return queries_.at(q); }
+
+  int64_t width() const { return kernel().hamming_width; }
+  int64_t period() const { return 0; }
+  void prepare(int64_t q, uint8_t* out) const {
+    kernel().prepare_hamming(queries_.at(q), queries_.bytes, out);
+  }
+  void scan(const ScanArgs& args) const { kernel().scan_hamming(args); }
+  uint32_t limit(int64_t, const Collector& found) const {
+    return uint32_t(std::min<uint64_t>(found.limit >> kRowBits, 0xffffffff));
+  }
+  uint64_t key(int64_t, int64_t row, uint32_t sum, const uint8_t*) const {
+    return uint64_t(sum) << kRowBits | uint64_t(row);
+  }
+  static int32_t distance(uint64_t key) { return int32_t(key >> kRowBits); }
+  static int64_t row(uint64_t key) { return int64_t(key & ((uint64_t(1) << kRowBits) - 1)); }
+
+ private:
+  static const ScanKernels& kernel() { return kernels<ScanKernels>(); }
+  Codes queries_;
+  Collector start_;
+};
+
+struct SearchOptions {
+  Filter filter;
+  bool later_only = false;  // of row q's query only rows after q: each pair of a self-join once
+};
+
+// One pass of one thread over rows [first, last) of the codes, or of the list of ids.
+template <class Scan>
+class Pass {
+ public:
+  Pass(const Scan& scan, const Codes& codes, const SearchOptions& options)
+      : scan_(scan), codes_(codes), options_(options) {}
+
+  // Offers the rows to queries [begin, end), whose results are found[query - begin].
+  void run(int64_t begin, int64_t end, int64_t first, int64_t last, Collector* found) {
+    begin_ = begin;
+    found_ = found;
+    limits_.resize(size_t(end - begin));
+    const bool own_bitmaps = options_.filter.bitmaps && options_.filter.bitmap_stride != 0;
+    if (!own_bitmaps) {
+      scan_rows(begin, end, first, last, gathers(begin, end, first, last));
+      return;
+    }
+    // Queries with few rows of their own gather them; the others share a pass and mask.
+    int64_t from = begin;
+    for (int64_t q = begin; q < end; ++q) {
+      if (!gathers(q, q + 1, first, last)) continue;
+      if (from < q) scan_rows(from, q, first, last, false);
+      scan_rows(q, q + 1, first, last, true);
+      from = q + 1;
+    }
+    if (from < end) scan_rows(from, end, first, last, false);
+  }
+
+ private:
+  // Gathering the allowed rows beats masking the others out below these shares of rows, measured at
+  // 1M codes of 256 bits: a lone query pays the cache misses of its gathered rows itself, while
+  // a gathered tile also spares every query of a batch the work on the other rows.
+  static constexpr double kGatherRowsBelow = 0.06;
+  static constexpr double kGatherTilesBelow = 0.9;
+
+  bool gathers(int64_t begin, int64_t end, int64_t first, int64_t last) const {
+    if (!options_.filter.bitmaps) return false;
+    const uint8_t* bitmap = options_.filter.bitmaps + begin * options_.filter.bitmap_stride;
+    const double share = scan_.by_rows(end - begin) ? kGatherRowsBelow : kGatherTilesBelow;
+    return double(count_bits(bitmap + first / 8, bitmap + (last + 7) / 8)) <
+           double(last - first) * share;
+  }
+
+  void scan_rows(int64_t begin, int64_t end, int64_t first, int64_t last, bool gather) {
+    const int64_t queries = end - begin;
+    const bool by_rows = scan_.by_rows(queries);
+    const int64_t capacity =
+        std::max<int64_t>(1, Tile::kBytes / std::max<int64_t>(codes_.bytes, 1) / kBlock) * kBlock;
+    if (options_.later_only && !options_.filter.ids) first = std::max(first, begin + 1);
+    prepare(begin, end, by_rows, capacity);
+    while (first < last) {
+      int64_t count = std::min(capacity, last - first);
+      const int64_t* rows = nullptr;
+      first_row_ = first;
+      if (options_.filter.ids) {
+        rows = options_.filter.ids + first;
+        first += count;
+      } else if (gather) {
+        first = gather_rows(begin, first, last, capacity);
+        rows = gathered_.data();
+        count = int64_t(gathered_.size());
+      } else {
+        first += count;
       }
-      continue;
+      rows_ = rows;
+      if (count > 0) scan_tile(begin, end, count, by_rows);
     }
-    kernel.arrange(codes, args.code_stride, count, args.bytes, tile);
-    kernel.scan(tile, count, row, words, prepared.data(), queries, candidates.data(), tighten);
   }
-  const std::lock_guard<std::mutex> guard(lock);
-  for (int64_t q = 0; q < queries; ++q) {
-    Candidates& list = candidates[q];
-    if (list.count > k) tighten(list);
-    found[begin + q].insert(found[begin + q].end(), list.keys, list.keys + list.count);
+
+  // Lists up to `capacity` allowed rows from `first` on; returns where to go on.
+  int64_t gather_rows(int64_t query, int64_t first, int64_t last, int64_t capacity) {
+    const uint8_t* bitmap = options_.filter.bitmaps + query * options_.filter.bitmap_stride;
+    gathered_.clear();
+    while (first < last && int64_t(gathered_.size()) < capacity) {
+      if (first % 64 == 0 && first + 64 <= last && int64_t(gathered_.size()) + 64 <= capacity) {
+        uint64_t word = 0;
+        for (int i = 0; i < 8; ++i) word = word << 8 | bitmap[first / 8 + i];
+        for (; word; word &= ~(uint64_t(1) << 63 >> __builtin_clzll(word))) {
+          gathered_.push_back(first + __builtin_clzll(word));
+        }
+        first += 64;
+      } else {
+        if (bitmap[first / 8] >> (7 - first % 8) & 1) gathered_.push_back(first);
+        ++first;
+      }
+    }
+    return first;
+  }
+
+  void prepare(int64_t begin, int64_t end, bool by_rows, int64_t capacity) {
+    for (int64_t q = begin; q < end; ++q) {
+      limits_[size_t(q - begin_)] = scan_.limit(q, found_[q - begin_]);
+    }
+    const int64_t queries = end - begin;
+    if (by_rows) {
+      words_.assign(size_t(queries * words()), 0);
+      for (int64_t q = 0; q < queries; ++q) {
+        std::memcpy(words_.data() + q * words(), scan_.query(begin + q), size_t(codes_.bytes));
+      }
+      return;
+    }
+    prepared_.resize(size_t(queries * codes_.bytes * scan_.width()));
+    for (int64_t q = 0; q < queries; ++q) {
+      scan_.prepare(begin + q, prepared_.data() + q * codes_.bytes * scan_.width());
+    }
+    if (capacity * codes_.bytes != tile_bytes_) {
+      tile_bytes_ = capacity * codes_.bytes;
+      tile_ = Tile(tile_bytes_);
+    }
+  }
+
+  void scan_tile(int64_t begin, int64_t end, int64_t count, bool by_rows) {
+    const ScanKernels& kernel = kernels<ScanKernels>();
+    const uint8_t* first_code = rows_ ? codes_.data : codes_.at(first_row_);
+    if (by_rows) {
+      for (int64_t q = begin; q < end; ++q) {
+        first_query_ = q;
+        kernel.scan_rows({first_code, codes_.stride, count, codes_.bytes, rows_,
+                          words_.data() + (q - begin) * words(), &limits_[size_t(q - begin_)], this,
+                          &Pass::offer});
+      }
+      return;
+    }
+    first_query_ = begin;
+    kernel.interleave(first_code, codes_.stride, rows_, count, codes_.bytes, tile_.data());
+    scan_.scan({tile_.data(), count, codes_.bytes, prepared_.data(), end - begin, scan_.period(),
+                &limits_[size_t(begin - begin_)], this, &Pass::offer});
+  }
+
+  static void offer(void* context, int64_t query, int64_t position, uint32_t sum) {
+    Pass& self = *static_cast<Pass*>(context);
+    const int64_t q = self.first_query_ + query;
+    const int64_t row = self.rows_ ? self.rows_[position] : self.first_row_ + position;
+    if (!self.options_.filter.allows(q, row)) return;
+    if (self.options_.later_only && row <= q) return;
+    Collector& found = self.found_[q - self.begin_];
+    const uint64_t key = self.scan_.key(q, row, sum, self.codes_.at(row));
+    if (key >= found.limit) return;
+    found.add(key);
+    self.limits_[size_t(q - self.begin_)] = self.scan_.limit(q, found);
+  }
+
+  int64_t words() const { return (codes_.bytes + 7) / 8; }
+
+  const Scan& scan_;
+  const Codes& codes_;
+  const SearchOptions& options_;
+  std::vector<uint8_t> prepared_;
+  Tile tile_;
+  int64_t tile_bytes_ = 0;
+  std::vector<uint64_t> words_;
+  std::vector<int64_t> gathered_;
+  std::vector<uint32_t> limits_;
+  Collector* found_ = nullptr;
+  int64_t begin_ = 0, first_query_ = 0, first_row_ = 0;
+  const int64_t* rows_ = nullptr;
+};
+
+// Everything found for every query, each sorted. parallel(count, bytes_per_item, body) runs
+// body(first, last) over [0, count), cut anyhow.
+template <class Scan, class Parallel>
+std::vector<Collector> search(const Scan& scan, const Codes& codes, const SearchOptions& options,
+                              const Parallel& parallel) {
+  constexpr int64_t kQueriesPerPass = 256;  // bounds the memory of prepared queries
+  const int64_t queries = scan.queries();
+  std::vector<Collector> found(size_t(queries), scan.start());
+  const int64_t rows = options.filter.ids ? options.filter.id_count : codes.count;
+  std::mutex lock;
+  const auto pass = [&](int64_t begin, int64_t end, int64_t first, int64_t last) {
+    Pass<Scan> one(scan, codes, options);
+    for (; begin < end; begin += kQueriesPerPass) {
+      const int64_t until = std::min(end, begin + kQueriesPerPass);
+      std::vector<Collector> part(size_t(until - begin), scan.start());
+      one.run(begin, until, first, last, part.data());
+      const std::lock_guard<std::mutex> guard(lock);
+      for (int64_t q = begin; q < until; ++q) found[size_t(q)].merge(part[size_t(q - begin)]);
+    }
+  };
+  if (rows >= queries) {
+    parallel(rows, codes.bytes * queries,
+             [&](int64_t first, int64_t last) { pass(0, queries, first, last); });
+  } else if (rows > 0) {
+    parallel(queries, codes.bytes * rows,
+             [&](int64_t begin, int64_t end) { pass(begin, end, 0, rows); });
+  }
+  for (Collector& one : found) {
+    one.tighten();
+    std::sort(one.keys.begin(), one.keys.end());
+  }
+  return found;
+}
+
+// The first k keys of each query as rows of two arrays, filled up with "none".
+template <class Scan, class Distance>
+void write_topk(const std::vector<Collector>& found, int64_t k, Distance none, Distance* distances,
+                int64_t* ids) {
+  for (size_t q = 0; q < found.size(); ++q) {
+    const std::vector<uint64_t>& keys = found[q].keys;
+    for (int64_t i = 0; i < k; ++i) {
+      const bool exists = i < int64_t(keys.size());
+      distances[int64_t(q) * k + i] = exists ? Scan::distance(keys[size_t(i)]) : none;
+      ids[int64_t(q) * k + i] = exists ? Scan::row(keys[size_t(i)]) : -1;
+    }
   }
 }
 
-// parallel(count, bytes_per_item, body) runs body(first, last) over [0, count). The ranges may be
-// any: keys are unique, so the best k of their union don't depend on how it was cut.
-template <class Parallel>
-void hamming_topk(const HammingTopk& args, const Parallel& parallel) {
-  std::vector<std::vector<uint64_t>> found(args.query_count);
-  std::mutex lock;
-  if (args.k > 0 && args.bytes > 0) {
-    if (args.code_count >= args.query_count) {
-      parallel(args.code_count, args.bytes * args.query_count, [&](int64_t first, int64_t last) {
-        search_range(args, 0, args.query_count, first, last, found, lock);
-      });
-    } else if (args.code_count > 0) {
-      parallel(args.query_count, args.bytes * args.code_count, [&](int64_t begin, int64_t end) {
-        search_range(args, begin, end, 0, args.code_count, found, lock);
-      });
+// All distances, out[query * codes.count + row].
+inline void hamming_distances(const Codes& queries, const Codes& codes, int64_t first, int64_t last,
+                              int32_t* out) {
+  const ScanKernels& kernel = kernels<ScanKernels>();
+  if (codes.bytes == 0 || codes.bytes > kWidestScan) {
+    std::vector<uint64_t> words(size_t(codes.bytes + 7) / 8);
+    for (int64_t q = 0; q < queries.count; ++q) {
+      std::memcpy(words.data(), queries.at(q), size_t(codes.bytes));
+      int32_t* to = out + q * codes.count + first;
+      uint32_t limit = 0xffffffff;
+      kernel.scan_rows({codes.at(first), codes.stride, last - first, codes.bytes, nullptr,
+                        words.data(), &limit, to,
+                        [](void* context, int64_t, int64_t position, uint32_t sum) {
+                          static_cast<int32_t*>(context)[position] = int32_t(sum);
+                        }});
     }
-  } else if (args.k > 0) {  // codes without a bit: all at distance 0
-    for (auto& keys : found) {
-      for (int64_t row = 0; row < std::min(args.k, args.code_count); ++row) keys.push_back(row);
-    }
+    return;
   }
-  for (int64_t q = 0; q < args.query_count; ++q) {
-    std::vector<uint64_t>& keys = found[q];
-    std::sort(keys.begin(), keys.end());
-    for (int64_t i = 0; i < args.k; ++i) {
-      const bool exists = i < int64_t(keys.size());
-      args.distances[q * args.k + i] =
-          exists ? int32_t(keys[i] >> kRowBits) : std::numeric_limits<int32_t>::max();
-      args.ids[q * args.k + i] = exists ? int64_t(keys[i] & ((uint64_t(1) << kRowBits) - 1)) : -1;
-    }
+  const int64_t capacity = std::max<int64_t>(1, Tile::kBytes / codes.bytes / kBlock) * kBlock;
+  Tile tile(capacity * codes.bytes);
+  const int64_t width = codes.bytes * kernel.hamming_width;
+  std::vector<uint8_t> prepared(size_t(queries.count * width));
+  for (int64_t q = 0; q < queries.count; ++q) {
+    kernel.prepare_hamming(queries.at(q), codes.bytes, prepared.data() + q * width);
+  }
+  for (int64_t row = first; row < last; row += capacity) {
+    const int64_t count = std::min(capacity, last - row);
+    kernel.interleave(codes.at(row), codes.stride, nullptr, count, codes.bytes, tile.data());
+    kernel.distances({tile.data(), count, codes.bytes, prepared.data(), queries.count, 0, nullptr,
+                      nullptr, nullptr},
+                     out + row, codes.count);
   }
 }
 

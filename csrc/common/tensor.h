@@ -47,6 +47,8 @@ inline constexpr ScalarType kScalarType<float16> = ScalarType::Half;
 template <>
 inline constexpr ScalarType kScalarType<uint8_t> = ScalarType::Byte;
 template <>
+inline constexpr ScalarType kScalarType<int8_t> = ScalarType::Char;
+template <>
 inline constexpr ScalarType kScalarType<int32_t> = ScalarType::Int;
 template <>
 inline constexpr ScalarType kScalarType<int64_t> = ScalarType::Long;

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy
 import numpy.typing
 import typing
-__all__: list[str] = ['build_info', 'compiled_isas', 'hamming_topk', 'hash_bag', 'hash_keys', 'isa', 'murmur3_x64_128', 'murmur64a', 'pack_sign', 'segment_pool', 'set_isa', 'supported_isas', 'varlen_attention']
+__all__: list[str] = ['build_info', 'compiled_isas', 'hamming_distance', 'hamming_topk', 'hash_bag', 'hash_keys', 'isa', 'murmur3_x64_128', 'murmur64a', 'pack_sign', 'segment_pool', 'set_isa', 'supported_isas', 'varlen_attention']
 def build_info() -> dict[str, str]:
     """
     Return what this binary was built with: torch, compiler, CUDA toolkit (or empty).
@@ -14,6 +14,8 @@ def compiled_isas() -> list[str]:
     """
     Return the instruction sets in this binary, slowest first.
     """
+def hamming_distance(a: numpy.ndarray, b: numpy.ndarray) -> numpy.ndarray:
+    ...
 def hamming_topk(queries: numpy.ndarray, codes: numpy.ndarray, k: typing.SupportsInt | typing.SupportsIndex) -> tuple[numpy.ndarray, numpy.ndarray]:
     ...
 def hash_bag(ids: numpy.ndarray, table: numpy.ndarray, offsets: numpy.ndarray | None, weights: numpy.ndarray | None, family: typing.SupportsInt | typing.SupportsIndex, seed: typing.SupportsInt | typing.SupportsIndex, num_hashes: typing.SupportsInt | typing.SupportsIndex, padding_id: typing.SupportsInt | typing.SupportsIndex | None) -> numpy.ndarray:
@@ -32,7 +34,7 @@ def murmur64a(data: bytes, seed: typing.SupportsInt | typing.SupportsIndex) -> i
     """
     Return MurmurHash64A, with seed 1 spaCy's id of a string.
     """
-def pack_sign(x: numpy.ndarray) -> numpy.ndarray:
+def pack_sign(x: numpy.ndarray, threshold: numpy.ndarray | None) -> numpy.ndarray:
     ...
 def segment_pool(x: numpy.ndarray, cu_seqlens: numpy.ndarray, weights: numpy.ndarray | None, normalize: bool) -> numpy.ndarray:
     ...

@@ -3,20 +3,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from contract import check_compiled, check_op, check_threads, layouts, only_kernels
+from contract import check_compiled, check_op, check_threads, only_kernels
 from emblas import use_backend
-from emblas.binary import (
-    SignBinarizer,
-    arrays,
-    hamming_topk,
-    pack_sign,
-    sign_ste,
-    unpack_sign,
-)
+from emblas.binary import arrays, hamming_topk, pack_sign
 from hypothesis import given
 from hypothesis import strategies as st
 
-FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 LARGEST = np.iinfo(np.int32).max
 
 
@@ -101,17 +93,12 @@ def test_same_bits_for_any_thread_count(isa):
     check_threads(lambda: hamming_topk(queries, codes, 50))
     few, many = random_codes(300, 16), random_codes(3000, 16, seed=1)
     check_threads(lambda: hamming_topk(many, few, 20))
-    x = torch.randn(3000, 100)
-    check_threads(lambda: pack_sign(x))
 
 
 def test_reference():
     codes, queries = random_codes(50, 5, distinct=4), random_codes(6, 5, seed=1, distinct=4)
-    x = torch.randn(7, 13)
     with use_backend("reference"):
         check(queries, codes, 60)
-        packed = pack_sign(x)
-    assert torch.equal(packed, pack_sign(x))
 
 
 def test_equals_faiss():
@@ -124,52 +111,10 @@ def test_equals_faiss():
     )
 
 
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_pack_sign(isa, dtype):
-    for dim in (1, 7, 8, 63, 64, 65, 130, 384):
-        x = torch.randn(9, dim).to(dtype)
-        x[0, ::3] = 0
-        x[1, ::2] = torch.nan
-        x[2] = -0.0
-        expected = np.packbits((x > 0).numpy(), axis=1)
-        for name, view in layouts(x).items():
-            np.testing.assert_array_equal(pack_sign(view).numpy(), expected, err_msg=name)
-
-
-def test_pack_sign_shapes():
-    x = torch.randn(2, 3, 11)
-    assert pack_sign(x).shape == (2, 3, 2)
-    assert torch.equal(pack_sign(x)[1, 2], pack_sign(x[1, 2]))
-    assert pack_sign(torch.empty(0, 5)).shape == (0, 1)
-    assert pack_sign(torch.empty(3, 0)).shape == (3, 0)
-
-
-@given(dim=st.integers(0, 70), seed=st.integers(0, 2**31))
-def test_unpack_sign(dim, seed):
-    x = torch.randn(3, dim, generator=torch.Generator().manual_seed(seed))
-    assert torch.equal(unpack_sign(pack_sign(x), dim), torch.where(x > 0, 1.0, -1.0))
-
-
-def test_straight_through():
-    x = torch.tensor([-2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5], requires_grad=True)
-    y = sign_ste(x)
-    y.backward(torch.arange(1.0, 8.0))
-    assert y.tolist() == [-1, -1, -1, -1, 1, 1, 1]
-    assert x.grad.tolist() == [0, 2, 3, 4, 5, 6, 0]
-
-
-def test_module():
-    module, x = SignBinarizer(), torch.randn(3, 20, requires_grad=True)
-    module(x).sum().backward()
-    assert x.grad is not None
-    assert torch.equal(module.eval()(x.detach()), pack_sign(x.detach()))
-
-
 def test_operator_contract():
-    check_op("pack_sign", torch.randn(5, 21))
-    check_op("hamming_topk", random_codes(3, 9), random_codes(40, 9), 5)
-    with only_kernels("pack_sign", "hamming_topk"):
-        codes = pack_sign(torch.randn(5, 21))
+    codes = random_codes(40, 9)
+    check_op("hamming_topk", codes[:3], codes, 5)
+    with only_kernels("hamming_topk"):
         hamming_topk(codes, codes, 2)
 
 
@@ -182,11 +127,8 @@ def test_compiled():
 
 
 def test_numpy_door(isa):
-    x = np.random.default_rng(0).normal(size=(60, 45))
-    for values in (x, x.astype(np.float32)):
-        codes = arrays.pack_sign(values)
-        np.testing.assert_array_equal(codes, pack_sign(torch.from_numpy(values)).numpy())
-    tensors = torch.from_numpy(codes)
+    tensors = random_codes(60, 6)
+    codes = tensors.numpy()
     for actual, expected in zip(
         arrays.hamming_topk(codes[:5], codes, 7), hamming_topk(tensors[:5], tensors, 7), strict=True
     ):
@@ -205,12 +147,6 @@ CODES = torch.zeros(3, 4, dtype=torch.uint8)
 @pytest.mark.parametrize(
     ("error", "message", "call"),
     [
-        (TypeError, "x must be a torch.Tensor, got list", lambda: pack_sign([1.0])),
-        (TypeError, "x must have dtype", lambda: pack_sign(CODES)),
-        (ValueError, "x must have at least 1 dim", lambda: pack_sign(torch.tensor(1.0))),
-        (TypeError, "x must have dtype", lambda: sign_ste(CODES)),
-        (TypeError, "codes must have dtype uint8", lambda: unpack_sign(CODES.int(), 32)),
-        (ValueError, "codes must end in .* 5 bytes", lambda: unpack_sign(CODES, 33)),
         (TypeError, "queries must have dtype uint8", lambda: hamming_topk(CODES.int(), CODES, 1)),
         (ValueError, "codes must have 2 dimensions", lambda: hamming_topk(CODES, CODES[0], 1)),
         (ValueError, "the same width, got 4 and 3", lambda: hamming_topk(CODES, CODES[:, :3], 1)),

@@ -1,5 +1,7 @@
 #include <algorithm>
 
+#include "binary/binary.h"
+#include "binary/scores.h"
 #include "binary/search.h"
 #include "native.h"
 
@@ -11,18 +13,20 @@ int distance(const uint8_t* a, const uint8_t* b, int64_t bytes) {
   return bits;
 }
 
+constexpr auto kTwoParts = [](int64_t count, int64_t, const auto& body) {
+  body(0, count / 3);
+  body(count / 3, count);
+};
+
 void check_search(int64_t queries, int64_t rows, int64_t bytes, int64_t k) {
   const auto query_codes = native::random_bits<uint8_t>(queries * bytes, 1);
   const auto codes = native::random_bits<uint8_t>(rows * bytes, 2);
   std::vector<int32_t> distances(queries * k);
   std::vector<int64_t> ids(queries * k);
-  const emblas::HammingTopk args{
-      query_codes.data(), bytes,     queries, codes.data(), bytes, rows, bytes, k,
-      distances.data(),   ids.data()};
-  emblas::hamming_topk(args, [](int64_t count, int64_t, const auto& body) {
-    body(0, count / 3);
-    body(count / 3, count);
-  });
+  const emblas::Codes wanted{query_codes.data(), bytes, queries, bytes};
+  const emblas::Codes documents{codes.data(), bytes, rows, bytes};
+  const auto found = emblas::search(emblas::HammingScan(wanted, k), documents, {}, kTwoParts);
+  emblas::write_topk<emblas::HammingScan>(found, k, 0, distances.data(), ids.data());
   for (int64_t q = 0; q < queries; ++q) {
     std::vector<std::pair<int, int64_t>> all;
     for (int64_t r = 0; r < rows; ++r) {
@@ -37,7 +41,97 @@ void check_search(int64_t queries, int64_t rows, int64_t bytes, int64_t k) {
   }
 }
 
+double value_of(const uint8_t* code, int64_t dim, int64_t planes, int64_t i) {
+  double value = 0;
+  for (int64_t t = 0; t < planes; ++t) {
+    const int bit = code[t * ((dim + 7) / 8) + i / 8] >> (7 - i % 8) & 1;
+    value += std::ldexp(bit ? 1.0 : -1.0, -int(t));
+  }
+  return value;
+}
+
+void check_scores(int64_t queries, int64_t rows, int64_t dim, int64_t planes, int64_t k) {
+  const int64_t bytes = planes * ((dim + 7) / 8);
+  std::vector<float> wanted(queries * dim);
+  for (float& x : wanted) x = float(&x - wanted.data()) - 7 * float((&x - wanted.data()) % 31);
+  const auto codes = native::random_bits<uint8_t>(rows * bytes, 2);
+  std::vector<float> scores(queries * k);
+  std::vector<int64_t> ids(queries * k);
+  const emblas::ScoreScan scan(wanted.data(), dim, queries, dim, bytes, k);
+  const auto found = emblas::search(scan, {codes.data(), bytes, rows, bytes}, {}, kTwoParts);
+  emblas::write_topk<emblas::ScoreScan>(found, k, 0.0f, scores.data(), ids.data());
+  for (int64_t q = 0; q < queries; ++q) {
+    std::vector<std::pair<float, int64_t>> all;
+    for (int64_t r = 0; r < rows; ++r) {
+      double score = 0;
+      for (int64_t i = 0; i < dim; ++i) {
+        score += double(wanted[q * dim + i]) * value_of(&codes[r * bytes], dim, planes, i);
+      }
+      all.emplace_back(-float(score), r);
+    }
+    std::sort(all.begin(), all.end());
+    for (int64_t i = 0; i < std::min(k, rows); ++i) {
+      CHECK(scores[q * k + i] == -all[i].first);
+      CHECK(ids[q * k + i] == all[i].second);
+    }
+  }
+}
+
 }  // namespace
+
+NATIVE_TEST(asymmetric_topk) {
+  for (int64_t planes : {1, 2, 4}) {
+    check_scores(1, 211, 70, planes, 5);
+    check_scores(6, 300, 33, planes, 20);
+  }
+}
+
+NATIVE_TEST(range_search_with_filters) {
+  const int64_t bytes = 3, rows = 700, queries = 5, radius = 9;
+  const auto wanted = native::random_bits<uint8_t>(queries * bytes, 1);
+  const auto codes = native::random_bits<uint8_t>(rows * bytes, 2);
+  const int64_t width = (rows + 7) / 8;
+  for (int selective : {0, 1}) {
+    auto bitmaps = native::random_bits<uint8_t>(queries * width, 3);
+    if (selective) {
+      for (uint8_t& byte : bitmaps) byte &= 1;
+    }
+    for (int64_t stride : {int64_t(0), width}) {
+      emblas::SearchOptions options;
+      options.filter.bitmaps = bitmaps.data();
+      options.filter.bitmap_stride = stride;
+      const emblas::HammingScan scan({wanted.data(), bytes, queries, bytes}, emblas::kKeepAll,
+                                     radius);
+      const auto found =
+          emblas::search(scan, {codes.data(), bytes, rows, bytes}, options, kTwoParts);
+      for (int64_t q = 0; q < queries; ++q) {
+        size_t count = 0;
+        for (int64_t r = 0; r < rows; ++r) {
+          const bool allowed = bitmaps[q * stride + r / 8] >> (7 - r % 8) & 1;
+          count += allowed && distance(&wanted[q * bytes], &codes[r * bytes], bytes) <= radius;
+        }
+        CHECK(found[q].keys.size() == count);
+      }
+    }
+  }
+}
+
+NATIVE_TEST(hamming_distance) {
+  for (int64_t bytes : {1, 16, 35}) {
+    const int64_t rows = 200, queries = 7;
+    const auto a = native::random_bits<uint8_t>(queries * bytes, 1);
+    const auto b = native::random_bits<uint8_t>(rows * bytes, 2);
+    std::vector<int32_t> out(queries * rows);
+    const emblas::Codes left{a.data(), bytes, queries, bytes}, right{b.data(), bytes, rows, bytes};
+    emblas::hamming_distances(left, right, 0, 77, out.data());
+    emblas::hamming_distances(left, right, 77, rows, out.data());
+    for (int64_t q = 0; q < queries; ++q) {
+      for (int64_t r = 0; r < rows; ++r) {
+        CHECK(out[q * rows + r] == distance(&a[q * bytes], &b[r * bytes], bytes));
+      }
+    }
+  }
+}
 
 NATIVE_TEST(hamming_topk) {
   for (int64_t bytes : {1, 7, 8, 33, 48, 300}) {
@@ -49,14 +143,37 @@ NATIVE_TEST(hamming_topk) {
 NATIVE_TEST(pack_sign_float32) {
   for (int64_t dim : {1, 8, 63, 64, 200}) {
     const auto x = native::random_values<float>(3 * dim, 1);
-    std::vector<uint8_t> codes(3 * ((dim + 7) / 8));
-    emblas::kernels<emblas::PackSignKernels>().of(float{}).pack(x.data(), dim, dim, 0, 3,
-                                                                codes.data());
-    for (int64_t r = 0; r < 3; ++r) {
-      for (int64_t i = 0; i < dim; ++i) {
-        const int bit = codes[r * ((dim + 7) / 8) + i / 8] >> (7 - i % 8) & 1;
-        CHECK(bit == (x[r * dim + i] > 0));
+    const auto threshold = native::random_values<float>(dim, 2);
+    for (const float* limits : {(const float*)nullptr, threshold.data()}) {
+      std::vector<uint8_t> codes(3 * ((dim + 7) / 8));
+      emblas::kernels<emblas::PackSignKernels>().of(float{}).pack(x.data(), dim, limits, dim, 0, 3,
+                                                                  codes.data());
+      for (int64_t r = 0; r < 3; ++r) {
+        for (int64_t i = 0; i < dim; ++i) {
+          const int bit = codes[r * ((dim + 7) / 8) + i / 8] >> (7 - i % 8) & 1;
+          CHECK(bit == (x[r * dim + i] > (limits ? limits[i] : 0)));
+        }
       }
     }
+  }
+}
+
+NATIVE_TEST(hadamard_rotate_float64) {
+  for (int64_t dim : {1, 2, 5, 16, 100, 384}) {
+    const auto x = native::random_values<double>(2 * dim, 1);
+    const auto noise = native::random_values<double>(4 * dim, 2);
+    std::vector<int8_t> signs(4 * dim);
+    for (int64_t i = 0; i < 4 * dim; ++i) signs[i] = noise[i] > 0 ? 1 : -1;
+    std::vector<double> rotated(2 * dim), back(2 * dim), buffer(dim);
+    const auto rotate = emblas::kernels<emblas::HadamardRotateKernels>().of(double{}).rotate;
+    rotate({x.data(), dim, dim, signs.data(), 4, false, rotated.data()}, 0, 2, buffer.data());
+    rotate({rotated.data(), dim, dim, signs.data(), 4, true, back.data()}, 0, 2, buffer.data());
+    double before = 0, after = 0;
+    for (int64_t i = 0; i < 2 * dim; ++i) {
+      CHECK_NEAR(back[i], x[i], 1e-12);
+      before += x[i] * x[i];
+      after += rotated[i] * rotated[i];
+    }
+    CHECK_NEAR(after, before, 1e-9);
   }
 }

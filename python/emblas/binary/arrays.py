@@ -10,7 +10,9 @@ import numpy.typing as npt
 from emblas._load import _C
 
 
-def pack_sign(x: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
+def pack_sign(
+    x: npt.NDArray[Any], threshold: npt.NDArray[Any] | None = None
+) -> npt.NDArray[np.uint8]:
     """Pack the signs of vectors into bits; see :func:`emblas.binary.pack_sign`.
 
     Runs on the calling thread with the GIL released.
@@ -19,6 +21,8 @@ def pack_sign(x: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
     ----------
     x : ndarray
         C-contiguous ``(rows, dim)``, float32 or float64.
+    threshold : ndarray, optional
+        ``(dim,)`` of the dtype of ``x``; 0 by default.
 
     Returns
     -------
@@ -28,11 +32,11 @@ def pack_sign(x: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
     Raises
     ------
     TypeError
-        If ``x`` has another dtype or memory layout.
+        If an array has another dtype or memory layout.
     ValueError
-        If ``x`` is not 2-D.
+        If ``x`` is not 2-D or ``threshold`` has another length than ``dim``.
     """
-    return _C.pack_sign(x)
+    return _C.pack_sign(x, threshold)
 
 
 def hamming_topk(
@@ -62,3 +66,28 @@ def hamming_topk(
         If widths differ or ``k`` is negative.
     """
     return _C.hamming_topk(queries, codes, k)
+
+
+def hamming_distance(a: npt.NDArray[np.uint8], b: npt.NDArray[np.uint8]) -> npt.NDArray[np.int32]:
+    """Count the differing bits of all pairs of codes; see :func:`emblas.binary.hamming_distance`.
+
+    Runs on the calling thread with the GIL released.
+
+    Parameters
+    ----------
+    a, b : ndarray
+        C-contiguous uint8 ``(Q, bytes)`` and ``(N, bytes)``.
+
+    Returns
+    -------
+    ndarray
+        int32 ``(Q, N)``.
+
+    Raises
+    ------
+    TypeError
+        If an array is not C-contiguous uint8.
+    ValueError
+        If widths differ.
+    """
+    return _C.hamming_distance(a, b)

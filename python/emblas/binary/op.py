@@ -2,22 +2,67 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from emblas._op import Op, use_reference
+from emblas._op import Op, needs_grad, use_reference
 from emblas.binary import reference
 
 
-def _pack_sign_fake(x: Tensor) -> Tensor:
+def _pack_sign_fake(x: Tensor, threshold: Tensor | None = None) -> Tensor:
     return x.new_empty(x.shape[0], (x.shape[1] + 7) // 8, dtype=torch.uint8)
 
 
-def _hamming_topk_fake(queries: Tensor, codes: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def _rotate_fake(x: Tensor, signs: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _hamming_topk_fake(
+    queries: Tensor, codes: Tensor, k: int, filter: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     shape = (queries.shape[0], k)
     return queries.new_empty(shape, dtype=torch.int32), queries.new_empty(shape, dtype=torch.int64)
+
+
+def _hamming_distance_fake(a: Tensor, b: Tensor) -> Tensor:
+    return a.new_empty(a.shape[0], b.shape[0], dtype=torch.int32)
+
+
+def _range_search_fake(
+    queries: Tensor,
+    codes: Tensor,
+    radius: int,
+    max_results: int,
+    filter: Tensor | None = None,
+    later_only: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    counts = queries.new_empty(queries.shape[0], dtype=torch.int64)
+    return counts, *_hamming_topk_fake(queries, codes, max_results)
+
+
+def _range_search_csr_fake(
+    queries: Tensor,
+    codes: Tensor,
+    radius: int,
+    filter: Tensor | None = None,
+    later_only: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    found = torch.library.get_ctx().new_dynamic_size()
+    return (
+        queries.new_empty(queries.shape[0] + 1, dtype=torch.int64),
+        queries.new_empty(found, dtype=torch.int32),
+        queries.new_empty(found, dtype=torch.int64),
+    )
+
+
+def _asymmetric_topk_fake(
+    queries: Tensor, codes: Tensor, k: int, filter: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    shape = (queries.shape[0], k)
+    return queries.new_empty(shape), queries.new_empty(shape, dtype=torch.int64)
 
 
 _pack_sign = Op(
@@ -26,11 +71,30 @@ _pack_sign = Op(
     fake=_pack_sign_fake,
     triton="emblas.binary.triton",
 )
+_hadamard_rotate = Op(
+    "hadamard_rotate",
+    reference=reference.hadamard_rotate,
+    fake=_rotate_fake,
+    backward="hadamard_unrotate",
+)
+_hadamard_unrotate = Op(
+    "hadamard_unrotate", reference=reference.hadamard_unrotate, fake=_rotate_fake
+)
 _hamming_topk = Op(
     "hamming_topk",
     reference=reference.hamming_topk,
     fake=_hamming_topk_fake,
     triton="emblas.binary.triton",
+)
+_hamming_distance = Op(
+    "hamming_distance", reference=reference.hamming_distance, fake=_hamming_distance_fake
+)
+_range_search = Op("range_search", reference=reference.range_search, fake=_range_search_fake)
+_range_search_csr = Op(
+    "range_search_csr", reference=reference.range_search_csr, fake=_range_search_csr_fake
+)
+_asymmetric_topk = Op(
+    "asymmetric_topk", reference=reference.asymmetric_topk, fake=_asymmetric_topk_fake
 )
 
 
@@ -46,18 +110,114 @@ class _SignSTE(torch.autograd.Function):
         return torch.where(x.abs() <= 1, grad_out, 0)
 
 
+class _SignTanh(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, temperature: float) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.temperature = temperature
+        return torch.where(x > 0, 1.0, -1.0).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, None]:
+        (x,) = ctx.saved_tensors
+        smooth = torch.tanh(x / ctx.temperature)
+        return grad_out * (1 - smooth * smooth) / ctx.temperature, None
+
+
 def sign_ste(x: Tensor) -> Tensor:
     """Binarize a checked argument; see :func:`emblas.binary.sign_ste`."""
     return _SignSTE.apply(x)
 
 
-def pack_sign(x: Tensor) -> Tensor:
+def sign_tanh(x: Tensor, temperature: float) -> Tensor:
+    """Binarize with the gradient of ``tanh(x / temperature)``."""
+    return _SignTanh.apply(x, temperature)
+
+
+Rotate = Callable[[Tensor, Tensor], Tensor]
+
+
+def _differentiable(forward: Rotate, backward: Rotate) -> Rotate:
+    """Return the rotation ``forward``, whose gradient is its transpose, ``backward``."""
+
+    class Rotation(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor, signs: Tensor) -> Tensor:
+            ctx.save_for_backward(signs)
+            return forward(x, signs)
+
+        @staticmethod
+        def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, None]:
+            (signs,) = ctx.saved_tensors
+            return backward(grad_out.contiguous(), signs), None
+
+    return lambda x, signs: Rotation.apply(x, signs)
+
+
+_rotate_with_grad = _differentiable(_hadamard_rotate, _hadamard_unrotate)
+_unrotate_with_grad = _differentiable(_hadamard_unrotate, _hadamard_rotate)
+
+
+def hadamard_rotate(x: Tensor, signs: Tensor) -> Tensor:
+    """Rotate checked arguments; see :class:`emblas.binary.HadamardRotation`."""
+    if use_reference():
+        return reference.hadamard_rotate(x, signs)
+    return _rotate_with_grad(x, signs) if needs_grad(x) else _hadamard_rotate(x, signs)
+
+
+def hadamard_unrotate(x: Tensor, signs: Tensor) -> Tensor:
+    """Undo :func:`hadamard_rotate`."""
+    if use_reference():
+        return reference.hadamard_unrotate(x, signs)
+    return _unrotate_with_grad(x, signs) if needs_grad(x) else _hadamard_unrotate(x, signs)
+
+
+def pack_sign(x: Tensor, threshold: Tensor | None) -> Tensor:
     """Pack checked arguments; see :func:`emblas.binary.pack_sign`."""
-    return reference.pack_sign(x) if use_reference() else _pack_sign(x)
+    return reference.pack_sign(x, threshold) if use_reference() else _pack_sign(x, threshold)
 
 
-def hamming_topk(queries: Tensor, codes: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def hamming_distance(a: Tensor, b: Tensor) -> Tensor:
+    """Compute with checked arguments; see :func:`emblas.binary.hamming_distance`."""
+    return reference.hamming_distance(a, b) if use_reference() else _hamming_distance(a, b)
+
+
+def hamming_topk(
+    queries: Tensor, codes: Tensor, k: int, filter: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """Search with checked arguments; see :func:`emblas.binary.hamming_topk`."""
     if use_reference():
-        return reference.hamming_topk(queries, codes, k)
-    return _hamming_topk(queries, codes, k)
+        return reference.hamming_topk(queries, codes, k, filter)
+    return _hamming_topk(queries, codes, k, filter)
+
+
+def range_search(
+    queries: Tensor,
+    codes: Tensor,
+    radius: int,
+    max_results: int,
+    filter: Tensor | None,
+    later_only: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Search with checked arguments; see :func:`emblas.binary.range_search`."""
+    if use_reference():
+        return reference.range_search(queries, codes, radius, max_results, filter, later_only)
+    return _range_search(queries, codes, radius, max_results, filter, later_only)
+
+
+def range_search_csr(
+    queries: Tensor, codes: Tensor, radius: int, filter: Tensor | None, later_only: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Search with checked arguments; see :func:`emblas.binary.range_search_csr`."""
+    if use_reference():
+        return reference.range_search_csr(queries, codes, radius, filter, later_only)
+    return _range_search_csr(queries, codes, radius, filter, later_only)
+
+
+def asymmetric_topk(
+    queries: Tensor, codes: Tensor, k: int, filter: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Search with checked arguments; see :func:`emblas.binary.asymmetric_topk`."""
+    if use_reference():
+        return reference.asymmetric_topk(queries, codes, k, filter)
+    return _asymmetric_topk(queries, codes, k, filter)

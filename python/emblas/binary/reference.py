@@ -9,29 +9,148 @@ NO_DISTANCE = torch.iinfo(torch.int32).max
 _WEIGHTS = (128, 64, 32, 16, 8, 4, 2, 1)
 
 
-def pack_sign(x: Tensor) -> Tensor:
-    """Bits of ``x > 0``, (rows, dim) -> (rows, ceil(dim / 8)), the first in the highest place."""
-    bits = torch.nn.functional.pad((x > 0).to(torch.uint8), (0, -x.shape[1] % 8))
+def pack_sign(x: Tensor, threshold: Tensor | None = None) -> Tensor:
+    """Bits of ``x > threshold``, (rows, dim) -> (rows, ceil(dim / 8)), the first bit highest."""
+    above = x > 0 if threshold is None else x.to(threshold.dtype) > threshold
+    bits = torch.nn.functional.pad(above.to(torch.uint8), (0, -x.shape[1] % 8))
     weights = torch.tensor(_WEIGHTS, dtype=torch.uint8, device=x.device)
     return (bits.unflatten(1, (-(-x.shape[1] // 8), 8)) * weights).sum(2, dtype=torch.uint8)
 
 
-def _distances(queries: Tensor, codes: Tensor) -> Tensor:
-    differing = queries[:, None].int() ^ codes[None].int()
-    return torch.stack([differing >> bit & 1 for bit in range(8)]).sum((0, 3))
+def _hadamard(x: Tensor) -> Tensor:
+    """Multiply rows of a power of two of values by the normalized Hadamard matrix."""
+    n, stride = x.shape[1], 1
+    while stride < n:
+        pairs = x.view(-1, n // (2 * stride), 2, stride)
+        x = torch.stack((pairs[:, :, 0] + pairs[:, :, 1], pairs[:, :, 0] - pairs[:, :, 1]), 2)
+        x = x.reshape(-1, n)
+        stride *= 2
+    return x / n**0.5
 
 
-def hamming_topk(queries: Tensor, codes: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def _rotate(x: Tensor, signs: Tensor, inverse: bool) -> Tensor:
+    rounds, dim = signs.shape
+    if dim == 0:
+        return x.clone()
+    size = 1 << dim.bit_length() - 1
+    values = x if x.dtype == torch.float64 else x.float()
+    for round in reversed(range(rounds)) if inverse else range(rounds):
+        first = dim - size if round % 2 else 0
+        if not inverse:
+            values = values * signs[round]
+        mixed = _hadamard(values[:, first : first + size])
+        values = torch.cat((values[:, :first], mixed, values[:, first + size :]), 1)
+        if inverse:
+            values = values * signs[round]
+    return values.to(x.dtype)
+
+
+def hadamard_rotate(x: Tensor, signs: Tensor) -> Tensor:
+    """Flip signs and mix, round by round, (rows, dim) with signs (rounds, dim)."""
+    return _rotate(x, signs, inverse=False)
+
+
+def hadamard_unrotate(x: Tensor, signs: Tensor) -> Tensor:
+    """Undo :func:`hadamard_rotate`: its transpose, the rounds backwards."""
+    return _rotate(x, signs, inverse=True)
+
+
+def hamming_distance(a: Tensor, b: Tensor) -> Tensor:
+    """Count the differing bits of all pairs of rows."""
+    differing = a[:, None].int() ^ b[None].int()
+    return torch.stack([differing >> bit & 1 for bit in range(8)]).sum((0, 3)).int()
+
+
+def unpack_bits(codes: Tensor) -> Tensor:
+    """Bits of each row, the highest of each byte first, as booleans."""
+    shifts = torch.arange(7, -1, -1, dtype=torch.uint8, device=codes.device)
+    return (codes[..., None] >> shifts & 1).flatten(-2).bool()
+
+
+def allowed(filter: Tensor | None, queries: int, rows: int, device: torch.device) -> Tensor:
+    """Which rows each query may return, (queries, rows)."""
+    if filter is None:
+        return torch.ones(queries, rows, dtype=torch.bool, device=device)
+    if filter.dtype == torch.uint8:
+        return unpack_bits(filter)[:, :rows].expand(queries, rows)
+    mask = torch.zeros(rows, dtype=torch.bool, device=device)
+    mask[filter] = True
+    return mask.expand(queries, rows)
+
+
+def _nearest(distances: Tensor, found: Tensor, k: int, none: float) -> tuple[Tensor, Tensor]:
+    """Find the k smallest distances of each row among those marked, by distance and then by row."""
+    kept = min(k, distances.shape[1])
+    ordered = distances.double().where(found, torch.inf).sort(dim=1, stable=True)
+    exists = ordered.values[:, :kept] < torch.inf
+    best = ordered.values[:, :kept].where(exists, none).to(distances.dtype)
+    ids = ordered.indices[:, :kept].where(exists, -1)
+    pad = (0, k - kept)
+    return (
+        torch.nn.functional.pad(best, pad, value=none),
+        torch.nn.functional.pad(ids, pad, value=-1),
+    )
+
+
+def hamming_topk(
+    queries: Tensor, codes: Tensor, k: int, filter: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Find the k rows of ``codes`` nearest to each query, by distance and then by row."""
-    rows = codes.shape[0]
-    found = min(k, rows)
-    shape = (queries.shape[0], k)
-    distances = torch.full(shape, NO_DISTANCE, dtype=torch.int32, device=codes.device)
-    ids = torch.full(shape, -1, dtype=torch.int64, device=codes.device)
-    if found and queries.shape[0]:
-        row = torch.arange(rows, device=codes.device)
-        keys = _distances(queries, codes).long() * rows + row
-        best = keys.sort(1).values[:, :found]
-        distances[:, :found] = (best // rows).int()
-        ids[:, :found] = best % rows
-    return distances, ids
+    found = allowed(filter, queries.shape[0], codes.shape[0], codes.device)
+    return _nearest(hamming_distance(queries, codes), found, k, NO_DISTANCE)
+
+
+def _within(
+    queries: Tensor, codes: Tensor, radius: int, filter: Tensor | None, later_only: bool
+) -> tuple[Tensor, Tensor]:
+    distances = hamming_distance(queries, codes)
+    found = allowed(filter, queries.shape[0], codes.shape[0], codes.device)
+    found = found & (distances <= radius)
+    return distances, found.triu(1) if later_only else found
+
+
+def range_search(
+    queries: Tensor,
+    codes: Tensor,
+    radius: int,
+    max_results: int,
+    filter: Tensor | None = None,
+    later_only: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Count the rows within the radius of each query and return the nearest of them."""
+    distances, found = _within(queries, codes, radius, filter, later_only)
+    return found.sum(1), *_nearest(distances, found, max_results, NO_DISTANCE)
+
+
+def range_search_csr(
+    queries: Tensor,
+    codes: Tensor,
+    radius: int,
+    filter: Tensor | None = None,
+    later_only: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return all rows within the radius of each query, one query after the other."""
+    distances, found = _within(queries, codes, radius, filter, later_only)
+    counts = found.sum(1)
+    best, ids = _nearest(distances, found, codes.shape[0], NO_DISTANCE)
+    offsets = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+    return offsets, best[ids >= 0], ids[ids >= 0]
+
+
+def plane_values(codes: Tensor, dim: int) -> Tensor:
+    """Values of codes of one or more planes, (rows, dim): sum of 2^-plane times +1 or -1."""
+    width = (dim + 7) // 8
+    planes = codes.unflatten(1, (-1, width))
+    signs = unpack_bits(planes)[..., :dim].double() * 2 - 1
+    weights = 0.5 ** torch.arange(planes.shape[1], dtype=torch.float64, device=codes.device)
+    return (signs * weights[:, None]).sum(1)
+
+
+def asymmetric_topk(
+    queries: Tensor, codes: Tensor, k: int, filter: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Find the k rows of highest inner product with each query, by score and then by row."""
+    scores = queries.double() @ plane_values(codes, queries.shape[1]).T
+    found = allowed(filter, queries.shape[0], codes.shape[0], codes.device)
+    best, ids = _nearest(-scores.float(), found, k, torch.inf)
+    return -best, ids
