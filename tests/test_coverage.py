@@ -8,13 +8,16 @@ from contract import only_kernels, packed
 from emblas import _op, info, use_backend
 from emblas.attention import varlen_attention
 from emblas.binary import hamming_topk, pack_sign
-from emblas.pooling import segment_pool
+from emblas.pooling import Matryoshka, segment_pool
 from emblas.tables import HashEmbedding, TableSpec, hash_keys
 
 CU = packed((3, 5))
 # One call through the public front door for each forward operator.
 CALLS = {
     "segment_pool": lambda: segment_pool(torch.randn(8, 4, requires_grad=True), CU),
+    "segment_max": lambda: segment_pool(torch.randn(8, 4, requires_grad=True), CU, "max"),
+    "segment_gem": lambda: segment_pool(torch.randn(8, 4, requires_grad=True), CU, "gem"),
+    "finish": lambda: Matryoshka([3, 4])(torch.randn(8, 4, requires_grad=True))[0],
     "varlen_attention": lambda: varlen_attention(*[torch.randn(8, 1, 16)] * 3, CU, CU, 5, 5),
     "pack_sign": lambda: pack_sign(torch.randn(2, 9)),
     "hamming_topk": lambda: hamming_topk(*[torch.zeros(2, 3, dtype=torch.uint8)] * 2, 1),
