@@ -17,7 +17,7 @@ from emblas.binary import (
     range_search,
     range_search_csr,
 )
-from emblas.pooling import segment_pool
+from emblas.pooling import Matryoshka, segment_pool
 from emblas.tables import HashEmbedding, TableSpec, hash_keys
 
 CU = packed((3, 5))
@@ -25,6 +25,9 @@ CODES = torch.zeros(2, 3, dtype=torch.uint8)
 # One call through the public front door for each forward operator.
 CALLS = {
     "segment_pool": lambda: segment_pool(torch.randn(8, 4, requires_grad=True), CU),
+    "segment_max": lambda: segment_pool(torch.randn(8, 4, requires_grad=True), CU, "max"),
+    "segment_gem": lambda: segment_pool(torch.randn(8, 4, requires_grad=True), CU, "gem"),
+    "finish": lambda: Matryoshka([3, 4])(torch.randn(8, 4, requires_grad=True))[0],
     "varlen_attention": lambda: varlen_attention(*[torch.randn(8, 1, 16)] * 3, CU, CU, 5, 5),
     "pack_sign": lambda: pack_sign(torch.randn(2, 9)),
     "hadamard_rotate": lambda: HadamardRotation(9)(torch.randn(2, 9, requires_grad=True)),

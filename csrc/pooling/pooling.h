@@ -1,83 +1,109 @@
-// Segment pooling: token vectors of a packed batch to one vector per sequence, in one pass.
+// Pooling: the token vectors of a segment to one vector, in one pass over the tokens.
 //
-//   s_b   = sum_{t in segment b} w_t x_t          W_b = sum_{t in segment b} w_t   (w_t = 1 if
-//   none) m_b   = s_b / W_b                             (zero where W_b == 0: "empty means zero")
+// Linear modes, over the positions t of segment b, with W_b = sum_t w_t:
+//   m_b   = sum_t w_t x_t / d_b       d_b = W_b          mean, weighted_mean, cls, last
+//                                           1            sum
+//                                           |W_b|^(1/2)  mean_sqrt_len
 //   out_b = m_b, or with normalize m_b / max(|m_b|, epsilon)
+// w_t is 1 or the caller's weight; times the position 1, 2, ... in the segment for weighted_mean
+// (SGPT, arXiv 2202.08904, section 3.2); 1 at the first (last) token whose weight is not zero and 0
+// elsewhere for cls (last). m_b = 0 where d_b = 0: "empty means zero".
 //
-// Backward, g = d loss / d out, n_b = max(|m_b|, epsilon):
+// Backward, g = d loss / d out, n_b = max(|m_b|, epsilon), a = 1, 0, 1/2 for the d_b above:
 //   dm_b = g, or with normalize (g - out (out . g)) / n_b; where |m_b| <= epsilon: g / epsilon
-//   dx_t = w_t / W_b dm_b                         dw_t = (x_t - m_b) . dm_b / W_b
+//   dx_t = w_t dm_b / d_b             dw_t = x_t . dm_b / d_b - a (m_b . dm_b) / W_b
+// and sums of these where segments share a token.
+//
+// max:   out_b[i] = max_t x_t[i] over tokens of weight other than 0; the first maximum takes the
+//        gradient. NaN counts as larger than any number, as in torch.
+// gem:   out_b[i] = (sum_t w_t f(x_t[i]) / W_b)^(1/p), f(x) = max(x, epsilon)^p: the generalized
+//        mean (arXiv 1711.02512, equation 3).
 //
 // Bytes: x is read once and out written once; nothing of size (tokens, dim) is made. Both
-// directions are bound by memory bandwidth (one add per element read or written).
+// directions are bound by memory bandwidth (one add per element read or written), gem by its
+// exponentials.
 #pragma once
 
-#include <cstdint>
-
-#include "common/types.h"
+#include "pooling/segments.h"
 
 namespace emblas {
 
 inline constexpr double kNormalizeEpsilon = 1e-12;
 
+// out is stored as T or, with `wide`, as the accumulator; so are its gradients.
 template <class T>
 struct SegmentPoolArgs {
-  const T* x;          // [tokens, dim], rows `row_stride` elements apart
-  int64_t row_stride;  //
-  int64_t dim;
-  const int32_t* cu_seqlens;      // [batch + 1]
-  const Accumulator<T>* weights;  // [tokens] or null; rows of weight 0 are not read
+  Segments<T> segments;
+  PoolMode mode;
   bool normalize;
-  T* out;                // [batch, dim]
+  bool wide;
+  void* out;             // [batch, dim]
   Accumulator<T>* norm;  // [batch] |m_b|, written if normalize; may be null
 };
 
 template <class T>
 struct SegmentPoolBackwardArgs {
-  const T* grad_out;  // [batch, dim]
-  const T* x;         // read only for grad_weights
-  int64_t row_stride;
-  const T* out;                // [batch, dim], read if normalize or for grad_weights
-  const Accumulator<T>* norm;  // [batch], read if normalize
-  int64_t dim;
-  const int32_t* cu_seqlens;
-  const Accumulator<T>* weights;
+  Segments<T> segments;
+  PoolMode mode;
   bool normalize;
-  T* grad_x;                     // [tokens, dim] or null
-  Accumulator<T>* grad_weights;  // [tokens] or null
+  bool wide;
+  const void* grad_out;        // [batch, dim]
+  const void* out;             // [batch, dim], read if normalize or for weights
+  const Accumulator<T>* norm;  // [batch], read if normalize
+  int64_t batch;
+  int64_t positions;
+  T* grad_x;                     // [positions, dim] or null
+  Accumulator<T>* grad_weights;  // [positions] or null
 };
 
 template <class T>
 struct SegmentPool {
+  using A = Accumulator<T>;
   // Segments [first, last); scratch holds dim accumulators.
-  void (*forward)(const SegmentPoolArgs<T>&, int64_t first, int64_t last, Accumulator<T>* scratch);
-  void (*backward)(const SegmentPoolBackwardArgs<T>&, int64_t first, int64_t last,
-                   Accumulator<T>* scratch);
+  void (*forward)(const SegmentPoolArgs<T>&, int64_t first, int64_t last, A* scratch);
+  // For segments in rising order that share no position: writes the rows of its segments and those
+  // between them and their predecessors.
+  void (*backward)(const SegmentPoolBackwardArgs<T>&, int64_t first, int64_t last, A* scratch);
+  // For any segments: shared = dm_b / d_b [dim], returns a (m_b . dm_b) / W_b.
+  A (*share)(const SegmentPoolBackwardArgs<T>&, int64_t b, A* shared);
+  // out = sum_i factors[i] rows[segments[i]], a row of dim values; scratch holds as many.
+  void (*combine)(const A* rows, int64_t dim, const int32_t* segments, const A* factors,
+                  int64_t count, T* out, A* scratch);
+  A (*dot)(const T* x, const A* shared, int64_t dim);
 };
-
 using PoolingKernels = ByDtype<SegmentPool>;
 
-// --- CUDA (segment_pool_cuda.cu): all sequences, on a stream (a cudaStream_t), never waiting -----
-
-namespace cuda {
-
-inline constexpr int64_t kChunkRows = 128;  // rows that one block adds up
-
-// Blocks over the chunks of all segments, known without reading the offsets.
-inline int64_t segment_pool_slots(int64_t batch, int64_t tokens) {
-  return tokens / kChunkRows + batch;
-}
-
-// partial: workspace of segment_pool_slots x dim.
 template <class T>
-void segment_pool(const SegmentPoolArgs<T>& args, int64_t batch, int64_t tokens,
-                  Accumulator<T>* partial, void* stream);
+struct MaxGradient {
+  int32_t row;
+  T value;
+};
 
-// scratch: workspace of batch x (dim + 2).
 template <class T>
-void segment_pool_backward(const SegmentPoolBackwardArgs<T>& args, int64_t batch, int64_t tokens,
-                           Accumulator<T>* scratch, void* stream);
+struct SegmentMax {
+  // Segments [first, last) to out and argmax [batch, dim], the row of x that holds the maximum (-1
+  // in empty segments); scratch holds 2 dim accumulators.
+  void (*forward)(const Segments<T>&, int64_t first, int64_t last, T* out, int32_t* argmax,
+                  Accumulator<T>* scratch);
+  // A column of grad_x, `stride` apart: the sum of the values of each row. Equal rows are adjacent.
+  void (*scatter)(const MaxGradient<T>* gradients, int64_t count, T* grad_x, int64_t stride);
+};
+using SegmentMaxKernels = ByDtype<SegmentMax>;
 
-}  // namespace cuda
+template <class T>
+struct SegmentGem {
+  using A = Accumulator<T>;
+  // Segments [first, last) to out [batch, dim]; scratch holds 2 dim accumulators.
+  void (*forward)(const Segments<T>&, A power, A epsilon, int64_t first, int64_t last, A* out,
+                  A* scratch);
+  // shared [dim] = d loss / d (sum_t w_t f(x_t)) from rows of grad_out and out; returns the
+  // segment's share of d loss / dp. scratch: dim.
+  A (*share)(const Segments<T>&, A power, A epsilon, int64_t b, const A* grad_out, const A* out,
+             A* shared, A* scratch);
+  // grad_x[i] = f'(x[i]) sum_j factors[j] rows[segments[j]][i]; scratch: 2 dim.
+  void (*combine)(const A* rows, int64_t dim, const int32_t* segments, const A* factors,
+                  int64_t count, const T* x, A power, A epsilon, T* grad_x, A* scratch);
+};
+using SegmentGemKernels = ByDtype<SegmentGem>;
 
 }  // namespace emblas

@@ -22,16 +22,17 @@ py::array segment_pool_array(const Array<T>& x, const Array<int32_t>& cu_seqlens
   }
   Array<T> out({batch, dim});
   {
-    const SegmentPoolArgs<T> args{x.data(),
-                                  dim,
-                                  dim,
-                                  cu_seqlens.data(),
-                                  token_weights ? token_weights->data() : nullptr,
-                                  normalize,
-                                  out.mutable_data(),
-                                  nullptr};
+    SegmentPoolArgs<T> args{};
+    args.segments.x = x.data();
+    args.segments.dim = args.segments.row_stride = dim;
+    args.segments.begins = cu_seqlens.data();
+    args.segments.ends = cu_seqlens.data() + 1;
+    args.segments.weights = token_weights ? token_weights->data() : nullptr;
+    args.mode = PoolMode::mean;
+    args.normalize = normalize;
+    args.out = out.mutable_data();
     const py::gil_scoped_release unlocked;
-    check_array(valid_cu_seqlens(args.cu_seqlens, batch, tokens),
+    check_array(valid_cu_seqlens(args.segments.begins, batch, tokens),
                 "cu_seqlens must start at 0, never decrease and end at the number of tokens");
     const std::unique_ptr<T[]> scratch(new T[dim]);
     kernels<PoolingKernels>().of(T{}).forward(args, 0, batch, scratch.get());

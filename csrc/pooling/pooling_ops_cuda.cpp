@@ -4,7 +4,7 @@
 #include <tuple>
 
 #include "common/cuda/device_call.h"
-#include "pooling/pooling.h"
+#include "pooling/pooling_cuda.h"
 
 namespace emblas {
 namespace {
@@ -40,14 +40,14 @@ std::tuple<Tensor, Tensor> segment_pool_cuda(const Tensor& x, const Tensor& cu_s
     const Tensor norm = call.empty<1>(kScalarType<A>, {normalize ? batch : 0});
     const Tensor partial =
         call.empty<2>(kScalarType<A>, {cuda::segment_pool_slots(batch, tokens), dim});
-    const SegmentPoolArgs<T> args{call.read<T>(x),
-                                  x.stride(0),
-                                  dim,
-                                  call.read<int32_t>(cu_seqlens),
-                                  call.read<A>(weights),
-                                  normalize,
-                                  call.write<T>(out),
-                                  call.write<A>(norm)};
+    const cuda::SegmentPoolArgs<T> args{call.read<T>(x),
+                                        x.stride(0),
+                                        dim,
+                                        call.read<int32_t>(cu_seqlens),
+                                        call.read<A>(weights),
+                                        normalize,
+                                        call.write<T>(out),
+                                        call.write<A>(norm)};
     cuda::segment_pool(args, batch, tokens, call.write<A>(partial), call.stream());
     return std::make_tuple(out, norm);
   });
@@ -75,17 +75,18 @@ std::tuple<Tensor, Tensor> segment_pool_backward_cuda(const Tensor& grad_out, co
     const Tensor grad_x = call.empty<2>(x.scalar_type(), {need_x ? tokens : 0, dim});
     const Tensor grad_weights = call.empty<1>(kScalarType<A>, {need_weights ? tokens : 0});
     const Tensor scratch = call.empty<2>(kScalarType<A>, {batch, dim + 2});
-    const SegmentPoolBackwardArgs<T> args{call.read<T>(grad_out),
-                                          call.read<T>(x),
-                                          x.stride(0),
-                                          call.read<T>(out),
-                                          call.read<A>(norm),
-                                          dim,
-                                          call.read<int32_t>(cu_seqlens),
-                                          call.read<A>(weights),
-                                          normalize,
-                                          need_x ? call.write<T>(grad_x) : nullptr,
-                                          need_weights ? call.write<A>(grad_weights) : nullptr};
+    const cuda::SegmentPoolBackwardArgs<T> args{
+        call.read<T>(grad_out),
+        call.read<T>(x),
+        x.stride(0),
+        call.read<T>(out),
+        call.read<A>(norm),
+        dim,
+        call.read<int32_t>(cu_seqlens),
+        call.read<A>(weights),
+        normalize,
+        need_x ? call.write<T>(grad_x) : nullptr,
+        need_weights ? call.write<A>(grad_weights) : nullptr};
     if (need_x || need_weights) {
       cuda::segment_pool_backward(args, batch, tokens, call.write<A>(scratch), call.stream());
     }

@@ -2,117 +2,162 @@
 // in the first-level cache. Reading several rows at once would save accumulator traffic but breaks
 // the one sequential stream that hardware prefetchers follow: half the speed from memory.
 #include "common/isa.h"
-#include "common/simd.h"
 #include "pooling/pooling.h"
+#include "pooling/rows.h"
 
 namespace emblas {
 namespace {
 
-// total[i] += weight * row[i]
 template <class T>
-void add_row(Accumulator<T>* total, const T* row, Accumulator<T> weight, int64_t dim) {
-  constexpr int lanes = kLanes<T>;
-  int64_t i = 0;
-  for (; i + lanes <= dim; i += lanes) store(total + i, load(total + i) + weight * load(row + i));
-  for (; i < dim; ++i) total[i] += weight * to_accumulator(row[i]);
-}
-
-// out[i] = factor * x[i]
-template <class T>
-void scale_row(T* out, const Accumulator<T>* x, Accumulator<T> factor, int64_t dim) {
-  constexpr int lanes = kLanes<T>;
-  int64_t i = 0;
-  for (; i + lanes <= dim; i += lanes) store(out + i, factor * load(x + i));
-  for (; i < dim; ++i) from_accumulator(factor * x[i], out + i);
-}
-
-template <class A>
-A total_weight(const A* weights, int64_t begin, int64_t end) {
-  if (!weights) return A(end - begin);
+Accumulator<T> total_weight(const Segments<T>& segments, const Range& range, PoolMode mode) {
+  using A = Accumulator<T>;
+  if (!segments.weights && mode != PoolMode::weighted_mean) return A(range.end - range.begin);
   A total = 0;
-  for (int64_t t = begin; t < end; ++t) total += weights[t];
+  for (int64_t p = range.begin; p < range.end; ++p) total += weight_at(segments, range, p, mode);
   return total;
+}
+
+// 1 / d_b; 0 where "empty means zero"
+template <class A>
+A inverse_divisor(A total, PoolMode mode) {
+  if (mode == PoolMode::sum) return 1;
+  if (total == 0) return 0;
+  return mode == PoolMode::mean_sqrt_len ? 1 / std::sqrt(std::fabs(total)) : 1 / total;
+}
+
+template <class T, class Out>
+void forward_to(const SegmentPoolArgs<T>& args, int64_t first, int64_t last,
+                Accumulator<T>* scratch) {
+  using A = Accumulator<T>;
+  const Segments<T>& segments = args.segments;
+  const int64_t dim = segments.dim;
+  for (int64_t b = first; b < last; ++b) {
+    const Range range = range_of(segments, b, args.mode);
+    std::memset(scratch, 0, dim * sizeof(A));
+    for (int64_t p = range.begin; p < range.end; ++p) {
+      const A weight = weight_at(segments, range, p, args.mode);
+      if (weight == 0) continue;  // a masked row may hold anything, NaN included
+      add_row(scratch, row_at(segments, p), weight, dim);
+    }
+    A factor = inverse_divisor(total_weight(segments, range, args.mode), args.mode);
+    Out* out = static_cast<Out*>(args.out) + b * dim;
+    const bool empty = factor == 0;  // the weights may cancel without being zero
+    if (args.normalize) {
+      const A norm = empty ? A(0) : std::sqrt(dot(scratch, scratch, dim)) * std::fabs(factor);
+      if (args.norm) args.norm[b] = norm;
+      factor /= norm > A(kNormalizeEpsilon) ? norm : A(kNormalizeEpsilon);
+    }
+    if (empty) {
+      std::memset(out, 0, dim * sizeof(Out));
+    } else {
+      scale_row(out, scratch, factor, dim);
+    }
+  }
 }
 
 template <class T>
 void forward(const SegmentPoolArgs<T>& args, int64_t first, int64_t last, Accumulator<T>* scratch) {
-  using A = Accumulator<T>;
-  for (int64_t b = first; b < last; ++b) {
-    const int64_t begin = args.cu_seqlens[b], end = args.cu_seqlens[b + 1];
-    std::memset(scratch, 0, args.dim * sizeof(A));
-    for (int64_t t = begin; t < end; ++t) {
-      const A weight = args.weights ? args.weights[t] : A(1);
-      if (weight == 0) continue;  // a masked row may hold anything, NaN included
-      add_row(scratch, args.x + t * args.row_stride, weight, args.dim);
-    }
-    const A total = total_weight(args.weights, begin, end);
-    A factor = total == 0 ? A(0) : 1 / total;
-    if (args.normalize) {
-      const A norm = std::sqrt(dot(scratch, scratch, args.dim)) * std::fabs(factor);
-      if (args.norm) args.norm[b] = norm;
-      factor /= norm > A(kNormalizeEpsilon) ? norm : A(kNormalizeEpsilon);
-    }
-    T* out = args.out + b * args.dim;
-    if (total == 0) {
-      std::memset(out, 0, args.dim * sizeof(T));  // the weights may cancel without being zero
-    } else {
-      scale_row(out, scratch, factor, args.dim);
-    }
+  if (args.wide) {
+    forward_to<T, Accumulator<T>>(args, first, last, scratch);
+  } else {
+    forward_to<T, T>(args, first, last, scratch);
   }
 }
 
-// scratch = dm_b, returns m_b . dm_b
-template <class T>
-Accumulator<T> mean_gradient(const SegmentPoolBackwardArgs<T>& args, int64_t b,
-                             Accumulator<T>* scratch) {
+template <class T, class Out>
+Accumulator<T> share_from(const SegmentPoolBackwardArgs<T>& args, int64_t b,
+                          Accumulator<T>* shared) {
   using A = Accumulator<T>;
-  const T* grad_out = args.grad_out + b * args.dim;
-  const T* out = args.out + b * args.dim;
-  A length = 1, along = 0;
+  const int64_t dim = args.segments.dim;
+  const A total = total_weight(args.segments, range_of(args.segments, b, args.mode), args.mode);
+  const A factor = inverse_divisor(total, args.mode);
+  if (factor == 0) {
+    std::memset(shared, 0, dim * sizeof(A));
+    return 0;
+  }
+  const Out* grad_out = static_cast<const Out*>(args.grad_out) + b * dim;
+  const Out* out = static_cast<const Out*>(args.out) + b * dim;
+  A length = 1, removed = 0;
   bool project = false;
   if (args.normalize) {
     project = args.norm[b] > A(kNormalizeEpsilon);
     length = project ? args.norm[b] : A(kNormalizeEpsilon);
-    along = dot(out, grad_out, args.dim);
+    if (project) removed = dot(out, grad_out, dim);
   }
-  const A removed = project ? along : A(0);
-  for (int64_t i = 0; i < args.dim; ++i) {
-    scratch[i] = (to_accumulator(grad_out[i]) - removed * to_accumulator(out[i])) / length;
+  for (int64_t i = 0; i < dim; ++i) {
+    shared[i] =
+        (to_accumulator(grad_out[i]) - removed * to_accumulator(out[i])) * (factor / length);
   }
-  if (project) return 0;  // dm_b is orthogonal to m_b
-  return args.grad_weights ? length * dot(out, scratch, args.dim) : A(0);
+  if (project || !args.grad_weights || args.mode == PoolMode::sum) return 0;  // dm_b . m_b = 0
+  const A along = length * dot(out, shared, dim) / factor / total;
+  return args.mode == PoolMode::mean_sqrt_len ? along / 2 : along;
+}
+
+template <class T>
+Accumulator<T> share(const SegmentPoolBackwardArgs<T>& args, int64_t b, Accumulator<T>* shared) {
+  return args.wide ? share_from<T, Accumulator<T>>(args, b, shared)
+                   : share_from<T, T>(args, b, shared);
+}
+
+template <class T>
+void clear(const SegmentPoolBackwardArgs<T>& args, int64_t begin, int64_t end) {
+  if (begin >= end) return;
+  const int64_t count = end - begin, dim = args.segments.dim;
+  if (args.grad_x) std::memset(args.grad_x + begin * dim, 0, count * dim * sizeof(T));
+  if (args.grad_weights) {
+    std::memset(args.grad_weights + begin, 0, count * sizeof(Accumulator<T>));
+  }
 }
 
 template <class T>
 void backward(const SegmentPoolBackwardArgs<T>& args, int64_t first, int64_t last,
               Accumulator<T>* scratch) {
   using A = Accumulator<T>;
+  const Segments<T>& segments = args.segments;
   for (int64_t b = first; b < last; ++b) {
-    const int64_t begin = args.cu_seqlens[b], end = args.cu_seqlens[b + 1];
-    const A total = total_weight(args.weights, begin, end);
-    const A along_mean = total == 0 ? A(0) : mean_gradient(args, b, scratch);
-    for (int64_t t = begin; t < end; ++t) {
-      const A w = args.weights ? args.weights[t] : A(1);
+    const Range range = range_of(segments, b, args.mode);
+    const A along = share(args, b, scratch);
+    clear(args, b == 0 ? 0 : int64_t(segments.ends[b - 1]), range.begin);
+    for (int64_t p = range.begin; p < range.end; ++p) {
       if (args.grad_x) {
-        T* grad_x = args.grad_x + t * args.dim;
-        if (total == 0 || w == 0) {
-          std::memset(grad_x, 0, args.dim * sizeof(T));
+        T* grad_x = args.grad_x + p * segments.dim;
+        const A weight = weight_at(segments, range, p, args.mode);
+        if (weight == 0) {
+          std::memset(grad_x, 0, segments.dim * sizeof(T));
         } else {
-          scale_row(grad_x, scratch, w / total, args.dim);
+          scale_row(grad_x, scratch, weight, segments.dim);
         }
       }
       if (args.grad_weights) {
-        args.grad_weights[t] =
-            total == 0
+        const A steps = args.mode == PoolMode::weighted_mean ? A(p - range.origin + 1) : A(1);
+        args.grad_weights[p] =
+            takes_one_token(args.mode)
                 ? A(0)
-                : (dot(args.x + t * args.row_stride, scratch, args.dim) - along_mean) / total;
+                : steps * (dot(row_at(segments, p), scratch, segments.dim) - along);
       }
     }
+    const bool is_last = b + 1 == args.batch;
+    clear(args, range.end, is_last ? args.positions : int64_t(segments.ends[b]));
   }
 }
 
 template <class T>
-constexpr SegmentPool<T> kernel{forward<T>, backward<T>};
+void combine(const Accumulator<T>* rows, int64_t dim, const int32_t* segments,
+             const Accumulator<T>* factors, int64_t count, T* out, Accumulator<T>* scratch) {
+  using A = Accumulator<T>;
+  if (count == 0) {
+    std::memset(out, 0, dim * sizeof(T));
+  } else if (count == 1) {
+    scale_row(out, rows + segments[0] * dim, factors[0], dim);
+  } else {
+    sum_rows(rows, dim, segments, factors, count, scratch);
+    scale_row(out, scratch, A(1), dim);
+  }
+}
+
+template <class T>
+constexpr SegmentPool<T> kernel{forward<T>, backward<T>, share<T>, combine<T>,
+                                dot<T, Accumulator<T>>};
 
 }  // namespace
 

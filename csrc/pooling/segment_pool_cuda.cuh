@@ -20,7 +20,7 @@
 #pragma once
 
 #include "common/cuda/simt.h"
-#include "pooling/pooling.h"
+#include "pooling/pooling_cuda.h"
 
 namespace emblas::cuda {
 

@@ -1,5 +1,7 @@
 #include "common/isa.h"
+#include "common/philox.h"
 #include "native.h"
+#include "pooling/finish.h"
 #include "pooling/pooling.h"
 
 namespace {
@@ -50,13 +52,19 @@ void check_forward_and_backward(double unit) {
       fill(x, 1);
       fill(grad, 2);
       for (int64_t t = 0; t < tokens; ++t) weights[t] = A(t % 4) / 2;
-      const emblas::SegmentPoolArgs<T> args{
-          x.data(),       dim,       dim,        cu_seqlens.data(),
-          weights.data(), normalize, out.data(), norm.data()};
+      emblas::Segments<T> segments{};
+      segments.x = x.data();
+      segments.dim = segments.row_stride = dim;
+      segments.begins = cu_seqlens.data();
+      segments.ends = cu_seqlens.data() + 1;
+      segments.weights = weights.data();
+      const auto mode = emblas::PoolMode::mean;
+      const emblas::SegmentPoolArgs<T> args{segments, mode,       normalize,
+                                            false,    out.data(), norm.data()};
       kernel.forward(args, 0, batch, scratch.data());
       const emblas::SegmentPoolBackwardArgs<T> back{
-          grad.data(),       x.data(),       dim,       out.data(),    norm.data(),        dim,
-          cu_seqlens.data(), weights.data(), normalize, grad_x.data(), grad_weights.data()};
+          segments,    mode,  normalize, false,         grad.data(),        out.data(),
+          norm.data(), batch, tokens,    grad_x.data(), grad_weights.data()};
       kernel.backward(back, 0, batch, scratch.data());
       for (int64_t b = 0; b < batch; ++b) {
         std::vector<double> mean(dim);
@@ -91,8 +99,134 @@ void check_forward_and_backward(double unit) {
   }
 }
 
+// Every mode over rows of padded planes, with a skipped prefix and an index in turn.
+template <class T>
+void check_modes(double unit) {
+  using A = emblas::Accumulator<T>;
+  const std::vector<int32_t> begins{0, 2, 5}, ends{5, 2, 12}, skip{1, 0, 2};
+  const std::vector<int32_t> index{3, 3, 0, 11, 7, 7, 1, 2, 10, 9, 8, 4};
+  const std::vector<A> weights{1, 2, 1, 1, A(0.5), 1, 0, 1, 3, 1, 1, 0};
+  const int64_t plane_rows = 4, batch = 3;
+  for (int64_t dim : {1, 5, 16, 37}) {
+    const int64_t row_stride = dim + 3, plane_stride = plane_rows * row_stride + 7;
+    std::vector<T> x(2 * plane_stride + (plane_rows - 1) * row_stride + dim), out(batch * dim);
+    fill(x, 3);
+    std::vector<A> scratch(2 * dim), means(batch * dim);
+    std::vector<int32_t> argmax(batch * dim);
+    for (bool listed : {false, true}) {
+      const emblas::Segments<T> segments{
+          x.data(),      dim,          row_stride,
+          plane_rows,    plane_stride, begins.data(),
+          ends.data(),   skip.data(),  listed ? index.data() : nullptr,
+          weights.data()};
+      const auto at = [&](int64_t p, int64_t i) {
+        const int64_t row = listed ? index[p] : p;
+        return to_double(x[row / plane_rows * plane_stride + row % plane_rows * row_stride + i]);
+      };
+      emblas::kernels<emblas::SegmentMaxKernels>().of(T{}).forward(segments, 0, batch, out.data(),
+                                                                   argmax.data(), scratch.data());
+      for (int64_t b = 0; b < batch; ++b) {
+        for (int64_t i = 0; i < dim; ++i) {
+          double largest = 0;
+          bool empty = true;
+          for (int64_t p = begins[b] + skip[b]; p < ends[b]; ++p) {
+            if (weights[p] == 0) continue;
+            largest = empty || at(p, i) > largest ? at(p, i) : largest;
+            empty = false;
+          }
+          CHECK(empty == (argmax[b * dim + i] < 0));
+          CHECK_NEAR(to_double(out[b * dim + i]), largest, unit);
+        }
+      }
+      emblas::kernels<emblas::SegmentGemKernels>().of(T{}).forward(
+          segments, A(2.5), A(0.25), 0, batch, means.data(), scratch.data());
+      for (int64_t mode = 0; mode <= emblas::kPoolModes; ++mode) {
+        const bool gem = mode == emblas::kPoolModes;
+        if (!gem) {
+          emblas::kernels<emblas::PoolingKernels>().of(T{}).forward(
+              {segments, emblas::PoolMode(mode), false, true, means.data(), nullptr}, 0, batch,
+              scratch.data());
+        }
+        for (int64_t b = 0; b < batch; ++b) {
+          for (int64_t i = 0; i < dim; ++i) {
+            double sum = 0, total = 0, first = 0, last = 0;
+            bool empty = true;
+            for (int64_t p = begins[b] + skip[b]; p < ends[b]; ++p) {
+              if (weights[p] == 0) continue;
+              const double w = mode == 3 ? weights[p] * (p - begins[b] + 1) : weights[p];
+              last = at(p, i);
+              if (empty) first = last;
+              empty = false;
+              total += w;
+              sum += w * (gem ? std::pow(std::fmax(last, 0.25), 2.5) : last);
+            }
+            double expected = empty ? 0 : sum / total;
+            if (mode == 1) expected = sum;
+            if (mode == 2 && !empty) expected = sum / std::sqrt(total);
+            if (mode == 4) expected = first;
+            if (mode == 5) expected = last;
+            if (gem) expected = std::pow(expected, 1 / 2.5);
+            CHECK_NEAR(means[b * dim + i], expected, 64 * (sizeof(A) == 4 ? 1e-6 : 1e-14));
+          }
+        }
+      }
+    }
+  }
+}
+
+template <class A>
+void check_finish(double unit) {
+  const std::vector<int64_t> dims{3, 16, 21};
+  const int64_t rows = 4, dim = 21, width = 40;
+  const auto x = native::random_values<A>(rows * dim, 5);
+  std::vector<A> out(rows * width), scratch(dim), ranges(2 * width), grad_x(rows * dim);
+  std::vector<int8_t> levels(rows * width);
+  std::vector<uint8_t> bits(rows * (1 + 2 + 3));
+  for (int64_t i = 0; i < width; ++i) ranges[i] = -1, ranges[width + i] = 1;
+  const emblas::FinishSettings settings{dims.data(), 3, dim, true, 0, 0};
+  const auto& kernel = emblas::kernels<emblas::FinishKernels>().of(A{});
+  kernel.floating(settings, x.data(), 0, rows, out.data(), scratch.data());
+  kernel.int8(settings, x.data(), ranges.data(), 0, rows, levels.data(), scratch.data());
+  kernel.bits(settings, x.data(), 0, rows, bits.data(), scratch.data());
+  kernel.backward(settings, out.data(), x.data(), 0, rows, grad_x.data());
+  for (int64_t row = 0; row < rows; ++row) {
+    int64_t before = 0, byte = 0;
+    for (int64_t k : dims) {
+      double square = 0;
+      for (int64_t i = 0; i < k; ++i) square += double(x[row * dim + i]) * x[row * dim + i];
+      for (int64_t i = 0; i < k; ++i) {
+        const double expected = x[row * dim + i] / std::sqrt(square);
+        CHECK_NEAR(out[row * width + before + i], expected, 16 * unit);
+        CHECK_NEAR(levels[row * width + before + i], std::rint((expected + 1) * 127.5) - 128, 1);
+        const uint8_t code = bits[row * 6 + byte + i / 8];
+        CHECK((code >> (7 - i % 8) & 1) == (expected > 0));
+      }
+      before += k;
+      byte += (k + 7) / 8;
+    }
+    // y . (g - y (y . g)) = 0 for g = y
+    for (int64_t i = 0; i < dim; ++i) CHECK_NEAR(grad_x[row * dim + i], 0, 64 * unit);
+  }
+}
+
 }  // namespace
 
+// The known answers of Random123 (kat_vectors).
+NATIVE_TEST(philox) {
+  const auto zero = emblas::philox4x32({{0, 0, 0, 0}}, 0);
+  CHECK(zero.word[0] == 0x6627e8d5 && zero.word[1] == 0xe169c58d && zero.word[2] == 0xbc57ac4c &&
+        zero.word[3] == 0x9b00dbd8);
+  const auto pi =
+      emblas::philox4x32({{0x243f6a88, 0x85a308d3, 0x13198a2e, 0x03707344}}, 0x299f31d0a4093822);
+  CHECK(pi.word[0] == 0xd16cfe09 && pi.word[1] == 0x94fdcceb && pi.word[2] == 0x5001e420 &&
+        pi.word[3] == 0x24126ea1);
+}
+NATIVE_TEST(pool_modes_float32) { check_modes<float>(1e-6); }
+NATIVE_TEST(pool_modes_float64) { check_modes<double>(1e-14); }
+NATIVE_TEST(pool_modes_bfloat16) { check_modes<emblas::bfloat16>(1e-6); }
+NATIVE_TEST(pool_modes_float16) { check_modes<emblas::float16>(1e-6); }
+NATIVE_TEST(finish_float32) { check_finish<float>(1e-6); }
+NATIVE_TEST(finish_float64) { check_finish<double>(1e-14); }
 NATIVE_TEST(segment_pool_float32) { check_forward_and_backward<float>(1e-7); }
 NATIVE_TEST(segment_pool_float64) { check_forward_and_backward<double>(1e-15); }
 NATIVE_TEST(segment_pool_bfloat16) { check_forward_and_backward<emblas::bfloat16>(4e-3); }

@@ -1,7 +1,25 @@
 """Pooling: the token vectors of a batch to one vector per sequence, in one pass."""
 
 from emblas.pooling import arrays
-from emblas.pooling.functions import segment_pool
-from emblas.pooling.modules import Pooling
+from emblas.pooling.epilogue import Epilogue, int8_ranges
+from emblas.pooling.functions import (
+    gather_pool,
+    group_pool,
+    segment_pool,
+    sif_weights,
+    span_pool,
+)
+from emblas.pooling.modules import Matryoshka, Pooling
 
-__all__ = ["Pooling", "arrays", "segment_pool"]
+__all__ = [
+    "Epilogue",
+    "Matryoshka",
+    "Pooling",
+    "arrays",
+    "gather_pool",
+    "group_pool",
+    "int8_ranges",
+    "segment_pool",
+    "sif_weights",
+    "span_pool",
+]

@@ -2,25 +2,58 @@
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from emblas._op import Op, check_offsets, needs_grad, use_reference
 from emblas.pooling import reference
+from emblas.pooling.reference import Mode, accumulator
 
 
-def _accumulator(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+class Segments(NamedTuple):
+    """Tokens and the segments that they are pooled by; the fields of the operators' schemas."""
+
+    x: Tensor
+    """``(tokens, dim)`` or ``(batch, length, dim)``, with a contiguous last dimension."""
+    starts: Tensor
+    """int32: offsets ``(batch + 1,)`` or, with ``ends``, the first positions ``(batch,)``."""
+    weights: Tensor | None = None
+    """``(positions,)``, in the accumulator's dtype."""
+    ends: Tensor | None = None
+    """int32 ``(batch,)``."""
+    skip: Tensor | None = None
+    """int32 ``(batch,)``: positions at the start of each segment that aren't pooled."""
+    rows: Tensor | None = None
+    """int32, the operators' ``index``: the row of each position; None where positions are rows."""
+
+    @property
+    def batch(self) -> int:
+        """Number of segments."""
+        return self.starts.shape[0] - 1 if self.ends is None else self.ends.shape[0]
+
+
+# --- linear modes --------------------------------------------------------------------------------
 
 
 def _segment_pool_fake(
-    x: Tensor, cu_seqlens: Tensor, weights: Tensor | None, normalize: bool
+    x: Tensor,
+    cu_seqlens: Tensor,
+    weights: Tensor | None,
+    normalize: bool,
+    mode: int = 0,
+    ends: Tensor | None = None,
+    skip: Tensor | None = None,
+    index: Tensor | None = None,
+    wide: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    batch = cu_seqlens.shape[0] - 1
-    norm = x.new_empty(batch if normalize else 0, dtype=_accumulator(x))
-    return x.new_empty(batch, x.shape[1]), norm
+    batch = Segments(x, cu_seqlens, ends=ends).batch
+    dtype = accumulator(x.dtype)
+    norm = x.new_empty(batch if normalize else 0, dtype=dtype)
+    return x.new_empty(batch, x.shape[-1], dtype=dtype if wide else x.dtype), norm
 
 
 def _segment_pool_backward_fake(
@@ -33,10 +66,15 @@ def _segment_pool_backward_fake(
     normalize: bool,
     need_x: bool,
     need_weights: bool,
+    mode: int = 0,
+    ends: Tensor | None = None,
+    skip: Tensor | None = None,
+    index: Tensor | None = None,
+    wide: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    tokens, dim = x.shape
-    grad_weights = x.new_empty(tokens if need_weights else 0, dtype=_accumulator(x))
-    return x.new_empty(tokens if need_x else 0, dim), grad_weights
+    positions = math.prod(x.shape[:-1]) if index is None else index.shape[0]
+    grad_weights = x.new_empty(positions if need_weights else 0, dtype=accumulator(x.dtype))
+    return x.new_empty(x.shape if need_x else (0,)), grad_weights
 
 
 def _check_values(x: Tensor, cu_seqlens: Tensor, *others: Any) -> None:
@@ -62,26 +100,256 @@ _segment_pool_backward = Op(
 class _SegmentPool(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, cu_seqlens: Tensor, weights: Tensor | None, normalize: bool
+        ctx: Any,
+        x: Tensor,
+        weights: Tensor | None,
+        starts: Tensor,
+        ends: Tensor | None,
+        skip: Tensor | None,
+        index: Tensor | None,
+        normalize: bool,
+        mode: int,
+        wide: bool,
     ) -> Tensor:
-        out, norm = _segment_pool(x, cu_seqlens, weights, normalize)
-        ctx.save_for_backward(x, out, norm, cu_seqlens, weights)
-        ctx.normalize = normalize
+        out, norm = _segment_pool(x, starts, weights, normalize, mode, ends, skip, index, wide)
+        ctx.save_for_backward(x, out, norm, starts, weights, ends, skip, index)
+        ctx.settings = normalize, mode, wide
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, None, Tensor | None, None]:
-        need_x, _, need_weights, _ = ctx.needs_input_grad
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        x, out, norm, starts, weights, ends, skip, index = ctx.saved_tensors
+        normalize, mode, wide = ctx.settings
+        need_x, need_weights = ctx.needs_input_grad[:2]
         grad_x, grad_weights = _segment_pool_backward(
-            grad_out.contiguous(), *ctx.saved_tensors, ctx.normalize, need_x, need_weights
+            grad_out.contiguous(), x, out, norm, starts, weights, normalize, need_x, need_weights,
+            mode, ends, skip, index, wide,
+        )  # fmt: skip
+        grads = grad_x if need_x else None, grad_weights if need_weights else None
+        return *grads, *[None] * 7
+
+
+def segment_pool(segments: Segments, mode: Mode, normalize: bool, wide: bool) -> Tensor:
+    """Pool checked arguments in a linear mode."""
+    x, starts, weights, ends, skip, index = segments
+    if needs_grad(x, weights) and not use_reference():
+        return _SegmentPool.apply(x, weights, starts, ends, skip, index, normalize, int(mode), wide)
+    function = reference.segment_pool if use_reference() else _segment_pool
+    return function(x, starts, weights, normalize, int(mode), ends, skip, index, wide)[0]
+
+
+# --- maximum -------------------------------------------------------------------------------------
+
+
+def _segment_max_fake(
+    x: Tensor,
+    cu_seqlens: Tensor,
+    weights: Tensor | None,
+    ends: Tensor | None = None,
+    skip: Tensor | None = None,
+    index: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    out = x.new_empty(Segments(x, cu_seqlens, ends=ends).batch, x.shape[-1])
+    return out, torch.empty_like(out, dtype=torch.int32)
+
+
+def _segment_max_backward_fake(grad_out: Tensor, argmax: Tensor, rows: int) -> Tensor:
+    return grad_out.new_empty(rows, grad_out.shape[1])
+
+
+_segment_max = Op(
+    "segment_max",
+    reference=reference.segment_max,
+    fake=_segment_max_fake,
+    backward="segment_max_backward",
+)
+_segment_max_backward = Op(
+    "segment_max_backward",
+    reference=reference.segment_max_backward,
+    fake=_segment_max_backward_fake,
+)
+
+
+class _SegmentMax(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        starts: Tensor,
+        weights: Tensor | None,
+        ends: Tensor | None,
+        skip: Tensor | None,
+        index: Tensor | None,
+    ) -> Tensor:
+        out, argmax = _segment_max(x, starts, weights, ends, skip, index)
+        # Not x, which may be freed then; not its shape, which torch.compile would specialize.
+        ctx.save_for_backward(argmax, x.new_empty(()).expand(x.shape))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        argmax, like_x = ctx.saved_tensors
+        rows = math.prod(like_x.shape[:-1])
+        grad_x = _segment_max_backward(grad_out.contiguous(), argmax, rows)
+        return grad_x.reshape(like_x.shape), None, None, None, None, None
+
+
+def segment_max(segments: Segments) -> Tensor:
+    """Take the maximum of checked arguments."""
+    if needs_grad(segments.x) and not use_reference():
+        return _SegmentMax.apply(*segments)
+    return (reference.segment_max if use_reference() else _segment_max)(*segments)[0]
+
+
+# --- generalized mean ----------------------------------------------------------------------------
+
+
+def _segment_gem_fake(
+    x: Tensor,
+    cu_seqlens: Tensor,
+    weights: Tensor | None,
+    power: Tensor,
+    epsilon: float,
+    ends: Tensor | None = None,
+    skip: Tensor | None = None,
+    index: Tensor | None = None,
+) -> Tensor:
+    batch = Segments(x, cu_seqlens, ends=ends).batch
+    return x.new_empty(batch, x.shape[-1], dtype=accumulator(x.dtype))
+
+
+def _segment_gem_backward_fake(
+    grad_out: Tensor,
+    x: Tensor,
+    out: Tensor,
+    cu_seqlens: Tensor,
+    weights: Tensor | None,
+    power: Tensor,
+    epsilon: float,
+    ends: Tensor | None = None,
+    skip: Tensor | None = None,
+    index: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x, memory_format=torch.contiguous_format), grad_out.new_empty(
+        grad_out.shape[0]
+    )
+
+
+_segment_gem = Op(
+    "segment_gem",
+    reference=reference.segment_gem,
+    fake=_segment_gem_fake,
+    backward="segment_gem_backward",
+)
+_segment_gem_backward = Op(
+    "segment_gem_backward",
+    reference=reference.segment_gem_backward,
+    fake=_segment_gem_backward_fake,
+)
+
+
+class _SegmentGem(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        power: Tensor,
+        starts: Tensor,
+        weights: Tensor | None,
+        ends: Tensor | None,
+        skip: Tensor | None,
+        index: Tensor | None,
+        epsilon: float,
+    ) -> Tensor:
+        out = _segment_gem(x, starts, weights, power, epsilon, ends, skip, index)
+        ctx.save_for_backward(x, out, power, starts, weights, ends, skip, index)
+        ctx.epsilon = epsilon
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        x, out, power, starts, weights, ends, skip, index = ctx.saved_tensors
+        grad_x, grad_power = _segment_gem_backward(
+            grad_out.contiguous(), x, out, starts, weights, power, ctx.epsilon, ends, skip, index
         )
-        return grad_x if need_x else None, None, grad_weights if need_weights else None, None
+        return grad_x, grad_power.sum(0, keepdim=True), *[None] * 6
 
 
-def segment_pool(x: Tensor, cu_seqlens: Tensor, weights: Tensor | None, normalize: bool) -> Tensor:
-    """Pool checked arguments; see :func:`emblas.pooling.segment_pool`."""
-    if use_reference():
-        return reference.segment_pool(x, cu_seqlens, weights, normalize)[0]
-    if needs_grad(x, weights):
-        return _SegmentPool.apply(x, cu_seqlens, weights, normalize)
-    return _segment_pool(x, cu_seqlens, weights, normalize)[0]
+def segment_gem(segments: Segments, power: Tensor, epsilon: float) -> Tensor:
+    """Take the generalized mean of checked arguments; ``power`` has one element."""
+    x, starts, weights, ends, skip, index = segments
+    if needs_grad(x, power) and not use_reference():
+        return _SegmentGem.apply(x, power, starts, weights, ends, skip, index, epsilon)
+    function = reference.segment_gem if use_reference() else _segment_gem
+    return function(x, starts, weights, power, epsilon, ends, skip, index)
+
+
+# --- finishing -----------------------------------------------------------------------------------
+
+
+def _finish_fake(
+    x: Tensor,
+    dims: Sequence[int],
+    normalize: bool,
+    noise: float,
+    seed: int,
+    kind: int,
+    dtype: torch.dtype,
+    ranges: Tensor | None,
+) -> Tensor:
+    width = sum((k + 7) // 8 for k in dims) if kind == 2 else sum(dims)
+    return x.new_empty(x.shape[0], width, dtype=(dtype, torch.int8, torch.uint8)[kind])
+
+
+def _finish_backward_fake(
+    grad_out: Tensor, x: Tensor, dims: Sequence[int], normalize: bool
+) -> Tensor:
+    return torch.empty_like(x)
+
+
+_finish = Op("finish", reference=reference.finish, fake=_finish_fake, backward="finish_backward")
+_finish_backward = Op(
+    "finish_backward", reference=reference.finish_backward, fake=_finish_backward_fake
+)
+
+
+class _Finish(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        dims: tuple[int, ...],
+        normalize: bool,
+        noise: float,
+        seed: int,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.settings = dims, normalize
+        return _finish(x, dims, normalize, noise, seed, 0, dtype, None)
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        (x,) = ctx.saved_tensors
+        grad_x = _finish_backward(grad_out.to(x.dtype).contiguous(), x, *ctx.settings)
+        return grad_x, *[None] * 5
+
+
+def finish(
+    x: Tensor,
+    dims: tuple[int, ...],
+    normalize: bool,
+    *,
+    noise: float = 0.0,
+    seed: int = 0,
+    kind: int = 0,
+    dtype: torch.dtype | None = None,
+    ranges: Tensor | None = None,
+) -> Tensor:
+    """Finish checked arguments; see :class:`emblas.pooling.Epilogue`."""
+    dtype = dtype or x.dtype
+    x = x.to(accumulator(dtype)).contiguous()
+    if kind == 0 and needs_grad(x) and not use_reference():
+        return _Finish.apply(x, dims, normalize, noise, seed, dtype)
+    function = reference.finish if use_reference() else _finish
+    return function(x, dims, normalize, noise, seed, kind, dtype, ranges)

@@ -2,44 +2,126 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from enum import IntEnum
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 EPSILON = 1e-12
 
 
-def _accumulator(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+class Mode(IntEnum):
+    """The linear pooling modes, by their numbers in the operator's schema."""
+
+    mean = 0
+    sum = 1
+    mean_sqrt_len = 2
+    weighted_mean = 3
+    cls = 4
+    last = 5
 
 
-def _segment_ids(cu_seqlens: Tensor, tokens: int) -> Tensor:
-    lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).long()
-    ids = torch.arange(lengths.shape[0], device=cu_seqlens.device)
-    return torch.repeat_interleave(ids, lengths, output_size=tokens)
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype in which values of ``dtype`` are summed."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+class _Entries(NamedTuple):
+    """Every pair of a segment and one of its positions."""
+
+    row: Tensor
+    """Row of ``x``."""
+    position: Tensor
+    segment: Tensor
+    weight: Tensor
+    steps: Tensor
+    """Derivative of ``weight`` by the caller's weight."""
+
+
+def _entries(
+    x: Tensor,
+    starts: Tensor,
+    weights: Tensor | None,
+    mode: int,
+    ends: Tensor | None,
+    skip: Tensor | None,
+    index: Tensor | None,
+) -> _Entries:
+    origin = (starts[:-1] if ends is None else starts).long()
+    last = (starts[1:] if ends is None else ends).long()
+    begin = origin if skip is None else torch.minimum(origin + skip, last)
+    lengths = last - begin
+    ids = torch.arange(len(lengths), device=x.device)
+    rows = math.prod(x.shape[:-1]) if index is None else index.shape[0]
+    size = rows if ends is None and skip is None else None
+    segment = torch.repeat_interleave(ids, lengths, output_size=size)
+    order = torch.arange(len(segment), device=x.device)
+    position = order - (lengths.cumsum(0) - lengths - begin)[segment]
+    dtype = accumulator(x.dtype)
+    one = torch.ones(len(segment), dtype=dtype, device=x.device)
+    weight, steps = one if weights is None else weights[position], one
+    if mode == Mode.weighted_mean:
+        steps = (position - origin[segment] + 1).to(dtype)
+        weight = weight * steps
+    elif mode in (Mode.cls, Mode.last):
+        present = weight != 0
+        none, reduce = (len(order), "amin") if mode == Mode.cls else (-1, "amax")
+        found = torch.full_like(ids, none).scatter_reduce(
+            0, segment[present], order[present], reduce
+        )
+        chosen = found[found != none]
+        segment, position = segment[chosen], position[chosen]
+        weight, steps = one[chosen], 0 * one[chosen]
+    row = position if index is None else index[position].long()
+    return _Entries(row, position, segment, weight, steps)
+
+
+def _batch(starts: Tensor, ends: Tensor | None) -> int:
+    return starts.shape[0] - 1 if ends is None else ends.shape[0]
+
+
+def _divisor(total: Tensor, mode: int) -> Tensor:
+    if mode == Mode.sum:
+        return torch.ones_like(total)
+    return total.abs().sqrt() if mode == Mode.mean_sqrt_len else total
 
 
 def segment_pool(
-    x: Tensor, cu_seqlens: Tensor, weights: Tensor | None, normalize: bool
+    x: Tensor,
+    cu_seqlens: Tensor,
+    weights: Tensor | None,
+    normalize: bool,
+    mode: int = Mode.mean,
+    ends: Tensor | None = None,
+    skip: Tensor | None = None,
+    index: Tensor | None = None,
+    wide: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Weighted mean of the rows of each segment, optionally of unit length.
+    """Pool the rows of each segment in a linear mode, optionally to unit length.
 
-    The formula stands in ``csrc/pooling/pooling.h``. Returns the pooled vectors (batch, dim) in the
-    dtype of ``x`` and, with ``normalize``, the lengths (batch,) of the means.
+    The formulas stand in ``csrc/pooling/pooling.h``. Returns the pooled vectors (batch, dim) in the
+    dtype of ``x`` (``wide``: the accumulator's) and, with ``normalize``, their lengths (batch,)
+    before.
     """
-    dtype = _accumulator(x)
-    batch = cu_seqlens.shape[0] - 1
-    segment = _segment_ids(cu_seqlens, x.shape[0])
-    weight = torch.ones(x.shape[0], dtype=dtype, device=x.device) if weights is None else weights
-    total = weight.new_zeros(batch).index_add(0, segment, weight)
+    dtype = accumulator(x.dtype)
+    entries = _entries(x, cu_seqlens, weights, mode, ends, skip, index)
+    batch, dim, weight = _batch(cu_seqlens, ends), x.shape[-1], entries.weight
+    total = weight.new_zeros(batch).index_add(0, entries.segment, weight)
     # A row of weight 0 may hold NaN: it is replaced, not multiplied.
-    weighted = torch.where((weight == 0)[:, None], 0, weight[:, None] * x.to(dtype))
-    summed = weighted.new_zeros(batch, x.shape[1]).index_add(0, segment, weighted)
-    pooled = summed / torch.where(total == 0, 1, total)[:, None]
-    pooled = torch.where((total == 0)[:, None], 0, pooled)
+    rows = x.reshape(-1, dim)[entries.row].to(dtype)
+    weighted = torch.where((weight == 0)[:, None], 0, weight[:, None] * rows)
+    summed = weighted.new_zeros(batch, dim).index_add(0, entries.segment, weighted)
+    divisor = _divisor(total, mode)
+    pooled = summed / torch.where(divisor == 0, 1, divisor)[:, None]
+    pooled = torch.where((divisor == 0)[:, None], 0, pooled)
+    stored = dtype if wide else x.dtype
     if not normalize:
-        return pooled.to(x.dtype), pooled.new_empty(0)
+        return pooled.to(stored), pooled.new_empty(0)
     norm = pooled.norm(dim=1)
-    return (pooled / norm.clamp_min(EPSILON)[:, None]).to(x.dtype), norm.detach()
+    return (pooled / norm.clamp_min(EPSILON)[:, None]).to(stored), norm.detach()
 
 
 def segment_pool_backward(
@@ -52,24 +134,208 @@ def segment_pool_backward(
     normalize: bool,
     need_x: bool,
     need_weights: bool,
+    mode: int = Mode.mean,
+    ends: Tensor | None = None,
+    skip: Tensor | None = None,
+    index: Tensor | None = None,
+    wide: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of :func:`segment_pool` with respect to ``x`` and ``weights``."""
-    dtype = _accumulator(x)
-    batch = cu_seqlens.shape[0] - 1
-    segment = _segment_ids(cu_seqlens, x.shape[0])
-    weight = torch.ones(x.shape[0], dtype=dtype, device=x.device) if weights is None else weights
-    total = weight.new_zeros(batch).index_add(0, segment, weight)
+    dtype = accumulator(x.dtype)
+    entries = _entries(x, cu_seqlens, weights, mode, ends, skip, index)
+    batch, dim, segment = _batch(cu_seqlens, ends), x.shape[-1], entries.segment
+    total = entries.weight.new_zeros(batch).index_add(0, segment, entries.weight)
+    divisor = _divisor(total, mode)
     grad, pooled = grad_out.to(dtype), out.to(dtype)
     if normalize:
         length = norm.clamp_min(EPSILON)[:, None]
         along = (pooled * grad).sum(1, keepdim=True)
         grad = (grad - torch.where(norm[:, None] > EPSILON, along, 0) * pooled) / length
         pooled = pooled * length
-    grad = torch.where((total == 0)[:, None], 0, grad)
-    share = torch.where(total == 0, 0, 1 / total)
-    grad_x = (weight * share[segment])[:, None] * grad[segment]
-    grad_weights = share[segment] * ((x.to(dtype) - pooled[segment]) * grad[segment]).sum(1)
+    grad = torch.where((divisor == 0)[:, None], 0, grad)
+    shared = grad / torch.where(divisor == 0, 1, divisor)[:, None]
+    power = {Mode.sum: 0.0, Mode.mean_sqrt_len: 0.5}.get(Mode(mode), 1.0)
+    along_mean = power * (pooled * grad).sum(1) / torch.where(total == 0, 1, total)
+    rows = x.reshape(-1, dim)
+    grad_x = grad.new_zeros(len(rows), dim)
+    grad_x = grad_x.index_add(0, entries.row, entries.weight[:, None] * shared[segment])
+    slope = (rows[entries.row].to(dtype) * shared[segment]).sum(1) - along_mean[segment]
+    positions = len(rows) if index is None else index.shape[0]
+    grad_weights = grad.new_zeros(positions)
+    grad_weights = grad_weights.index_add(0, entries.position, entries.steps * slope)
     return (
-        grad_x.to(x.dtype) if need_x else x.new_empty(0, x.shape[1]),
-        grad_weights if need_weights else weight.new_empty(0),
+        grad_x.to(x.dtype).reshape(x.shape) if need_x else x.new_empty(0),
+        grad_weights if need_weights else grad_weights.new_empty(0),
     )
+
+
+def segment_max(
+    x: Tensor,
+    cu_seqlens: Tensor,
+    weights: Tensor | None,
+    ends: Tensor | None = None,
+    skip: Tensor | None = None,
+    index: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Largest value of each column in each segment, and the first row that holds it (-1: none)."""
+    entries = _entries(x, cu_seqlens, weights, Mode.mean, ends, skip, index)
+    present = entries.weight != 0
+    row, segment = entries.row[present], entries.segment[present]
+    rows = x.reshape(-1, x.shape[-1])
+    shape = _batch(cu_seqlens, ends), x.shape[-1]
+    values = rows[row].detach()
+    at = segment[:, None].expand_as(values)
+    largest = values.new_full(shape, -torch.inf).scatter_reduce(0, at, values, "amax")[segment]
+    order = torch.arange(len(row), device=x.device)[:, None].expand_as(values)
+    holds = (values == largest) | (values.isnan() & largest.isnan())
+    first = torch.full(shape, len(row), device=x.device)
+    first = first.scatter_reduce(0, at, torch.where(holds, order, len(row)), "amin")
+    argmax = torch.cat([row, row.new_tensor([-1])])[first]
+    out = rows[argmax.clamp_min(0), torch.arange(shape[1], device=x.device)] if len(rows) else 0
+    out = torch.where(argmax < 0, x.new_zeros(()), out)
+    return out, argmax.to(torch.int32)
+
+
+def segment_max_backward(grad_out: Tensor, argmax: Tensor, rows: int) -> Tensor:
+    """Gradient of :func:`segment_max` with respect to the rows of ``x``."""
+    dtype = accumulator(grad_out.dtype)
+    grad = torch.where(argmax < 0, 0, grad_out.to(dtype))
+    grad_x = grad.new_zeros(rows + 1, grad.shape[1])
+    at = torch.where(argmax < 0, rows, argmax.long())
+    return grad_x.scatter_add(0, at, grad)[:rows].to(grad_out.dtype)
+
+
+def segment_gem(
+    x: Tensor,
+    cu_seqlens: Tensor,
+    weights: Tensor | None,
+    power: Tensor,
+    epsilon: float,
+    ends: Tensor | None = None,
+    skip: Tensor | None = None,
+    index: Tensor | None = None,
+) -> Tensor:
+    """Generalized mean of each segment, in the accumulator's dtype."""
+    entries = _entries(x, cu_seqlens, weights, Mode.mean, ends, skip, index)
+    batch, dim, weight = _batch(cu_seqlens, ends), x.shape[-1], entries.weight
+    rows = x.reshape(-1, dim)[entries.row].to(weight.dtype)
+    raised = torch.where(rows < epsilon, epsilon, rows) ** power
+    weighted = torch.where((weight == 0)[:, None], 0, weight[:, None] * raised)
+    total = weight.new_zeros(batch).index_add(0, entries.segment, weight)
+    summed = weighted.new_zeros(batch, dim).index_add(0, entries.segment, weighted)
+    empty = (total == 0)[:, None]
+    mean = torch.where(empty, 1, summed / torch.where(total == 0, 1, total)[:, None])
+    return torch.where(empty, 0, mean ** (1 / power))
+
+
+def segment_gem_backward(
+    grad_out: Tensor,
+    x: Tensor,
+    out: Tensor,
+    cu_seqlens: Tensor,
+    weights: Tensor | None,
+    power: Tensor,
+    epsilon: float,
+    ends: Tensor | None = None,
+    skip: Tensor | None = None,
+    index: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of :func:`segment_gem` by ``x`` and, one share per segment, by ``power``."""
+    entries = _entries(x, cu_seqlens, weights, Mode.mean, ends, skip, index)
+    batch, dim, weight = _batch(cu_seqlens, ends), x.shape[-1], entries.weight
+    total = weight.new_zeros(batch).index_add(0, entries.segment, weight)
+    root = torch.where((total == 0)[:, None], 1, out)
+    scale = torch.where(total == 0, 0, 1 / total)[:, None] / power
+    shared = grad_out * scale * root ** (1 - power)
+    rows = x.reshape(-1, dim).to(weight.dtype)
+    clamped = torch.where(rows < epsilon, epsilon, rows)
+    summed = torch.zeros_like(rows).index_add(
+        0, entries.row, weight[:, None] * shared[entries.segment]
+    )
+    grad_x = torch.where(rows < epsilon, 0, summed * power * clamped ** (power - 1))
+    taken = clamped[entries.row]
+    slope = torch.where((weight == 0)[:, None], 0, taken**power * taken.log() * weight[:, None])
+    grad_power = weight.new_zeros(batch).index_add(
+        0, entries.segment, (slope * shared[entries.segment]).sum(1)
+    )
+    grad_power = grad_power - (grad_out * root * root.log()).sum(1) / power
+    return grad_x.to(x.dtype).reshape(x.shape), grad_power
+
+
+# --- finishing (csrc/pooling/finish.h) -----------------------------------------------------------
+
+_WORD = 0xFFFFFFFF
+
+
+def philox4x32(counter: Sequence[Tensor], key: int) -> list[Tensor]:
+    """Philox4x32-10 of four int64 tensors of 32-bit words; see ``csrc/common/philox.h``."""
+    words = list(counter)
+    low, high = key & _WORD, key >> 32 & _WORD
+    for _ in range(10):
+        first, second = words[0] * 0xD2511F53, words[2] * 0xCD9E8D57
+        words = [
+            second >> 32 & _WORD ^ words[1] ^ low,
+            second & _WORD,
+            first >> 32 & _WORD ^ words[3] ^ high,
+            first & _WORD,
+        ]
+        low, high = low + 0x9E3779B9 & _WORD, high + 0xBB67AE85 & _WORD
+    return words
+
+
+def normal_noise(rows: int, dim: int, stream: int, seed: int) -> Tensor:
+    """Independent standard normal numbers (rows, dim), float64, as a function of the seed."""
+    row = torch.arange(rows)[:, None].expand(rows, -(-dim // 4))
+    block = torch.arange(row.shape[1]).expand_as(row)
+    words = philox4x32([block, torch.full_like(row, stream), row & _WORD, row >> 32], seed % 2**64)
+    numbers = []
+    for pair in (0, 2):
+        radius = (-2 * ((words[pair].double() + 1) / 2**32).log()).sqrt()
+        angle = words[pair + 1].double() * (2 * torch.pi / 2**32)
+        numbers += [radius * angle.cos(), radius * angle.sin()]
+    return torch.stack(numbers, 2).flatten(1)[:, :dim]
+
+
+def finish(
+    x: Tensor,
+    dims: Sequence[int],
+    normalize: bool,
+    noise: float,
+    seed: int,
+    kind: int,
+    dtype: torch.dtype,
+    ranges: Tensor | None,
+) -> Tensor:
+    """Cut, normalize, blur and store pooled vectors."""
+    parts, before = [], 0
+    for stream, k in enumerate(dims):
+        part = x[:, :k]
+        if normalize:
+            part = part / part.norm(dim=1, keepdim=True).clamp_min(EPSILON)
+        if noise:
+            part = part + (noise * normal_noise(len(x), k, stream, seed)).to(part)
+        if kind == 1:
+            assert ranges is not None
+            low, high = ranges[:, before : before + k]
+            scale = torch.where(high > low, 255 / (high - low), 0)
+            part = (((part - low) * scale).round().clamp(0, 255) - 128).nan_to_num(-128)
+        elif kind == 2:
+            bits = torch.nn.functional.pad(part > 0, (0, -k % 8)).unflatten(1, (-1, 8))
+            part = (bits.long() << torch.arange(7, -1, -1, device=x.device)).sum(2)
+        parts.append(part.to((dtype, torch.int8, torch.uint8)[kind]))
+        before += k
+    return torch.cat(parts, 1)
+
+
+def finish_backward(grad_out: Tensor, x: Tensor, dims: Sequence[int], normalize: bool) -> Tensor:
+    """Gradient of :func:`finish`, of its floating kind."""
+    grad_x = torch.zeros_like(x)
+    for k, grad in zip(dims, grad_out.split(list(dims), 1), strict=True):
+        if normalize:
+            norm = x[:, :k].norm(dim=1, keepdim=True)
+            length = norm.clamp_min(EPSILON)
+            unit = x[:, :k] / length
+            along = torch.where(norm > EPSILON, (unit * grad).sum(1, keepdim=True), 0)
+            grad = (grad - along * unit) / length
+        grad_x[:, :k] += grad
+    return grad_x

@@ -1,0 +1,45 @@
+// Whole rows of `dim` values: the vector loops that the pooling kernels share.
+#pragma once
+
+#include "common/simd.h"
+
+namespace emblas {
+namespace {
+
+// total[i] += weight * row[i]
+template <class T>
+inline void add_row(Accumulator<T>* total, const T* row, Accumulator<T> weight, int64_t dim) {
+  constexpr int lanes = kLanes<T>;
+  int64_t i = 0;
+  for (; i + lanes <= dim; i += lanes) store(total + i, load(total + i) + weight * load(row + i));
+  for (; i < dim; ++i) total[i] += weight * to_accumulator(row[i]);
+}
+
+// out[i] = factor * x[i]
+template <class T, class A>
+inline void scale_row(T* out, const A* x, A factor, int64_t dim) {
+  constexpr int lanes = kLanes<T>;
+  int64_t i = 0;
+  for (; i + lanes <= dim; i += lanes) store(out + i, factor * load(x + i));
+  for (; i < dim; ++i) from_accumulator(factor * x[i], out + i);
+}
+
+// out[i] = x[i], widened
+template <class T>
+inline void widen_row(Accumulator<T>* out, const T* x, int64_t dim) {
+  constexpr int lanes = kLanes<T>;
+  int64_t i = 0;
+  for (; i + lanes <= dim; i += lanes) store(out + i, load(x + i));
+  for (; i < dim; ++i) out[i] = to_accumulator(x[i]);
+}
+
+// scratch = sum_i factors[i] rows[segments[i]]
+template <class A>
+inline void sum_rows(const A* rows, int64_t dim, const int32_t* segments, const A* factors,
+                     int64_t count, A* scratch) {
+  std::memset(scratch, 0, dim * sizeof(A));
+  for (int64_t i = 0; i < count; ++i) add_row(scratch, rows + segments[i] * dim, factors[i], dim);
+}
+
+}  // namespace
+}  // namespace emblas

@@ -1,0 +1,46 @@
+"""Same results as the Pooling of sentence-transformers, in all its modes, but for empty sets."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from contract import packed
+from emblas.pooling import segment_pool
+
+peer = pytest.importorskip("sentence_transformers.sentence_transformer.modules")
+
+MODES = {
+    "cls": "cls",
+    "max": "max",
+    "mean": "mean",
+    "mean_sqrt_len_tokens": "mean_sqrt_len",
+    "weightedmean": "weighted_mean",
+    "lasttoken": "last",
+}
+LENGTHS = (4, 9, 7, 5)  # all longer than the prompt: on empty sets the peer fails silently
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("prompt", [None, 3])
+@pytest.mark.parametrize("theirs", [*MODES, tuple(MODES)], ids=str)
+def test_all_modes(theirs, prompt, dtype):
+    mode = MODES[theirs] if isinstance(theirs, str) else [MODES[name] for name in theirs]
+    pooling = peer.Pooling(12, theirs, include_prompt=prompt is None)
+    features = {} if prompt is None else {"prompt_length": prompt}
+    cu_seqlens, limit = packed(LENGTHS), {"rtol": 1e-5, "atol": 1e-6}
+    if dtype == torch.bfloat16:  # the peer rounds its weighted sums on the way
+        limit = {"rtol": 2e-2, "atol": 2e-2}
+    tokens = torch.randn(sum(LENGTHS), 12).to(dtype)
+    flat = {"token_embeddings": tokens[None], "cu_seq_lens_q": cu_seqlens, **features}
+    expected = pooling(flat)["sentence_embedding"]
+    actual = segment_pool(tokens, cu_seqlens, mode, skip_prefix=prompt)
+    torch.testing.assert_close(actual, expected, **limit)
+    for side in ("left", "right"):
+        x, mask = torch.zeros(4, 9, 12, dtype=dtype), torch.zeros(4, 9, dtype=torch.long)
+        for b, n in enumerate(LENGTHS):
+            at = slice(9 - n, 9) if side == "left" else slice(0, n)
+            x[b, at], mask[b, at] = tokens[cu_seqlens[b] : cu_seqlens[b + 1]], 1
+        padded = {"token_embeddings": x, "attention_mask": mask, **features}
+        expected = pooling(padded)["sentence_embedding"]
+        actual = segment_pool(x, mask=mask, mode=mode, skip_prefix=prompt)
+        torch.testing.assert_close(actual, expected, **limit)
