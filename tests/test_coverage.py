@@ -9,15 +9,33 @@ from emblas import _op, info, use_backend
 from emblas.attention import varlen_attention
 from emblas.binary import hamming_topk, pack_sign
 from emblas.pooling import segment_pool
-from emblas.tables import HashEmbedding, TableSpec, hash_keys
+from emblas.tables import HashEmbedding, TableSpec, hash_bag, hash_keys, optim
 
 CU = packed((3, 5))
+
+
+def mean_bags(**options):
+    return hash_bag(
+        torch.arange(8), torch.randn(9, 4, requires_grad=True), TableSpec(9, seed=1), CU,
+        mode="mean", **options,
+    )  # fmt: skip
+
+
+def fused_step():
+    module = HashEmbedding(10, 4, seed=1)
+    optim.SGD(module, lr=1.0)
+    return module(torch.arange(5)).sum().backward()
+
+
 # One call through the public front door for each forward operator.
 CALLS = {
     "segment_pool": lambda: segment_pool(torch.randn(8, 4, requires_grad=True), CU),
     "varlen_attention": lambda: varlen_attention(*[torch.randn(8, 1, 16)] * 3, CU, CU, 5, 5),
     "pack_sign": lambda: pack_sign(torch.randn(2, 9)),
     "hamming_topk": lambda: hamming_topk(*[torch.zeros(2, 3, dtype=torch.uint8)] * 2, 1),
+    "compose_bag": mean_bags,
+    "compose_bag_backward_rows": lambda: mean_bags(sparse=True).sum().backward(),
+    "compose_bag_update_": fused_step,
     "hash_bag": lambda: HashEmbedding(10, 4, seed=1)(torch.arange(5)),
     "hash_keys": lambda: hash_keys(torch.arange(5), TableSpec(10, seed=1)),
 }
@@ -26,6 +44,8 @@ NO_GRADIENT = {
     "pack_sign": "bits",
     "hamming_topk": "integers",
     "hash_keys": "integers",
+    "compose_bag_backward_rows": "a gradient itself",
+    "compose_bag_update_": "a gradient's use",
     "varlen_attention": "forward only in this version",
 }
 NO_GPU_KERNEL = "GPU tensors take the reference in this version, with a warning"
