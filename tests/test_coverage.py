@@ -18,10 +18,25 @@ from emblas.binary import (
     range_search_csr,
 )
 from emblas.pooling import Matryoshka, segment_pool
-from emblas.tables import HashEmbedding, TableSpec, hash_keys
+from emblas.tables import HashEmbedding, TableSpec, hash_bag, hash_keys, optim
 
 CU = packed((3, 5))
 CODES = torch.zeros(2, 3, dtype=torch.uint8)
+
+
+def mean_bags(**options):
+    return hash_bag(
+        torch.arange(8), torch.randn(9, 4, requires_grad=True), TableSpec(9, seed=1), CU,
+        mode="mean", **options,
+    )  # fmt: skip
+
+
+def fused_step():
+    module = HashEmbedding(10, 4, seed=1)
+    optim.SGD(module, lr=1.0)
+    return module(torch.arange(5)).sum().backward()
+
+
 # One call through the public front door for each forward operator.
 CALLS = {
     "segment_pool": lambda: segment_pool(torch.randn(8, 4, requires_grad=True), CU),
@@ -36,6 +51,9 @@ CALLS = {
     "hamming_topk": lambda: hamming_topk(CODES, CODES, 1),
     "range_search": lambda: range_search(CODES, CODES, 1),
     "range_search_csr": lambda: range_search_csr(CODES, CODES, 1),
+    "compose_bag": mean_bags,
+    "compose_bag_backward_rows": lambda: mean_bags(sparse=True).sum().backward(),
+    "compose_bag_update_": fused_step,
     "hash_bag": lambda: HashEmbedding(10, 4, seed=1)(torch.arange(5)),
     "hash_keys": lambda: hash_keys(torch.arange(5), TableSpec(10, seed=1)),
 }
@@ -48,6 +66,8 @@ NO_GRADIENT = {
     "range_search": "integers",
     "range_search_csr": "integers",
     "hash_keys": "integers",
+    "compose_bag_backward_rows": "a gradient itself",
+    "compose_bag_update_": "a gradient's use",
     "varlen_attention": "forward only in this version",
 }
 # Operators whose GPU tensors take the reference, with a warning, and why.

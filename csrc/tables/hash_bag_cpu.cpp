@@ -1,28 +1,12 @@
 // Hashed lookups on a CPU. Ids are hashed a block at a time, one id per 64-bit lane, into row
 // numbers that stay in the first-level cache; the rows of later ids are prefetched while those of
 // the current one are added in registers.
-#include "common/hash.h"
 #include "common/isa.h"
-#include "common/simd.h"
+#include "tables/lookup.h"
 #include "tables/tables.h"
 
 namespace emblas {
 namespace {
-
-constexpr int kBlock = 64;                 // ids hashed at once
-constexpr int kPrefetchAhead = 8;          // ids
-constexpr int64_t kCachedBytes = 1 << 20;  // a smaller table needs no prefetching
-constexpr int kCacheLine = 64;
-
-typedef uint64_t vuint64 __attribute__((vector_size(EMBLAS_VECTOR_BYTES)));
-
-// Keys 4 * group to 4 * group + 3, as the four 32-bit words from low to high.
-template <class U>
-Hash128<U> four_keys(const HashedIds& hashed, U id, int group) {
-  if (hashed.family == HashFamily::murmur3) return murmur3(id, hashed.seed + uint32_t(group));
-  const U state = (id ^ splitmix64_mix(uint64_t(hashed.seed))) + 2 * group * kSplitmixStep;
-  return {splitmix64_mix(state + kSplitmixStep), splitmix64_mix(state + 2 * kSplitmixStep)};
-}
 
 bool is_padding(const HashedIds& hashed, int64_t i) {
   return hashed.padding_id && hashed.ids[i * hashed.stride] == *hashed.padding_id;
@@ -42,7 +26,7 @@ class Block {
       vuint64 id;
       std::memcpy(&id, ids_ + i, sizeof id);
       for (int key = 0; key < hashed_.num_hashes; key += 4) {
-        const Hash128<vuint64> words = four_keys(hashed_, id, key / 4);
+        const Hash128<vuint64> words = four_keys(hashed_.family, hashed_.seed, id, key / 4);
         const vuint64 keys[4] = {words.low & 0xffffffff, words.low >> 32, words.high & 0xffffffff,
                                  words.high >> 32};
         for (int j = 0; j < 4 && key + j < hashed_.num_hashes; ++j) {
@@ -73,13 +57,6 @@ void hash_ids(const HashedIds& hashed, int64_t first, int64_t last, Row* rows) {
       for (int j = 0; j < hashed.num_hashes; ++j) *to++ = Row(block.row(i, j));
     }
   }
-}
-
-template <class T>
-void prefetch(const T* row, int64_t dim) {
-  const char* begin = reinterpret_cast<const char*>(row);
-  const char* end = reinterpret_cast<const char*>(row + dim);
-  for (; begin < end; begin += kCacheLine) __builtin_prefetch(begin);
 }
 
 // The table rows of consecutive ids, one id per call of next().
@@ -123,68 +100,6 @@ class RowStream {
   int position_ = 0, count_ = 0;
   const T* rows_[kMaxHashes];
 };
-
-// to[i] = weight * sum_j rows[j][i], added to what `to` holds if `add`. A vector that would pass
-// the end is moved back over the one before; what it adds to is read before the loop.
-template <bool add, int fixed_count, class Out, class T>
-void sum_rows(Out* to, const T* const* rows, int given_count, Accumulator<T> weight, int64_t dim) {
-  using A = Accumulator<T>;
-  using V = Vector<T>;
-  constexpr int lanes = kLanes<T>, unroll = 4;
-  const int count = fixed_count ? fixed_count : given_count;
-  if (dim < lanes) {
-    for (int64_t i = 0; i < dim; ++i) {
-      A total = to_accumulator(rows[0][i]);
-      for (int j = 1; j < count; ++j) total += to_accumulator(rows[j][i]);
-      total *= weight;
-      if constexpr (add) total += to[i];
-      from_accumulator(total, to + i);
-    }
-    return;
-  }
-  const auto vector_sum = [&](int64_t i) {
-    V total = load(rows[0] + i);
-    for (int j = 1; j < count; ++j) total += load(rows[j] + i);
-    total *= weight;
-    if constexpr (add) total += load(to + i);
-    return total;
-  };
-  const int64_t tail = dim - lanes;
-  const V last = vector_sum(tail);
-  int64_t i = 0;
-  for (; i + unroll * lanes <= dim; i += unroll * lanes) {
-    V total[unroll];
-    for (int u = 0; u < unroll; ++u) total[u] = load(rows[0] + i + u * lanes);
-    for (int j = 1; j < count; ++j) {
-      for (int u = 0; u < unroll; ++u) total[u] += load(rows[j] + i + u * lanes);
-    }
-    for (int u = 0; u < unroll; ++u) {
-      total[u] *= weight;
-      if constexpr (add) total[u] += load(to + i + u * lanes);
-      store(to + i + u * lanes, total[u]);
-    }
-  }
-  for (; i < tail; i += lanes) store(to + i, vector_sum(i));
-  store(to + tail, last);
-}
-
-// The usual four rows are a constant, over which the loops unroll.
-template <bool add, class Out, class T>
-void sum_rows(Out* to, const T* const* rows, int count, Accumulator<T> weight, int64_t dim) {
-  if (count == 4) {
-    sum_rows<add, 4>(to, rows, count, weight, dim);
-  } else {
-    sum_rows<add, 0>(to, rows, count, weight, dim);
-  }
-}
-
-template <class T>
-void store_row(T* to, const Accumulator<T>* from, int64_t dim) {
-  constexpr int lanes = kLanes<T>;
-  int64_t i = 0;
-  for (; i + lanes <= dim; i += lanes) store(to + i, load(from + i));
-  for (; i < dim; ++i) from_accumulator(from[i], to + i);
-}
 
 // The first id of a bag; ids of the bags [first, last) are those from first_id(first) on.
 template <class T>

@@ -1,8 +1,38 @@
-"""Tables: embeddings of an unbounded vocabulary in a small table, by hashing."""
+"""Tables: embeddings of large or unbounded vocabularies in small tables."""
 
-from emblas.tables import arrays
+from emblas.tables import arrays, optim
+from emblas.tables.compose import compose_bag
+from emblas.tables.composition import Composition, Part
 from emblas.tables.functions import hash_bag, hash_keys
-from emblas.tables.modules import HashEmbedding
+from emblas.tables.modules import (
+    HashEmbedding,
+    MultiHashEmbedding,
+    RobeEmbedding,
+    UnifiedEmbedding,
+    WeightedHashEmbedding,
+)
+from emblas.tables.partitions import (
+    MemComEmbedding,
+    QuotientRemainderEmbedding,
+    TensorTrainEmbedding,
+)
 from emblas.tables.spec import TableSpec
 
-__all__ = ["HashEmbedding", "TableSpec", "arrays", "hash_bag", "hash_keys"]
+__all__ = [
+    "Composition",
+    "HashEmbedding",
+    "MemComEmbedding",
+    "MultiHashEmbedding",
+    "Part",
+    "QuotientRemainderEmbedding",
+    "RobeEmbedding",
+    "TableSpec",
+    "TensorTrainEmbedding",
+    "UnifiedEmbedding",
+    "WeightedHashEmbedding",
+    "arrays",
+    "compose_bag",
+    "hash_bag",
+    "hash_keys",
+    "optim",
+]

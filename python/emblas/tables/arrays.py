@@ -8,7 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from emblas._load import _C
-from emblas.tables.functions import _check_spec, _padding_pattern
+from emblas.tables.functions import _check_spec
+from emblas.tables.ids import padding_pattern
 from emblas.tables.spec import TableSpec
 
 Ids = npt.NDArray[np.int64] | npt.NDArray[np.uint64]
@@ -93,6 +94,8 @@ def hash_bag(
         If shapes or offsets don't fit.
     """
     _check_spec(spec)
+    if spec.signed:
+        raise ValueError("spec must not be signed: the numpy door sums rows as they are")
     if table.shape[:1] != (spec.num_embeddings,):
         raise ValueError(
             f"table must have spec.num_embeddings = {spec.num_embeddings} rows, "
@@ -109,6 +112,6 @@ def hash_bag(
         weights = weights.reshape(-1)
     out = _C.hash_bag(
         _id_pattern(ids), table, offsets, weights, spec.family, spec.seed, spec.num_hashes,
-        _padding_pattern(padding_id),
+        padding_pattern(padding_id),
     )  # fmt: skip
     return out if offsets is not None else out.reshape(*ids.shape, table.shape[1])

@@ -7,30 +7,20 @@ from torch import Tensor
 
 from emblas import _op
 from emblas.tables import op
+from emblas.tables.compose import compose_bag
+from emblas.tables.compose_op import MODES
+from emblas.tables.ids import id_pattern as _id_pattern
+from emblas.tables.ids import padding_pattern as _padding_pattern
+from emblas.tables.optim import FusedOptimizer
 from emblas.tables.spec import TableSpec
 
-MODES = ("sum",)
+COMBINES = ("sum", "mean", "product", "concat")
 
 
 def _check_spec(spec: object) -> TableSpec:
     if not isinstance(spec, TableSpec):
         raise TypeError(f"spec must be a TableSpec, got {type(spec).__name__}")
     return spec
-
-
-def _id_pattern(ids: object) -> Tensor:
-    """Return ids as a vector of int64: uint64 by bit pattern."""
-    tensor = _op.check_tensor("ids", ids, dtypes=(torch.int64, torch.uint64))
-    return tensor.view(torch.int64).reshape(-1)
-
-
-def _padding_pattern(padding_id: int | None) -> int | None:
-    """Return the int64 with the bits of an id, which may be given as uint64."""
-    if padding_id is None:
-        return None
-    if not -(2**63) <= padding_id < 2**64:
-        raise ValueError(f"padding_id must fit 64 bits, got {padding_id}")
-    return padding_id - 2**64 if padding_id >= 2**63 else padding_id
 
 
 def hash_keys(ids: Tensor, spec: TableSpec) -> Tensor:
@@ -72,8 +62,11 @@ def hash_bag(
     *,
     mode: str = "sum",
     padding_id: int | None = None,
+    combine: str = "sum",
+    sparse: bool = False,
+    optimizer: FusedOptimizer | None = None,
 ) -> Tensor:
-    """Hash ids and sum their rows of a table, in one pass.
+    """Hash ids and combine their rows of a table, in one pass.
 
     Without ``offsets``, each id gets the sum of its ``spec.num_hashes`` rows. With ``offsets``,
     these are summed over the ids of each bag; an empty bag gives zeros.
@@ -92,12 +85,22 @@ def hash_bag(
         ``(bags + 1,)``, int32 or int64: bag ``b`` owns the ids ``offsets[b]`` to
         ``offsets[b + 1]``. The first is 0, the last is the number of ids, and they never decrease.
     per_sample_weights : Tensor, optional
-        Weight of each id, of the shape of ``ids``; default 1. Gradients flow to them.
-    mode : {"sum"}, default "sum"
-        How the ids of a bag are combined.
+        Weight of each id, of the shape of ``ids``; default 1. Or a weight of each of its rows,
+        ``(*ids.shape, spec.num_hashes)``: the importance weights of hash embeddings. Gradients
+        flow to them.
+    mode : {"sum", "mean", "max"}, default "sum"
+        How the ids of a bag are combined; the others need ``offsets`` and take no weights.
     padding_id : int, optional
         An id that contributes nothing and sends no gradient. Its rows belong to other ids too and
         are not touched.
+    combine : {"sum", "mean", "product", "concat"}, default "sum"
+        How the rows of an id are combined. ``concat`` makes the result ``num_hashes`` times as
+        wide as the table.
+    sparse : bool, default False
+        Let the gradient of the table be a coalesced sparse tensor of the rows in use.
+    optimizer : FusedOptimizer, optional
+        Apply its step to the rows in use inside the backward pass; the table then gets no gradient.
+        See :mod:`emblas.tables.optim`.
 
     Returns
     -------
@@ -116,8 +119,9 @@ def hash_bag(
     Notes
     -----
     With ``TableSpec(m, seed=s)``, the rows and sums are those of thinc's ``HashEmbed`` with the
-    same seed, bit for bit. The gradient of the table is dense. Formulas stand in
-    ``csrc/tables/tables.h``. ``torch.func`` transforms are not supported.
+    same seed, bit for bit. Formulas stand in ``csrc/tables/tables.h``. Anything but a plain sum is
+    a case of :func:`emblas.tables.compose_bag`, for which the table must be contiguous.
+    ``torch.func`` transforms are not supported.
 
     Examples
     --------
@@ -128,6 +132,7 @@ def hash_bag(
     """
     _check_spec(spec)
     _op.check_choice("mode", mode, MODES)
+    _op.check_choice("combine", combine, COMBINES)
     pattern = _id_pattern(ids)
     _op.check_tensor("table", table, ndim=2, dtypes=_op.FLOATS, device=ids.device)
     if table.shape[0] != spec.num_embeddings:
@@ -139,6 +144,13 @@ def hash_bag(
         _op.check_tensor("ids", ids, ndim=1)
         offsets = _op.offsets("offsets", offsets, ids.device)
     weights = per_sample_weights
+    plain = mode == combine == "sum" and not spec.signed
+    by_row = isinstance(weights, Tensor) and weights.dim() == ids.dim() + 1
+    if not plain or by_row or sparse or optimizer is not None:
+        return compose_bag(
+            ids, table, spec.composition(table.shape[1], combine), offsets, weights, mode=mode,
+            padding_id=padding_id, sparse=sparse, optimizer=optimizer,
+        )  # fmt: skip
     if weights is not None:
         _op.check_tensor("per_sample_weights", weights, dtypes=_op.FLOATS, device=ids.device)
         if weights.shape != ids.shape:

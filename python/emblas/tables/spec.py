@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 
+from emblas.tables.composition import MAX_ROWS, Composition, Part
+
 HASHES = ("murmur3", "splitmix64")  # in the order of csrc/tables/tables.h
 MAX_HASHES = 16
 MAX_EMBEDDINGS = 2**32
@@ -35,6 +37,10 @@ class TableSpec:
     allow_degenerate_seed : bool, default False
         ... unless this is set, which loading spaCy's models takes: 8 is the seed of their first
         table.
+    signed : bool, default False
+        Multiply a row by -1 where the highest bit of its 32-bit key is set, so that the errors of
+        colliding ids cancel on average (Weinberger et al. 2009, "Feature Hashing for Large Scale
+        Multitask Learning"). Needs fewer than 2^31 rows.
 
     Raises
     ------
@@ -46,7 +52,7 @@ class TableSpec:
     Examples
     --------
     >>> TableSpec(1000, num_hashes=2, seed=1)
-    TableSpec(num_embeddings=1000, num_hashes=2, hash='murmur3', seed=1)
+    TableSpec(num_embeddings=1000, num_hashes=2, hash='murmur3', seed=1, signed=False)
     """
 
     num_embeddings: int
@@ -54,6 +60,7 @@ class TableSpec:
     hash: str = "murmur3"
     seed: int = 0
     allow_degenerate_seed: bool = dataclasses.field(default=False, compare=False, repr=False)
+    signed: bool = False
 
     def __post_init__(self) -> None:
         for name, low, high in (
@@ -66,6 +73,10 @@ class TableSpec:
                 raise TypeError(f"{name} must be an int, got {type(value).__name__}")
             if not low <= value <= high:
                 raise ValueError(f"{name} must be {low} to {high}, got {value}")
+        if self.signed and self.num_embeddings > MAX_ROWS:
+            raise ValueError(
+                f"a signed table must have at most {MAX_ROWS} rows, got {self.num_embeddings}"
+            )
         if self.hash not in HASHES:
             raise ValueError(f"hash must be one of {', '.join(HASHES)}, got {self.hash!r}")
         seeds_after = -(-self.num_hashes // 4)
@@ -84,6 +95,22 @@ class TableSpec:
     def family(self) -> int:
         """Number of the hash, as the operators take it."""
         return HASHES.index(self.hash)
+
+    def composition(self, dim: int, combine: str = "sum") -> Composition:
+        """Return the same rows as parts of a table of ``dim`` columns.
+
+        With ``combine="concat"``, each of the ``num_hashes`` rows is ``dim`` wide and they stand
+        side by side.
+        """
+        concat = combine == "concat"
+        parts = tuple(
+            Part(
+                self.num_embeddings, dim, self.hash, a=self.seed, b=j,
+                column=j * dim if concat else 0, signed=self.signed,
+            )
+            for j in range(self.num_hashes)
+        )  # fmt: skip
+        return Composition(parts, "sum" if concat else combine)
 
     def to_json(self) -> str:
         """Return the specification as text, to be stored beside the table."""

@@ -1,0 +1,595 @@
+// Composed lookups on a CPU: rows of a block of ids first, one id per 64-bit lane where the key is
+// a hash, then one pass per id over its rows.
+#include "common/isa.h"
+#include "tables/compose.h"
+#include "tables/lookup.h"
+
+namespace emblas {
+namespace {
+
+constexpr int kMostNumbers = 4096;  // of one block
+
+// The rows of up to kBlock consecutive ids of a feature, with their sign bits.
+class NumberBlock {
+ public:
+  NumberBlock(const Feature& feature, const int64_t* padding_id)
+      : feature_(feature), padding_id_(padding_id) {
+    const int64_t most = kMostNumbers / (feature.num_parts > 0 ? feature.num_parts : 1);
+    size_ = most < kBlock ? int(most) : kBlock;
+  }
+
+  int fill(int64_t first, int64_t last) {
+    const int count = last - first < size_ ? int(last - first) : size_;
+    for (int i = 0; i < count; ++i) ids_[i] = feature_.ids[(first + i) * feature_.step];
+    const Part* hashed = nullptr;  // the part that words_ belong to
+    for (int64_t p = 0; p < feature_.num_parts; ++p) {
+      const Part& part = feature_.parts[p];
+      uint32_t* to = numbers_ + p * size_;
+      if (KeyKind(part.kind) == KeyKind::radix) {
+        const uint64_t a = uint64_t(part.a), rows = uint64_t(part.rows);
+        for (int i = 0; i < count; ++i) to[i] = uint32_t(uint64_t(ids_[i]) / a % rows);
+      } else if (KeyKind(part.kind) == KeyKind::linear) {
+        for (int i = 0; i < count; ++i) {
+          const auto key =
+              (unsigned __int128)(uint64_t(part.a)) * uint64_t(ids_[i]) + uint64_t(part.b);
+          to[i] = uint32_t(uint64_t(key % uint64_t(part.p)) % uint64_t(part.rows));
+        }
+      } else {
+        if (!hashed || hashed->kind != part.kind || hashed->a != part.a ||
+            hashed->b / 4 != part.b / 4) {
+          hash(part, count);
+          hashed = &part;
+        }
+        reduce(part, count, to);
+      }
+    }
+    for (int i = 0; padding_id_ && i < count; ++i) {
+      if (ids_[i] != *padding_id_) continue;
+      for (int64_t p = 0; p < feature_.num_parts; ++p) numbers_[p * size_ + i] = kNoRow;
+    }
+    return count;
+  }
+
+  uint32_t number(int i, int64_t part) const { return numbers_[part * size_ + i]; }
+
+ private:
+  static constexpr int lanes = EMBLAS_VECTOR_BYTES / 8;
+
+  void hash(const Part& part, int count) {
+    const auto family =
+        KeyKind(part.kind) == KeyKind::murmur3 ? HashFamily::murmur3 : HashFamily::splitmix64;
+    for (int i = 0; i < count; i += lanes) {  // lanes past the count hold ids of before
+      vuint64 id;
+      std::memcpy(&id, ids_ + i, sizeof id);
+      const Hash128<vuint64> words = four_keys(family, uint32_t(part.a), id, int(part.b / 4));
+      std::memcpy(words_[0] + i, &words.low, sizeof id);
+      std::memcpy(words_[1] + i, &words.high, sizeof id);
+    }
+  }
+
+  void reduce(const Part& part, int count, uint32_t* to) const {
+    const Modulo modulo(uint64_t(part.rows));
+    const uint64_t* words = words_[part.b / 2 % 2];
+    const uint64_t sign = part.is_signed ? kSignBit : 0;
+    for (int i = 0; i < count; i += lanes) {
+      vuint64 word;
+      std::memcpy(&word, words + i, sizeof word);
+      const vuint64 key = part.b % 2 ? word >> 32 : word & 0xffffffff;
+      const vuint64 number = modulo(key) | (key & sign);
+      for (int lane = 0; lane < lanes && i + lane < count; ++lane) {
+        to[i + lane] = uint32_t(number[lane]);
+      }
+    }
+  }
+
+  const Feature& feature_;
+  const int64_t* padding_id_;
+  int size_;
+  alignas(64) int64_t ids_[kBlock] = {};
+  alignas(64) uint64_t words_[2][kBlock];
+  alignas(64) uint32_t numbers_[kMostNumbers];
+};
+
+void write_numbers(const Feature& feature, const int64_t* padding_id, int64_t first, int64_t last) {
+  NumberBlock block(feature, padding_id);
+  for (int count; first < last; first += count) {
+    count = block.fill(first, last);
+    uint32_t* to = feature.numbers + first * feature.num_parts;
+    for (int i = 0; i < count; ++i) {
+      for (int64_t p = 0; p < feature.num_parts; ++p) *to++ = block.number(i, p);
+    }
+  }
+}
+
+template <class T>
+const T* row_of(const T* table, const Part& part, uint32_t number) {
+  return table + part.base + int64_t(number & ~kSignBit) * part.stride;
+}
+template <class A>
+A sign_of(uint32_t number) {
+  return number & kSignBit ? A(-1) : A(1);
+}
+
+// Parts [p, slot_end(p)) of a feature form one slot.
+int64_t slot_end(const Feature& feature, int64_t p) {
+  const int64_t column = feature.parts[p].column;
+  while (p < feature.num_parts && feature.parts[p].column == column) ++p;
+  return p;
+}
+
+// at(i, V{}) for every vector and every single value left over.
+template <class T, class At>
+void for_each_lane(int64_t width, const At& at) {
+  constexpr int lanes = kLanes<T>;
+  int64_t i = 0;
+  for (; i + lanes <= width; i += lanes) at(i, Vector<T>{});
+  for (; i < width; ++i) at(i, Accumulator<T>{});
+}
+// put(i, at(i, V{})) over all values. A vector that would pass the end is moved back over the one
+// before and computed first, so `at` may read what `put` writes.
+template <class T, class At, class Put>
+void map_lanes(int64_t width, const At& at, const Put& put) {
+  constexpr int lanes = kLanes<T>;
+  if (width < lanes) {
+    for (int64_t i = 0; i < width; ++i) put(i, at(i, Accumulator<T>{}));
+    return;
+  }
+  const int64_t tail = width - lanes;
+  const auto last = at(tail, Vector<T>{});
+  for (int64_t i = 0; i < tail; i += lanes) put(i, at(i, Vector<T>{}));
+  put(tail, last);
+}
+template <class T, class V>
+V value(const T* from, V) {
+  if constexpr (sizeof(V) == sizeof(Accumulator<T>)) {
+    return to_accumulator(*from);
+  } else {
+    return load(from);
+  }
+}
+template <class Out>
+void put(Out* to, Accumulator<Out> x) {
+  from_accumulator(x, to);
+}
+template <class Out>
+void put(Out* to, Vector<Out> x) {
+  store(to, x);
+}
+
+// The rows of one slot of one id.
+template <class T>
+struct Slot {
+  int64_t column, width;
+  int count = 0;
+  bool plain = true;  // all coefficients are 1
+  const T* rows[kMaxParts];
+  Accumulator<T> coefficients[kMaxParts];
+};
+
+template <class T, class V>
+V combined(Combine combine, const Slot<T>& slot, int64_t i, V lane) {
+  V total = value(slot.rows[0] + i, lane) * slot.coefficients[0];
+  for (int j = 1; j < slot.count; ++j) {
+    const V next = value(slot.rows[j] + i, lane) * slot.coefficients[j];
+    total = combine == Combine::product ? total * next : total + next;
+  }
+  return total;
+}
+
+// e_s(id) times `weight` into `to`.
+template <bool add, class Out, class T>
+void combine_rows(Combine combine, const Slot<T>& slot, Accumulator<T> weight, Out* to) {
+  using A = Accumulator<T>;
+  if (combine == Combine::mean) weight /= A(slot.count);
+  if (combine != Combine::product && slot.plain) {
+    return sum_rows<add>(to, slot.rows, slot.count, weight, slot.width);
+  }
+  map_lanes<T>(
+      slot.width,
+      [&](int64_t i, auto lane) {
+        auto total = combined(combine, slot, i, lane) * weight;
+        if constexpr (add) total += value(to + i, lane);
+        return total;
+      },
+      [&](int64_t i, auto total) { put(to + i, total); });
+}
+
+template <class T>
+Accumulator<T> id_weight(const ComposeArgs<T>& args, const Feature& feature, int64_t id) {
+  if (args.weights_per_id != 1) return 1;
+  return args.weights[feature.first + id * feature.step];
+}
+template <class T>
+Accumulator<T> part_weight(const ComposeArgs<T>& args, const Feature& feature, int64_t id,
+                           int64_t part) {
+  if (args.weights_per_id <= 1) return 1;
+  return args.weights[(feature.first + id * feature.step) * args.weights_per_id + part];
+}
+
+// visit(slot) for each slot of an id whose parts have the rows number(p).
+template <class T, class Number, class Visit>
+void for_slots(const ComposeArgs<T>& args, const Feature& feature, int64_t id, const Number& number,
+               const Visit& visit) {
+  Slot<T> slot;
+  for (int64_t begin = 0, end; begin < feature.num_parts; begin = end) {
+    end = slot_end(feature, begin);
+    slot.column = feature.parts[begin].column;
+    slot.width = feature.parts[begin].width;
+    slot.count = 0;
+    slot.plain = args.weights_per_id <= 1;
+    for (int64_t p = begin; p < end; ++p) {
+      const uint32_t n = number(p);
+      slot.rows[slot.count] = row_of(args.table, feature.parts[p], n);
+      slot.coefficients[slot.count++] =
+          sign_of<Accumulator<T>>(n) * part_weight(args, feature, id, p);
+      slot.plain &= !(n & kSignBit);
+    }
+    visit(slot, begin);
+  }
+}
+
+// Do the tables of a feature pass what a first-level cache and its prefetcher hide?
+template <class T>
+bool is_far(const Feature& feature) {
+  int64_t bytes = 0;
+  for (int64_t p = 0; p < feature.num_parts; ++p) {
+    const Part& part = feature.parts[p];
+    const bool again = p > 0 && part.base == feature.parts[p - 1].base;
+    if (!again) bytes += part.rows * part.stride * int64_t(sizeof(T));
+  }
+  return bytes > kCachedBytes;
+}
+
+template <class T>
+void forward(const ComposeArgs<T>& args, const Feature& feature, int64_t first, int64_t last,
+             Accumulator<T>* scratch, T* out, int32_t* argmax) {
+  using A = Accumulator<T>;
+  const int64_t begin_column = feature.parts[0].column;
+  const Part& end_part = feature.parts[feature.num_parts - 1];
+  const int64_t width = end_part.column + end_part.width - begin_column;
+  const auto position = [&](int64_t bag) {  // of the bag's first id, inside the feature
+    return feature.offsets ? feature.offsets[bag] - feature.first : bag;
+  };
+  const bool far = is_far<T>(feature);
+  NumberBlock block(feature, args.padding_id);
+  int64_t block_begin = position(first), block_end = block_begin;
+  const int64_t ids_end = position(last);
+  const auto prefetch_id = [&](int64_t id) {
+    for (int64_t p = 0; p < feature.num_parts; ++p) {
+      const Part& part = feature.parts[p];
+      prefetch(row_of(args.table, part, block.number(int(id - block_begin), p)), part.width);
+    }
+  };
+  const bool single = args.mode != BagMode::max;
+  for (int64_t b = first; b < last; ++b) {
+    const int64_t begin = position(b), end = position(b + 1);
+    T* to = out + b * args.dim + begin_column;
+    int32_t* from = args.mode == BagMode::max ? argmax + b * args.dim + begin_column : nullptr;
+    if (from) {
+      for (int64_t i = 0; i < width; ++i) from[i] = -1;
+    }
+    int64_t used = 0;
+    for (int64_t id = begin; id < end; ++id) {
+      if (id == block_end) {
+        block_begin = block_end;
+        block_end += block.fill(block_begin, ids_end);
+        for (int64_t ahead = id; far && ahead < id + kPrefetchAhead && ahead < block_end; ++ahead) {
+          prefetch_id(ahead);
+        }
+      }
+      if (far && id + kPrefetchAhead < block_end) prefetch_id(id + kPrefetchAhead);
+      const int i = int(id - block_begin);
+      if (block.number(i, 0) == kNoRow) continue;
+      const A weight = id_weight(args, feature, id);
+      const auto number = [&](int64_t p) { return block.number(i, p); };
+      for_slots(args, feature, id, number, [&](const Slot<T>& slot, int64_t) {
+        const int64_t at = slot.column - begin_column;
+        if (end - begin == 1 && single) {
+          combine_rows<false>(args.combine, slot, weight, to + at);
+        } else if (args.mode == BagMode::max) {
+          combine_rows<false>(args.combine, slot, weight, scratch + width + at);
+        } else if (used) {
+          combine_rows<true>(args.combine, slot, weight, scratch + at);
+        } else {
+          combine_rows<false>(args.combine, slot, weight, scratch + at);
+        }
+      });
+      if (args.mode == BagMode::max) {
+        for (int64_t k = 0; k < width; ++k) {
+          if (from[k] >= 0 && !(scratch[width + k] > scratch[k])) continue;
+          scratch[k] = scratch[width + k];
+          from[k] = int32_t(feature.first + id * feature.step);
+        }
+      }
+      ++used;
+    }
+    if (!used) {
+      std::memset(to, 0, width * sizeof(T));
+    } else if (end - begin > 1 || !single) {
+      if (args.mode == BagMode::mean) {
+        for (int64_t k = 0; k < width; ++k) scratch[k] *= A(1) / A(used);
+      }
+      store_row(to, scratch, width);
+    }
+  }
+}
+
+template <class T>
+int64_t bag_of(const ComposeGradient<T>& gradient, const Feature& feature, int64_t id) {
+  return gradient.bag_of ? gradient.bag_of[feature.first + id] : id;
+}
+
+template <class T>
+Accumulator<T> bag_scale(const ComposeGradient<T>& gradient, int64_t feature, int64_t bag) {
+  return gradient.scale ? gradient.scale[feature * gradient.args.bags + bag] : Accumulator<T>(1);
+}
+
+// (product or coefficient-weighted sum of the slot's rows) . grad
+template <class T>
+Accumulator<T> dot_slot(Combine combine, const Slot<T>& slot, const T* grad) {
+  using A = Accumulator<T>;
+  Vector<T> products{};
+  A rest = 0;
+  for_each_lane<T>(slot.width, [&](int64_t i, auto lane) {
+    const auto total = combined(combine, slot, i, lane);
+    if constexpr (sizeof lane == sizeof(A)) {
+      rest += total * value(grad + i, lane);
+    } else {
+      products += total * value(grad + i, lane);
+    }
+  });
+  const A result = sum(products) + rest;
+  return combine == Combine::mean ? result / A(slot.count) : result;
+}
+
+template <class T>
+void grad_weights(const ComposeGradient<T>& gradient, const Feature& feature, int64_t first,
+                  int64_t last, Accumulator<T>* grad_weights) {
+  using A = Accumulator<T>;
+  ComposeArgs<T> args = gradient.args;
+  const int64_t per_id = args.weights_per_id;
+  args.weights_per_id = 0;  // slots with the signs alone
+  for (int64_t id = first; id < last; ++id) {
+    const uint32_t* numbers = feature.numbers + id * feature.num_parts;
+    A* to = grad_weights + (feature.first + id * feature.step) * per_id;
+    for (int64_t k = 0; k < per_id; ++k) to[k] = 0;
+    if (numbers[0] == kNoRow) continue;
+    const T* grad = gradient.grad_out + bag_of(gradient, feature, id) * args.dim;
+    for_slots(
+        args, feature, id, [&](int64_t p) { return numbers[p]; },
+        [&](const Slot<T>& slot, int64_t begin) {
+          if (per_id == 1) {
+            to[0] += dot_slot(args.combine, slot, grad + slot.column);
+            return;
+          }
+          for (int j = 0; j < slot.count; ++j) {
+            const A along = dot(slot.rows[j], grad + slot.column, slot.width);
+            to[begin + j] = slot.coefficients[j] * along /
+                            (args.combine == Combine::mean ? A(slot.count) : A(1));
+          }
+        });
+  }
+}
+
+// The gradient rows of lookups with nothing but a coefficient each, kept in registers.
+template <class T>
+void add_scaled(Accumulator<T>* total, const T* const* rows, const Accumulator<T>* coefficients,
+                int count, int64_t width) {
+  constexpr int lanes = kLanes<T>, unroll = 4;
+  int64_t i = 0;
+  for (; i + unroll * lanes <= width; i += unroll * lanes) {
+    Vector<T> sums[unroll];
+    for (int u = 0; u < unroll; ++u) sums[u] = load(total + i + u * lanes);
+    for (int l = 0; l < count; ++l) {
+      for (int u = 0; u < unroll; ++u) sums[u] += coefficients[l] * load(rows[l] + i + u * lanes);
+    }
+    for (int u = 0; u < unroll; ++u) store(total + i + u * lanes, sums[u]);
+  }
+  map_lanes<T>(
+      width - i,
+      [&](int64_t k, auto lane) {
+        auto sum = value(total + i + k, lane);
+        for (int l = 0; l < count; ++l) sum += coefficients[l] * value(rows[l] + i + k, lane);
+        return sum;
+      },
+      [&](int64_t k, auto sum) { put(total + i + k, sum); });
+}
+
+template <class T>
+void add_lookups(const ComposeGradient<T>& gradient, const Lookup* first, const Lookup* last,
+                 const Lookup* end, Accumulator<T>* total, Accumulator<T>* scratch) {
+  using A = Accumulator<T>;
+  constexpr int batch = 32, ahead = 16;
+  const ComposeArgs<T>& args = gradient.args;
+  const bool product = args.combine == Combine::product, max = args.mode == BagMode::max;
+  const T* rows[batch];
+  A coefficients[batch];
+  int count = 0;
+  const int64_t width = gradient.parts[first->part].width;
+  const auto grad_row = [&](const Lookup& lookup) {
+    const Part& part = gradient.parts[lookup.part];
+    const Feature& feature = gradient.features[part.feature];
+    return gradient.grad_out + bag_of(gradient, feature, lookup.id) * args.dim + part.column;
+  };
+  for (const Lookup* lookup = first; lookup < last; ++lookup) {
+    if (lookup + ahead < end) prefetch(grad_row(lookup[ahead]), width);
+    const Part& part = gradient.parts[lookup->part];
+    const Feature& feature = gradient.features[part.feature];
+    const int64_t own = &part - feature.parts, bag = bag_of(gradient, feature, lookup->id);
+    const uint32_t* numbers = feature.numbers + int64_t(lookup->id) * feature.num_parts;
+    const A weight = id_weight(args, feature, lookup->id) * bag_scale(gradient, part.feature, bag);
+    A coefficient = sign_of<A>(numbers[own]) * weight;
+    int64_t begin = own, slot_last = own + 1;
+    if (args.combine != Combine::sum) {
+      while (begin > 0 && feature.parts[begin - 1].column == part.column) --begin;
+      slot_last = slot_end(feature, begin);
+      if (args.combine == Combine::mean) coefficient *= A(1) / A(slot_last - begin);
+    }
+    coefficient *= part_weight(args, feature, lookup->id, own);
+    const T* grad = grad_row(*lookup);
+    if (!product && !max) {
+      rows[count] = grad;
+      coefficients[count++] = coefficient;
+      if (count < batch && lookup + 1 < last) continue;
+      add_scaled(total, rows, coefficients, count, width);
+      count = 0;
+      continue;
+    }
+    for (int64_t i = 0; i < width; ++i) scratch[i] = coefficient * to_accumulator(grad[i]);
+    for (int64_t p = begin; product && p < slot_last; ++p) {
+      if (p == own) continue;
+      const T* other = row_of(args.table, feature.parts[p], numbers[p]);
+      const A sign = sign_of<A>(numbers[p]);
+      for (int64_t i = 0; i < width; ++i) scratch[i] *= sign * to_accumulator(other[i]);
+    }
+    if (max) {
+      const int32_t* winner = gradient.argmax + bag * args.dim + part.column;
+      const int32_t position = int32_t(feature.first + int64_t(lookup->id) * feature.step);
+      for (int64_t i = 0; i < width; ++i) scratch[i] = winner[i] == position ? scratch[i] : A(0);
+    }
+    for (int64_t i = 0; i < width; ++i) total[i] += scratch[i];
+  }
+}
+
+template <class T>
+void add_in_order(const ComposeGradient<T>& gradient, const int64_t* parts, int64_t num_parts,
+                  int64_t first, int64_t last, Accumulator<T>* total, uint8_t* used) {
+  using A = Accumulator<T>;
+  constexpr int most = 1024;  // lookups at once
+  const ComposeArgs<T>& args = gradient.args;
+  struct Owned {
+    int64_t row;
+    const T* grad;
+    A coefficient;
+  } owned[most + 1];
+  int count = 0;
+  const int64_t width = gradient.parts[parts[0]].width;
+  const auto add_owned = [&] {
+    for (int l = 0; l < count; ++l) {
+      if (l + kPrefetchAhead < count) {
+        prefetch(total + owned[l + kPrefetchAhead].row * width, width);
+        prefetch(owned[l + kPrefetchAhead].grad, width);
+      }
+      sum_rows<true, 1>(total + owned[l].row * width, &owned[l].grad, 1, owned[l].coefficient,
+                        width);
+      if (used) used[owned[l].row] = 1;
+    }
+    count = 0;
+  };
+  for (int64_t begin = 0, end; begin < num_parts; begin = end) {
+    const int64_t number = gradient.parts[parts[begin]].feature;
+    const Feature& feature = gradient.features[number];
+    for (end = begin; end < num_parts && gradient.parts[parts[end]].feature == number;) ++end;
+    A shares[kMaxParts];  // of a mean over the parts of a slot
+    for (int64_t p = begin; p < end; ++p) {
+      const int64_t own = gradient.parts + parts[p] - feature.parts;
+      int64_t slot_first = own;
+      const int64_t column = feature.parts[own].column;
+      while (slot_first > 0 && feature.parts[slot_first - 1].column == column) --slot_first;
+      shares[p - begin] =
+          args.combine == Combine::mean ? A(1) / A(slot_end(feature, own) - slot_first) : A(1);
+    }
+    for (int64_t id = 0; id < feature.count; ++id) {
+      const uint32_t* numbers = feature.numbers + id * feature.num_parts;
+      if (numbers[0] == kNoRow) continue;
+      const int64_t bag = bag_of(gradient, feature, id);
+      const A weight = id_weight(args, feature, id) * bag_scale(gradient, number, bag);
+      for (int64_t p = begin; p < end; ++p) {
+        const Part& part = gradient.parts[parts[p]];
+        const int64_t own = &part - feature.parts;
+        const int64_t row = int64_t(numbers[own] & ~kSignBit) - first;
+        const A coefficient = sign_of<A>(numbers[own]) * weight * shares[p - begin] *
+                              part_weight(args, feature, id, own);
+        owned[count] = {row, gradient.grad_out + bag * args.dim + part.column, coefficient};
+        count += uint64_t(row) < uint64_t(last - first);  // no branch: it couldn't be foretold
+        if (count == most) add_owned();
+      }
+    }
+  }
+  add_owned();
+}
+
+// --- optimizers ----------------------------------------------------------------------------------
+
+template <class A>
+A square_root(A x) {
+  if constexpr (sizeof(A) == 4)
+    return __builtin_sqrtf(x);
+  else
+    return __builtin_sqrt(x);
+}
+
+double power(double base, int64_t exponent) {
+  double result = 1;
+  for (; exponent > 0; exponent >>= 1, base *= base) {
+    if (exponent & 1) result *= base;
+  }
+  return result;
+}
+
+template <class T>
+void update_row(const OptimizerStep& step, T* row, const Accumulator<T>* gradient, int64_t width,
+                Accumulator<T>* first, Accumulator<T>* second, int64_t* last_step) {
+  using A = Accumulator<T>;
+  const A rate = A(step.learning_rate), epsilon = A(step.epsilon), decay = A(step.weight_decay);
+  switch (step.kind) {
+    case OptimizerKind::sgd:
+      for (int64_t i = 0; i < width; ++i) {
+        const A w = to_accumulator(row[i]);
+        from_accumulator(w - rate * (gradient[i] + decay * w), row + i);
+      }
+      break;
+    case OptimizerKind::row_wise_adagrad: {
+      A squares = 0;
+      for (int64_t i = 0; i < width; ++i) {
+        const A g = gradient[i] + decay * to_accumulator(row[i]);
+        squares += g * g;
+      }
+      *first += squares / A(width);
+      const A factor = rate / (square_root(*first) + epsilon);
+      for (int64_t i = 0; i < width; ++i) {
+        const A w = to_accumulator(row[i]);
+        from_accumulator(w - factor * (gradient[i] + decay * w), row + i);
+      }
+      break;
+    }
+    case OptimizerKind::adagrad:
+      for (int64_t i = 0; i < width; ++i) {
+        const A w = to_accumulator(row[i]), g = gradient[i] + decay * w;
+        first[i] += g * g;
+        from_accumulator(w - rate * g / (square_root(first[i]) + epsilon), row + i);
+      }
+      break;
+    case OptimizerKind::adam: {
+      const int64_t elapsed = step.step - *last_step;
+      *last_step = step.step;
+      const A keep1 = A(power(step.beta1, elapsed)), keep2 = A(power(step.beta2, elapsed));
+      const A shrink = A(power(1 - step.learning_rate * step.weight_decay, elapsed));
+      const A rate1 = A(step.learning_rate / (1 - power(step.beta1, step.step)));
+      const A correction2 = A(1 / (1 - power(step.beta2, step.step)));
+      const A fresh1 = A(1 - step.beta1), fresh2 = A(1 - step.beta2);
+      for (int64_t i = 0; i < width; ++i) {
+        const A g = gradient[i];
+        first[i] = keep1 * first[i] + fresh1 * g;
+        second[i] = keep2 * second[i] + fresh2 * g * g;
+        const A denominator = square_root(second[i] * correction2) + epsilon;
+        from_accumulator(shrink * to_accumulator(row[i]) - rate1 * first[i] / denominator, row + i);
+      }
+    }
+  }
+}
+
+template <class T>
+constexpr Compose<T> kernel{forward<T>,      grad_weights<T>, add_lookups<T>,
+                            add_in_order<T>, store_row<T>,    update_row<T>};
+
+}  // namespace
+
+template <>
+const ComposeKernels& table_of<ComposeKernels, Isa::EMBLAS_ISA>() {
+  static constexpr ComposeKernels table{
+      write_numbers, {kernel<float>, kernel<double>, kernel<bfloat16>, kernel<float16>}};
+  return table;
+}
+
+}  // namespace emblas

@@ -1,0 +1,174 @@
+"""What all table modules have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from emblas.tables.compose import compose_bag
+from emblas.tables.composition import Composition
+from emblas.tables.optim import FusedOptimizer
+
+
+class TableModule(nn.Module):
+    """Base of the table modules: an embedding of ids with a size that can be asked for.
+
+    Attributes
+    ----------
+    embedding_dim : int
+        Width of the vectors.
+    """
+
+    embedding_dim: int
+
+    @property
+    def num_parameters(self) -> int:
+        """Numbers that are trained."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all that is stored: parameters, and index tables, scales and codes."""
+        stored = [*self.parameters(), *self.buffers()]
+        return sum(tensor.numel() * tensor.element_size() for tensor in stored)
+
+    # The argument of the class that a budget decides on, None where there is none.
+    _size_argument: ClassVar[str | None] = None
+
+    @classmethod
+    def from_budget(cls, num_bytes: int, *args: Any, **kwargs: Any) -> TableModule:
+        """Build the largest module that fits a number of bytes.
+
+        Parameters
+        ----------
+        num_bytes : int
+            What :attr:`num_bytes` may be at most.
+        *args, **kwargs
+            Arguments of the class, without the one that sets its size.
+
+        Raises
+        ------
+        ValueError
+            If not even the smallest fits; the message says what that takes.
+        """
+        name = cls._size_argument
+        if name is None:
+            raise TypeError(f"{cls.__name__} has no size to choose: its arguments fix it")
+
+        def size(value: int) -> int:
+            return cls(*args, **{name: value, "device": "meta", **kwargs}).num_bytes
+
+        value = largest(size, num_bytes, f"{cls.__name__}({name}=1)")
+        return cls(*args, **{name: value, **kwargs})
+
+
+def largest(size: Callable[[int], int], budget: int, what: str) -> int:
+    """Return the largest argument, 1 to 2^31 - 1, at which ``size`` doesn't pass ``budget``."""
+    least = size(1)
+    if least > budget:
+        raise ValueError(f"num_bytes must be at least {least}, the size of {what}, got {budget}")
+    low, high = 1, 2
+    while high < 2**31 and size(high) <= budget:
+        low, high = high, 2 * high
+    high = min(high, 2**31)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if size(middle) <= budget else (low, middle)
+    return low
+
+
+class ComposedEmbedding(TableModule):
+    """Base of the modules whose vectors are composed from rows: one flat table, one composition.
+
+    Parameters
+    ----------
+    composition : Composition
+        Stored with the state dict (as the bytes of its JSON text, a uint8 tensor): loading a table
+        that was trained with another one raises ValueError, as its rows would mean nothing.
+    shape : tuple of int, optional
+        Of the table; default ``(composition.size,)``.
+    padding_id : int, optional
+        An id that embeds to zeros and sends no gradient.
+    sparse : bool, default False
+        Let the gradient be a coalesced sparse tensor; needs a shape ``(rows, width)``.
+    device, dtype : optional
+        Of the table.
+
+    Attributes
+    ----------
+    weight : Parameter
+        All tables, one after the other.
+    fused_optimizer : FusedOptimizer or None
+        Set by the optimizers of :mod:`emblas.tables.optim`.
+    """
+
+    weight: nn.Parameter
+    fused_optimizer: FusedOptimizer | None
+
+    def __init__(
+        self,
+        composition: Composition,
+        shape: tuple[int, ...] | None = None,
+        *,
+        padding_id: int | None = None,
+        sparse: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.composition = composition
+        self.embedding_dim = composition.dim
+        self.padding_id = padding_id
+        self.sparse = sparse
+        self.fused_optimizer = None
+        self.weight = nn.Parameter(
+            torch.empty(shape or (composition.size,), device=device, dtype=dtype)
+        )
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the tables anew: uniform on (-0.05, 0.05)."""
+        nn.init.uniform_(self.weight, -0.05, 0.05)
+
+    def tables(self) -> list[Tensor]:
+        """Return the tables as views ``(rows, width)`` of the weight, in the order they lie in.
+
+        Of overlapping rows, the one flat array.
+        """
+        flat, tables = self.weight.view(-1), {}
+        for part in self.composition.parts:
+            if part.row_stride < part.width:
+                return [flat]
+            rows = max(p.rows for p in self.composition.parts if p.base == part.base)
+            region = flat[part.base : part.base + rows * part.width]
+            tables[part.base] = region.view(rows, part.width)
+        return [tables[base] for base in sorted(tables)]
+
+    def forward(
+        self,
+        ids: Tensor,
+        offsets: Tensor | None = None,
+        per_sample_weights: Tensor | None = None,
+        *,
+        mode: str = "sum",
+    ) -> Tensor:
+        """Embed ids, or the bags of ids that ``offsets`` delimit; see :func:`compose_bag`."""
+        return compose_bag(
+            ids, self.weight, self.composition, offsets, per_sample_weights, mode=mode,
+            padding_id=self.padding_id, sparse=self.sparse, optimizer=self.fused_optimizer,
+        )  # fmt: skip
+
+    def get_extra_state(self) -> Tensor:
+        """Return the composition as a tensor, which every checkpoint format can hold."""
+        return torch.tensor(list(self.composition.to_json().encode()), dtype=torch.uint8)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Raise ValueError unless the state dict was made with this module's composition."""
+        saved = Composition.from_json(bytes(state.tolist()).decode())
+        if saved != self.composition:
+            raise ValueError(
+                f"the state dict holds tables of {saved}, this module is {self.composition}"
+            )
