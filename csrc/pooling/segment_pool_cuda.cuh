@@ -133,7 +133,7 @@ __global__ void __launch_bounds__(kThreads)
   for (int64_t c = threadIdx.x; c < args.dim; c += kThreads) {
     A sum = 0;
     for (int64_t k = 0; k < chunks; ++k) sum += partial[k * args.dim + c];
-    if (chunks > 0) partial[c] = sum;
+    partial[c] = sum;  // an empty segment has a row too
     square += sum * sum;
   }
   if (args.normalize) {
