@@ -213,6 +213,7 @@ __global__ void __launch_bounds__(kThreads)
     const T* x = args.x + t * args.row_stride;
     T* grad_x = args.grad_x + t * args.dim;
     A along = 0;
+#pragma unroll 2  // more than that spills registers for doubles on sm_120
     for (int64_t c = lane * vector; c < args.dim; c += 32 * vector) {
       A g[vector];
       if constexpr (aligned) {
