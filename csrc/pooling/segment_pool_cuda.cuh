@@ -133,7 +133,7 @@ __global__ void __launch_bounds__(kThreads)
   for (int64_t c = threadIdx.x; c < args.dim; c += kThreads) {
     A sum = 0;
     for (int64_t k = 0; k < chunks; ++k) sum += partial[k * args.dim + c];
-    if (chunks > 0) partial[c] = sum;
+    partial[c] = sum;  // an empty segment has a row too
     square += sum * sum;
   }
   if (args.normalize) {
@@ -148,11 +148,12 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// Scratch of the backward: [batch, dim] dm_b, [batch] W_b, [batch] m_b . dm_b.
+// Scratch of the backward: [batch, dim] dm_b, [batch] 1 / W_b (0 where W_b == 0), [batch] m_b .
+// dm_b.
 template <class A>
 struct MeanGradients {
   A* gradient;
-  A* total;
+  A* share;
   A* along_mean;
 };
 
@@ -164,7 +165,7 @@ __global__ void __launch_bounds__(kThreads)
   using A = Accumulator<T>;
   const int64_t b = blockIdx.x;
   const A total = total_weight(args.weights, segment_rows(args.cu_seqlens, b, tokens));
-  if (threadIdx.x == 0) means.total[b] = total;
+  if (threadIdx.x == 0) means.share[b] = total == 0 ? A(0) : 1 / total;
   const T* grad_out = args.grad_out + b * args.dim;
   const T* out = args.out + b * args.dim;
   A length = 1, removed = 0;
@@ -203,15 +204,16 @@ __global__ void __launch_bounds__(kThreads)
   if (chunk.rows.begin == chunk.rows.end) return;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const A* gradient = means.gradient + chunk.segment * args.dim;
-  const A total = means.total[chunk.segment];
+  const A share = means.share[chunk.segment];
   const A along_mean = means.along_mean[chunk.segment];
   for (int64_t t = chunk.rows.begin + warp; t < chunk.rows.end; t += kWarps) {
     const A weight = args.weights ? args.weights[t] : A(1);
-    const bool zero = total == 0 || weight == 0;
-    const A factor = zero ? A(0) : weight / total;
+    const bool zero = share == 0 || weight == 0;
+    const A factor = weight * share;
     const T* x = args.x + t * args.row_stride;
     T* grad_x = args.grad_x + t * args.dim;
     A along = 0;
+#pragma unroll 2  // more than that spills registers for doubles on sm_120
     for (int64_t c = lane * vector; c < args.dim; c += 32 * vector) {
       A g[vector];
       if constexpr (aligned) {
@@ -238,7 +240,7 @@ __global__ void __launch_bounds__(kThreads)
     }
     if (args.grad_weights) {
       along = simt::warp_sum(along);
-      if (lane == 0) args.grad_weights[t] = total == 0 ? A(0) : (along - along_mean) / total;
+      if (lane == 0) args.grad_weights[t] = share == 0 ? A(0) : (along - along_mean) * share;
     }
   }
 }

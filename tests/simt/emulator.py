@@ -38,14 +38,19 @@ def _tool(name: str) -> str | None:
 
 
 def build(folder: Path, csrc: Path = ROOT / "csrc") -> Path:
-    """Build the library from the kernels in ``csrc``; incremental, one process at a time."""
+    """Build the library from the kernels in ``csrc``; incremental, one process at a time.
+
+    Another ``csrc``, say a mutated copy, may draw warnings.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         commands = (
             [_tool("cmake"), "-S", ROOT / "tests" / "simt", "-B", folder, "-G", "Ninja",
              f"-DCMAKE_MAKE_PROGRAM={_tool('ninja')}", "-DCMAKE_CXX_COMPILER=g++",
-             f"-DEMBLAS_CSRC={csrc}", f"-DEMBLAS_TORCH={Path(torch.__file__).parent}"],
+             f"-DEMBLAS_CSRC={csrc}",
+             f"-DCMAKE_COMPILE_WARNING_AS_ERROR={'ON' if csrc == ROOT / 'csrc' else 'OFF'}",
+             f"-DEMBLAS_TORCH={Path(torch.__file__).parent}"],
             [_tool("cmake"), "--build", folder],
         )  # fmt: skip
         for command in commands:
