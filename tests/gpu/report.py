@@ -1,6 +1,6 @@
-"""What every GPU kernel needs on every architecture, read off its binary: docs/gpu_kernels.md.
+"""What every GPU kernel needs on every architecture, read off its binary.
 
-python tests/gpu/report.py                 # writes the file
+Run as a script, it writes docs/gpu_kernels.md.
 """
 
 from __future__ import annotations
