@@ -2,6 +2,7 @@
 # make test              install what the tests need into .venv and run them
 # make full              the tests that take longer: every configuration, more examples, emulators
 # make bench             measure every op beside its peers (benchmarks/README.md)
+# make gpu-table         write docs/gpu_kernels.md: what the compiled GPU kernels need
 # make lint              ruff, mypy, clang-format
 # make format            let ruff and clang-format rewrite the sources
 
@@ -14,7 +15,7 @@ CXX_SOURCES := csrc tests/native tests/simt -name '*.h' -o -name '*.cpp' -o -nam
 export OMP_WAIT_POLICY ?= passive
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test full bench lint format clean
+.PHONY: demo test full bench gpu-table lint format clean
 
 # Each extra is installed once; the marker file is newer than what it was installed from.
 # torch comes first and alone: the constraint keeps it, whatever the other packages ask for.
@@ -38,7 +39,7 @@ test: $(VENV)/installed-dev,demo,bench
 	$(BIN)/python -m pytest
 
 full: $(VENV)/installed-dev,demo,bench
-	HYPOTHESIS_PROFILE=full $(BIN)/python -m pytest
+	HYPOTHESIS_PROFILE=full EMBLAS_ARCHITECTURES="80 90 100 120" $(BIN)/python -m pytest
 	for isa in $$($(BIN)/python -c 'from emblas._load import _C; print(*_C.supported_isas())'); do \
 	  EMBLAS_ISA=$$isa $(BIN)/python -m pytest || exit 1; done
 	PATH=$(abspath $(BIN)):$$PATH bash .ci/native
@@ -50,6 +51,9 @@ bench: $(VENV)/installed-dev,demo,bench
 	  -o python_files='bench_*.py' -o python_functions='bench_*' \
 	  --benchmark-json=$$result --benchmark-columns=median --benchmark-disable-gc && \
 	$(BIN)/python benchmarks/report.py $$result
+
+gpu-table: $(VENV)/installed-dev,demo,bench
+	$(BIN)/python tests/gpu/report.py
 
 lint: $(VENV)/installed-dev,demo,bench
 	$(BIN)/ruff check $(SOURCES)

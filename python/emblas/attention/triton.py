@@ -108,12 +108,18 @@ def _attend(
 
 
 def _tile(dtype: torch.dtype, head_dim: int) -> tuple[int, int, int, int]:
-    """Return queries and keys of a tile, warps and stages of the pipeline."""
+    """Return queries and keys of a tile, warps, and stages of the pipeline.
+
+    The largest whose registers don't spill and whose shared memory fits on every architecture
+    (docs/gpu_kernels.md).
+    """
     if dtype == torch.float32:
-        return (64, 32, 4, 2) if head_dim <= 64 else (32, 32, 4, 2)
+        if head_dim <= 64:
+            return 32, 32, 4, 2
+        return (32, 32, 8, 2) if head_dim <= 128 else (16, 32, 8, 1)
     if head_dim <= 64:
-        return 128, 64, 4, 2
-    return (128, 64, 8, 2) if head_dim <= 128 else (64, 32, 4, 2)
+        return 128, 64, 8, 2
+    return (128, 32, 8, 2) if head_dim <= 128 else (64, 32, 8, 2)
 
 
 def _supports(

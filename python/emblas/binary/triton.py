@@ -129,7 +129,8 @@ def hamming_topk(queries: Tensor, codes: Tensor, k: int) -> tuple[Tensor, Tensor
     if query_words.dtype != code_words.dtype:
         query_words, code_words = queries, codes
     kept = next(size for size in _KEPT if k <= size)
-    block_queries = 1 if num_queries == 1 else _BLOCK_QUERIES
+    # Sorting long lists of several queries at once would take all registers.
+    block_queries = 1 if num_queries == 1 or kept > 64 else _BLOCK_QUERIES
     groups = triton.cdiv(num_queries, block_queries)
     tiles = triton.cdiv(rows, _BLOCK_CODES)
     chunks = max(1, min(tiles, _PROGRAMS // max(groups, 1)))

@@ -32,7 +32,7 @@ _STEP = tl.constexpr(0x9E3779B97F4A7C15)
 _SPLIT_1, _SPLIT_2 = tl.constexpr(0xBF58476D1CE4E5B9), tl.constexpr(0x94D049BB133111EB)
 
 _BLOCK_IDS = 256  # hash_keys
-_TILE_IDS, _BAG_IDS, _ROW_IDS = 16, 8, 16
+_TILE_IDS, _BAG_IDS, _ROW_IDS, _DOT_IDS = 16, 8, 16, 8
 _TILE_DIM = 128
 
 
@@ -435,9 +435,9 @@ def hash_bag_backward(
             BLOCK_I=_ROW_IDS, BLOCK_D=_TILE_DIM,
         )  # fmt: skip
     if need_weights:
-        _grad_weights[(triton.cdiv(count, _TILE_IDS),)](
+        _grad_weights[(triton.cdiv(count, _DOT_IDS),)](
             ids, ids.stride(0), bag_of, table, table.stride(0), grad_out, grad_weights, count, dim,
             seed, num_hashes, rows, _reciprocal(rows), padding_id or 0,
-            HAS_PADDING=padding_id is not None, FAMILY=family, BLOCK_I=_TILE_IDS, BLOCK_D=_TILE_DIM,
+            HAS_PADDING=padding_id is not None, FAMILY=family, BLOCK_I=_DOT_IDS, BLOCK_D=_TILE_DIM,
         )  # fmt: skip
     return grad_table, grad_weights

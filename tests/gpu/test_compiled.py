@@ -1,0 +1,91 @@
+"""Every GPU kernel compiles for every architecture and stays within its means."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+from emblas._op import has_triton
+
+if not has_triton() or os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("needs triton, not interpreted", allow_module_level=True)
+
+import report
+import sass
+
+ARCHITECTURES = tuple(map(int, os.environ.get("EMBLAS_ARCHITECTURES", "80 90 120").split()))
+# Warps that hide the latency of memory; a kernel for tensor cores pipelines its loads instead.
+FLOOR, FLOOR_WITH_TENSOR_CORES = 16, 8
+# Bytes of local memory that are allowed, and why.
+LOCAL_MEMORY = {
+    ("_attend", "float32, head_dim 256"): (
+        40,
+        "rows of 1 KiB: the smallest tile that tensor cores take, 16 x 32, spills a few words",
+    ),
+    ("_grad_weights", ""): (8, "ptxas spills two words to get by with 32 or 40 registers"),
+    ("_nearest_of_chunk", "16 queries, k = 64"): (8, "two words, once in a list of 2800"),
+}
+NO_WIDE_LOADS = {
+    ("_hash_keys", ""): "reads nothing but 8-byte ids, one for each thread",
+    ("_nearest_of_chunk", "16 queries, k = 16, odd width"): "rows of odd width are read by bytes",
+}
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return report.all_rows(ARCHITECTURES)
+
+
+def found(row, exceptions):
+    """Key of the exception for a row, if there is one: of its call, or of its kernel."""
+    keys = ((row.kernel, row.variant), (row.kernel, ""))
+    return next((key for key in keys if key in exceptions), None)
+
+
+def test_registers_suffice(rows):
+    limits = {cell: limit for cell, (limit, _) in LOCAL_MEMORY.items()}
+    spilling = [r for r in rows if r.local > limits.get(found(r, limits), 0)]
+    assert not spilling, "\n".join(map(str, spilling))
+
+
+def test_enough_warps(rows):
+    idle = [r for r in rows if r.warps < (FLOOR_WITH_TENSOR_CORES if r.tensor_cores else FLOOR)]
+    assert not idle, "\n".join(map(str, idle))
+
+
+def test_shared_memory_fits(rows):
+    for row in rows:
+        assert row.shared <= sass.ARCHITECTURES[row.architecture].shared_per_block, row
+
+
+def test_loads_are_wide(rows):
+    narrow = [r for r in rows if not r.wide_loads and not found(r, NO_WIDE_LOADS)]
+    assert not narrow, "\n".join(map(str, narrow))
+
+
+def test_attention_uses_tensor_cores(rows):
+    assert {row.operator for row in rows if row.tensor_cores} == {"varlen_attention"}
+    assert all(row.tensor_cores for row in rows if row.operator == "varlen_attention")
+
+
+def test_exceptions_are_needed(rows):
+    assert set(LOCAL_MEMORY) == {found(r, LOCAL_MEMORY) for r in rows if r.local}
+    assert set(NO_WIDE_LOADS) == {found(r, NO_WIDE_LOADS) for r in rows if not r.wide_loads}
+
+
+def test_table_is_current(rows):
+    written = report.FILE.read_text()
+    for section in report.SOURCES:
+        for architecture in ARCHITECTURES:
+            assert report.table(section, architecture, rows) in written, "run `make gpu-table`"
+
+
+def test_occupancy_counts():
+    """Worked out by hand."""
+    kernel = sass.Kernel("k", registers=64, local=0, static_shared=0, instructions=sass.Counter())
+    assert kernel.warps_resident(80, warps=4) == 32
+    assert kernel.warps_resident(120, warps=4) == 32
+    assert kernel.warps_resident(80, warps=4, dynamic_shared=41 * 1024) == 12
+    few = sass.Kernel("k", registers=16, local=0, static_shared=0, instructions=sass.Counter())
+    assert few.warps_resident(90, warps=1) == 32
+    assert few.warps_resident(86, warps=8) == 48

@@ -1,0 +1,127 @@
+"""Compile every Triton kernel for GPUs that aren't there.
+
+The operators run on CPU tensors, but each launch is only compiled, for an architecture of choice,
+and remembered. So what is compiled is what users launch: tile shapes, warps, and what triton infers
+from the arguments (pointers and strides divisible by 16, absent tensors). Contents don't matter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+from emblas import _op
+from sass import Binary
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _pooling() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
+    tokens, dim, batch = 512, 384, 4
+    cu_seqlens = torch.zeros(batch + 1, dtype=torch.int32)
+    for dtype in DTYPES:
+        x, out = torch.empty(tokens, dim, dtype=dtype), torch.empty(batch, dim, dtype=dtype)
+        for weights in (None, torch.empty(tokens)):
+            for normalize in (False, True):
+                words = f"{_short(dtype)}{'' if weights is None else ', weights'}"
+                words += ", normalize" * normalize
+                yield "segment_pool", words, (x, cu_seqlens, weights, normalize)
+                norm = torch.empty(batch * normalize)
+                needs = (normalize, True, weights is not None)
+                args = (out, x, out, norm, cu_seqlens, weights, *needs)
+                yield "segment_pool_backward", words, args
+
+
+def _tables() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
+    ids, offsets, weights = torch.zeros(64, dtype=torch.int64), torch.zeros(9).int(), torch.ones(64)
+    for family, name in enumerate(("murmur3", "splitmix64")):
+        yield "hash_keys", name, (ids, family, 0, 4, 1008)
+        # The hash is inlined: it makes no difference to what another dtype changes.
+        for dtype in DTYPES if family == 0 else DTYPES[:1]:
+            table = torch.empty(1008, 128, dtype=dtype)
+            for words, bags, w, padding in (
+                ("", None, None, None),
+                (", bags, weights, padding", offsets, weights, 2),
+            ):
+                args = (ids, table, bags, w, family, 0, 4, padding)
+                yield "hash_bag", f"{name}, {_short(dtype)}{words}", args
+                grad = torch.empty(64 if bags is None else 8, 128, dtype=dtype)
+                args = (grad, *args, True, True)
+                yield "hash_bag_backward", f"{name}, {_short(dtype)}{words}", args
+
+
+def _binary() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
+    for dtype in _op.FLOATS:
+        yield "pack_sign", _short(dtype), (torch.empty(64, 384, dtype=dtype),)
+    codes = torch.empty(4096, 128, dtype=torch.uint8)
+    for queries in (1, 16):
+        for k in (16, 64, 256):
+            yield "hamming_topk", f"{queries} queries, k = {k}", (codes[:queries], codes, k)
+    odd = torch.empty(4096, 127, dtype=torch.uint8)
+    yield "hamming_topk", "16 queries, k = 16, odd width", (odd[:16], odd, 16)
+
+
+def _attention() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
+    cu_seqlens = torch.zeros(5, dtype=torch.int32)
+    for dtype in DTYPES:
+        for head_dim in (32, 64, 128, 256):
+            x = torch.empty(1024, 3, 4, head_dim, dtype=dtype)
+            args = (*x.unbind(1), cu_seqlens, cu_seqlens, 512, 512, None, -1, -1, True)
+            yield "varlen_attention", f"{_short(dtype)}, head_dim {head_dim}", args
+
+
+def calls() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
+    """Operator, words and arguments of calls that take every configuration of every kernel."""
+    for family in (_pooling, _tables, _binary, _attention):
+        yield from family()
+
+
+class _NoGpu:
+    """A driver of triton that knows its target and can't launch."""
+
+    def __init__(self, architecture: int) -> None:
+        self.architecture = architecture
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.architecture, 32)
+
+    def get_current_device(self) -> int:
+        return self.architecture  # what triton caches by
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def binaries(architecture: int) -> list[Binary]:
+    """Compile all kernels of all calls for sm_<architecture>; each distinct binary once."""
+    found: dict[tuple[str, str, str], Binary] = {}
+    compile_or_run: Callable[..., Any] = JITFunction.run
+    operator = words = ""
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        kernel = compile_or_run(self, *args, grid=grid, warmup=True, **kwargs)
+        facts = kernel.metadata
+        found.setdefault(
+            (operator, facts.name, kernel.hash),
+            Binary(operator, words, facts.num_warps, facts.shared, kernel.asm["cubin"]),
+        )
+        return kernel
+
+    with (
+        mock.patch.object(driver, "_active", _NoGpu(architecture)),
+        mock.patch.object(JITFunction, "run", compile_only),
+    ):
+        for operator, words, args in calls():  # noqa: B007  (compile_only reads words)
+            kernel = _op.ops()[operator].kernel("triton")
+            assert kernel is not None
+            kernel.run(*args)
+    return list(found.values())
