@@ -5,6 +5,7 @@
 #include <tuple>
 #include <vector>
 
+#include "binary/arguments.h"
 #include "binary/binary.h"
 #include "binary/scores.h"
 #include "binary/search.h"
@@ -59,47 +60,6 @@ Tensor rotate(const Tensor& x, const Tensor& signs, bool inverse) {
 }
 Tensor hadamard_rotate(const Tensor& x, const Tensor& signs) { return rotate(x, signs, false); }
 Tensor hadamard_unrotate(const Tensor& x, const Tensor& signs) { return rotate(x, signs, true); }
-
-Codes codes_of(const Tensor& tensor, const char* message) {
-  check_rows(tensor, message);
-  check(has_dtype<uint8_t>(tensor), message);
-  check(tensor.size(1) < int64_t(1) << 20, "codes must be shorter than 2^20 bytes");
-  return {read<uint8_t>(tensor), tensor.stride(0), tensor.size(0), tensor.size(1)};
-}
-constexpr char kQueries[] = "queries must be a uint8 CPU tensor (queries, bytes), rows contiguous";
-constexpr char kCodes[] = "codes must be a uint8 CPU tensor (rows, bytes), rows contiguous";
-
-void check_search(int64_t query_bytes, const Codes& codes, int row_bits) {
-  check(query_bytes == codes.bytes, "queries and codes must have the same width in bytes");
-  check(codes.count < int64_t(1) << row_bits, "codes have too many rows");
-}
-
-Filter filter_of(const std::optional<Tensor>& tensor, int64_t queries, int64_t rows) {
-  Filter filter;
-  if (!tensor) return filter;
-  check(tensor->is_cpu() && tensor->is_contiguous(), "filter must be a contiguous CPU tensor");
-  if (has_dtype<uint8_t>(*tensor)) {
-    check(tensor->dim() == 2 && tensor->size(1) == (rows + 7) / 8 &&
-              (tensor->size(0) == 1 || tensor->size(0) == queries),
-          "filter must be bitmaps (1 or queries, ceil(rows / 8))");
-    filter.bitmaps = read<uint8_t>(*tensor);
-    filter.bitmap_stride = tensor->size(0) == 1 ? 0 : tensor->size(1);
-    return filter;
-  }
-  check_vector<int64_t>(*tensor, -1, "filter must be uint8 bitmaps or a vector of int64 ids");
-  static constexpr int64_t none = 0;  // an empty list still is a list
-  filter.id_count = tensor->size(0);
-  filter.ids = filter.id_count ? read<int64_t>(*tensor) : &none;
-  for (int64_t i = 0; i < filter.id_count; ++i) {
-    check(filter.ids[i] >= 0 && filter.ids[i] < rows, "filter must hold ids of rows of codes");
-    check(i == 0 || filter.ids[i - 1] < filter.ids[i], "filter must hold ascending ids");
-  }
-  return filter;
-}
-
-constexpr auto kParallel = [](int64_t count, int64_t bytes, const auto& body) {
-  parallel_for(count, bytes, body);
-};
 
 std::tuple<Tensor, Tensor> hamming_topk(const Tensor& queries, const Tensor& codes, int64_t k,
                                         const std::optional<Tensor>& filter) {
@@ -188,7 +148,7 @@ std::tuple<Tensor, Tensor> asymmetric_topk(const Tensor& queries, const Tensor& 
   const int64_t dim = queries.size(1), width = (dim + 7) / 8, count = queries.size(0);
   check(dim > 0 && documents.bytes > 0 && documents.bytes % width == 0,
         "codes must hold one or more planes of ceil(dim / 8) bytes");
-  check_search(documents.bytes, documents, 32);
+  check_search(documents.bytes, documents, ScoreKey::kRowBits);
   check(k >= 0, "k must not be negative");
   const Filter all = filter_of(filter, count, documents.count);
   for (int64_t q = 0; q < count; ++q) {
@@ -204,9 +164,9 @@ std::tuple<Tensor, Tensor> asymmetric_topk(const Tensor& queries, const Tensor& 
                          dim, documents.bytes, k);
     SearchOptions options{all};
     if (options.filter.bitmaps) options.filter.bitmaps += first * options.filter.bitmap_stride;
-    write_topk<ScoreScan>(search(scan, documents, options, kParallel), k,
-                          -std::numeric_limits<float>::infinity(), write<float>(scores) + first * k,
-                          write<int64_t>(ids) + first * k);
+    write_topk<ScoreKey>(search(scan, documents, options, kParallel), k,
+                         -std::numeric_limits<float>::infinity(), write<float>(scores) + first * k,
+                         write<int64_t>(ids) + first * k);
   }
   return {scores, ids};
 }

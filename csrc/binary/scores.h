@@ -48,7 +48,7 @@ class ScoreScan {
     constexpr uint32_t everything = 0xffffffff;
     if (found.limit == std::numeric_limits<uint64_t>::max()) return everything;
     const Tables& tables = tables_[size_t(q)];
-    const double loss = tables.best - double(distance(found.limit));
+    const double loss = tables.best - double(ScoreKey::distance(found.limit));
     const double limit = std::floor(loss * tables.scale + tables.error) + 1;
     return limit < double(everything) ? uint32_t(std::max(limit, 0.0)) : everything;
   }
@@ -58,16 +58,8 @@ class ScoreScan {
     for (int64_t p = 0; p < bytes_; ++p) {
       score += double(exact[32 * p + (code[p] & 15)]) + double(exact[32 * p + 16 + (code[p] >> 4)]);
     }
-    return uint64_t(~ordered(float(score) + 0.0f)) << 32 | uint64_t(row);
+    return ScoreKey::of(float(score), row);
   }
-  static float distance(uint64_t key) {
-    const uint32_t bits = ~uint32_t(key >> 32);
-    const uint32_t original = bits >> 31 ? bits & 0x7fffffffu : ~bits;
-    float score;
-    std::memcpy(&score, &original, 4);
-    return score;
-  }
-  static int64_t row(uint64_t key) { return int64_t(key & 0xffffffff); }
 
  private:
   struct Tables {
@@ -76,13 +68,6 @@ class ScoreScan {
     double best = 0, scale = 0, error = 0;
     int largest = 0;
   };
-
-  // Integers in the order of the floats.
-  static uint32_t ordered(float x) {
-    uint32_t bits;
-    std::memcpy(&bits, &x, 4);
-    return bits >> 31 ? ~bits : bits | 0x80000000u;
-  }
 
   void build(const float* query, int64_t dim, Tables& tables) const {
     const int64_t width = (dim + 7) / 8;

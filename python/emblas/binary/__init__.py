@@ -1,6 +1,7 @@
 """Bit codes: packing, straight-through training, exact search."""
 
 from emblas.binary import arrays, formats
+from emblas.binary.dense import Int8Quantizer, dense_topk, rescore, rescored_topk
 from emblas.binary.functions import (
     pack_planes,
     pack_sign,
@@ -8,6 +9,8 @@ from emblas.binary.functions import (
     unpack_planes,
     unpack_sign,
 )
+from emblas.binary.index import BinaryIndex
+from emblas.binary.late_interaction import maxsim, maxsim_topk
 from emblas.binary.modules import SignBinarizer
 from emblas.binary.rotation import HadamardRotation, LinearRotation, fit_itq, fit_threshold
 from emblas.binary.search import (
@@ -20,24 +23,33 @@ from emblas.binary.search import (
     range_search_csr,
     symmetric_topk,
 )
+from emblas.binary.storage import CorruptIndexError
 
 __all__ = [
+    "BinaryIndex",
+    "CorruptIndexError",
     "HadamardRotation",
+    "Int8Quantizer",
     "LinearRotation",
     "SignBinarizer",
     "arrays",
     "asymmetric_topk",
+    "dense_topk",
     "fit_itq",
     "fit_threshold",
     "formats",
     "hamming_distance",
     "hamming_topk",
+    "maxsim",
+    "maxsim_topk",
     "near_duplicate_counts",
     "near_duplicates",
     "pack_planes",
     "pack_sign",
     "range_search",
     "range_search_csr",
+    "rescore",
+    "rescored_topk",
     "sign_ste",
     "symmetric_topk",
     "unpack_planes",
