@@ -12,6 +12,7 @@ from emblas.binary.functions import (
 from emblas.binary.index import BinaryIndex
 from emblas.binary.late_interaction import maxsim, maxsim_topk
 from emblas.binary.modules import SignBinarizer
+from emblas.binary.recurrent import RecurrentBinarizer, recurrent_binary_loss
 from emblas.binary.rotation import HadamardRotation, LinearRotation, fit_itq, fit_threshold
 from emblas.binary.search import (
     asymmetric_topk,
@@ -31,6 +32,7 @@ __all__ = [
     "HadamardRotation",
     "Int8Quantizer",
     "LinearRotation",
+    "RecurrentBinarizer",
     "SignBinarizer",
     "arrays",
     "asymmetric_topk",
@@ -48,6 +50,7 @@ __all__ = [
     "pack_sign",
     "range_search",
     "range_search_csr",
+    "recurrent_binary_loss",
     "rescore",
     "rescored_topk",
     "sign_ste",
