@@ -141,7 +141,8 @@ std::tuple<Tensor, Tensor, Tensor> range_search_csr(const Tensor& queries, const
 }
 
 std::tuple<Tensor, Tensor> asymmetric_topk(const Tensor& queries, const Tensor& codes, int64_t k,
-                                           const std::optional<Tensor>& filter) {
+                                           const std::optional<Tensor>& filter,
+                                           const std::optional<Tensor>& scale) {
   check_rows(queries, "queries must be a CPU tensor (queries, dim) with contiguous rows");
   check(has_dtype<float>(queries), "queries must be float32");
   const Codes documents = codes_of(codes, kCodes);
@@ -151,6 +152,14 @@ std::tuple<Tensor, Tensor> asymmetric_topk(const Tensor& queries, const Tensor& 
   check_search(documents.bytes, documents, ScoreKey::kRowBits);
   check(k >= 0, "k must not be negative");
   const Filter all = filter_of(filter, count, documents.count);
+  const float* scales = nullptr;
+  if (scale) {
+    check_vector<float>(*scale, documents.count, "scale must be a float32 vector, one per code");
+    scales = read<float>(*scale);
+    for (int64_t i = 0; i < documents.count; ++i) {
+      check(scales[i] > 0 && std::isfinite(scales[i]), "scale must be positive and finite");
+    }
+  }
   for (int64_t q = 0; q < count; ++q) {
     const float* query = read<float>(queries) + q * queries.stride(0);
     for (int64_t i = 0; i < dim; ++i) check(std::isfinite(query[i]), "queries must be finite");
@@ -161,7 +170,7 @@ std::tuple<Tensor, Tensor> asymmetric_topk(const Tensor& queries, const Tensor& 
   for (int64_t first = 0; first < count && k > 0; first += kQueriesAtOnce) {
     const int64_t some = std::min(kQueriesAtOnce, count - first);
     const ScoreScan scan(read<float>(queries) + first * queries.stride(0), queries.stride(0), some,
-                         dim, documents.bytes, k);
+                         dim, documents.bytes, k, scales, documents.count);
     SearchOptions options{all};
     if (options.filter.bitmaps) options.filter.bitmaps += first * options.filter.bitmap_stride;
     write_topk<ScoreKey>(search(scan, documents, options, kParallel), k,
@@ -190,7 +199,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(emblas, library) {
       "range_search_csr(Tensor queries, Tensor codes, int radius, Tensor? filter=None,"
       " bool later_only=False) -> (Tensor offsets, Tensor distances, Tensor ids)");
   library.def(
-      "asymmetric_topk(Tensor queries, Tensor codes, int k, Tensor? filter=None)"
+      "asymmetric_topk(Tensor queries, Tensor codes, int k, Tensor? filter=None,"
+      " Tensor? scale=None)"
       " -> (Tensor scores, Tensor ids)");
 }
 STABLE_TORCH_LIBRARY_IMPL(emblas, CPU, library) {

@@ -4,6 +4,7 @@ import pytest
 import torch
 from emblas.binary import (
     RecurrentBinarizer,
+    inverse_norms,
     pack_sign,
     recurrent_binary_loss,
     symmetric_topk,
@@ -62,7 +63,8 @@ def test_training_beats_its_start():
         module.eval()
         items = torch.arange(40).repeat(3)
         codes = module.encode(sample(items))
-        _, ids = symmetric_topk(codes[:40], codes[40:], 1, dim=16)
+        scale = inverse_norms(codes[40:], 16)
+        _, ids = symmetric_topk(codes[:40], codes[40:], 1, dim=16, scale=scale)
         module.train()
         return (items[40:][ids[:, 0]] == items[:40]).float().mean().item()
 

@@ -59,7 +59,11 @@ def _range_search_csr_fake(
 
 
 def _asymmetric_topk_fake(
-    queries: Tensor, codes: Tensor, k: int, filter: Tensor | None = None
+    queries: Tensor,
+    codes: Tensor,
+    k: int,
+    filter: Tensor | None = None,
+    scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     shape = (queries.shape[0], k)
     return queries.new_empty(shape), queries.new_empty(shape, dtype=torch.int64)
@@ -249,12 +253,12 @@ def range_search_csr(
 
 
 def asymmetric_topk(
-    queries: Tensor, codes: Tensor, k: int, filter: Tensor | None
+    queries: Tensor, codes: Tensor, k: int, filter: Tensor | None, scale: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Search with checked arguments; see :func:`emblas.binary.asymmetric_topk`."""
     if use_reference():
-        return reference.asymmetric_topk(queries, codes, k, filter)
-    return _asymmetric_topk(queries, codes, k, filter)
+        return reference.asymmetric_topk(queries, codes, k, filter, scale)
+    return _asymmetric_topk(queries, codes, k, filter, scale)
 
 
 def dense_topk(

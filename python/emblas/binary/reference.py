@@ -149,10 +149,16 @@ def plane_values(codes: Tensor, dim: int) -> Tensor:
 
 
 def asymmetric_topk(
-    queries: Tensor, codes: Tensor, k: int, filter: Tensor | None = None
+    queries: Tensor,
+    codes: Tensor,
+    k: int,
+    filter: Tensor | None = None,
+    scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Find the k rows of highest inner product with each query, by score and then by row."""
     scores = queries.double() @ plane_values(codes, queries.shape[1]).T
+    if scale is not None:
+        scores = scores * scale.double()
     found = allowed(filter, queries.shape[0], codes.shape[0], codes.device)
     best, ids = _nearest(-scores.float(), found, k, torch.inf)
     return -best, ids
