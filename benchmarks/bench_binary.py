@@ -13,8 +13,10 @@ from conftest import rotate
 from emblas.binary import (
     HadamardRotation,
     asymmetric_topk,
+    dense_topk,
     hamming_distance,
     hamming_topk,
+    maxsim,
     pack_sign,
     range_search_csr,
     symmetric_topk,
@@ -157,6 +159,54 @@ def bench_hamming_distance(row: Any, threads: int, who: str) -> None:
         "binary", "hamming_distance", who, shape="16 x 100k", dtype="256 bits", call=calls[who],
         inputs=[(codes[i : i + 16],) for i in range(0, 800, 100)],
         bytes=16 * 100_000 * 4, single_thread=who.startswith("numpy"),
+    )  # fmt: skip
+
+
+def _dense(documents: torch.Tensor, threads: int) -> dict[str, Callable[[torch.Tensor], Any]]:
+    faiss.omp_set_num_threads(threads)
+    index = faiss.IndexFlatIP(documents.shape[1])
+    index.add(documents.numpy())
+    return {
+        "emblas": lambda queries: dense_topk(queries, documents, K),
+        "faiss IndexFlatIP": lambda queries: index.search(queries.numpy(), K),
+        "torch matmul + topk": lambda queries: (queries @ documents.T).topk(K),
+    }
+
+
+@pytest.mark.parametrize("who", ["emblas", "faiss IndexFlatIP", "torch matmul + topk"])
+@pytest.mark.parametrize("queries", [1, 16])
+def bench_dense_topk(row: Any, threads: int, queries: int, who: str) -> None:
+    documents = torch.randn(100_000, 384)
+    row(
+        "binary", "dense_topk k=10", who, shape=f"{queries} queries x 100k", dtype="float32 x 384",
+        call=_dense(documents, threads)[who],
+        inputs=[(torch.randn(queries, 384),) for _ in range(8)], bytes=documents.numel() * 4,
+        flops=2 * queries * documents.numel(),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("who", ["emblas", "torch einsum"])
+@pytest.mark.parametrize("form", ["float x float", "float x bits", "bits x bits"])
+def bench_maxsim(row: Any, threads: int, form: str, who: str) -> None:
+    """One query of 32 tokens, 1000 documents of 180 tokens, 128 dimensions."""
+    documents = torch.randn(1000, 180, 128)
+    starts = torch.arange(0, 180_001, 180, dtype=torch.int32)
+    packed = documents.flatten(0, 1)
+    tokens = packed if form == "float x float" else pack_sign(packed)
+    query_starts = torch.tensor([0, 32], dtype=torch.int32)
+    calls: dict[str, Callable[[torch.Tensor], Any]] = {
+        "emblas": lambda query: maxsim(
+            pack_sign(query) if form == "bits x bits" else query,
+            tokens, query_starts, starts, dim=128,
+        ),
+        "torch einsum": lambda query: (
+            torch.einsum("qd,ntd->nqt", query, documents).amax(2).sum(1)
+        ),
+    }  # fmt: skip
+    row(
+        "binary", "maxsim", who, shape="32 tokens x 1000 documents x 180 tokens",
+        dtype=f"{form}, 128", call=calls[who], inputs=[(torch.randn(32, 128),) for _ in range(8)],
+        bytes=tokens.numel() * tokens.element_size(), flops=2 * 32 * 180_000 * 128,
     )  # fmt: skip
 
 

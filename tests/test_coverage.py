@@ -11,11 +11,14 @@ from emblas.attention import varlen_attention
 from emblas.binary import (
     HadamardRotation,
     asymmetric_topk,
+    dense_topk,
     hamming_distance,
     hamming_topk,
+    maxsim,
     pack_sign,
     range_search,
     range_search_csr,
+    rescore,
 )
 from emblas.pooling import Matryoshka, segment_pool
 from emblas.tables import HashEmbedding, TableSpec, hash_bag, hash_keys, optim
@@ -44,9 +47,12 @@ CALLS = {
     "segment_gem": lambda: segment_pool(torch.randn(8, 4, requires_grad=True), CU, "gem"),
     "finish": lambda: Matryoshka([3, 4])(torch.randn(8, 4, requires_grad=True))[0],
     "varlen_attention": lambda: varlen_attention(*[torch.randn(8, 1, 16)] * 3, CU, CU, 5, 5),
+    "maxsim": lambda: maxsim(*[torch.randn(8, 4, requires_grad=True)] * 2, CU, CU),
     "pack_sign": lambda: pack_sign(torch.randn(2, 9)),
     "hadamard_rotate": lambda: HadamardRotation(9)(torch.randn(2, 9, requires_grad=True)),
     "asymmetric_topk": lambda: asymmetric_topk(torch.randn(2, 20), CODES, 1),
+    "dense_topk": lambda: dense_topk(torch.randn(2, 5), torch.randn(3, 5), 1),
+    "gather_scores": lambda: rescore(*[torch.randn(2, 5)] * 2, torch.zeros(2, 1).long(), 1),
     "hamming_distance": lambda: hamming_distance(CODES, CODES),
     "hamming_topk": lambda: hamming_topk(CODES, CODES, 1),
     "range_search": lambda: range_search(CODES, CODES, 1),
@@ -61,6 +67,8 @@ CALLS = {
 NO_GRADIENT = {
     "pack_sign": "bits",
     "asymmetric_topk": "ids, and scores that serve for ranking",
+    "dense_topk": "ids, and scores that serve for ranking",
+    "gather_scores": "ids, and scores that serve for ranking",
     "hamming_distance": "integers",
     "hamming_topk": "integers",
     "range_search": "integers",

@@ -5,6 +5,7 @@
 #include <tuple>
 #include <vector>
 
+#include "binary/arguments.h"
 #include "binary/binary.h"
 #include "binary/scores.h"
 #include "binary/search.h"
@@ -59,47 +60,6 @@ Tensor rotate(const Tensor& x, const Tensor& signs, bool inverse) {
 }
 Tensor hadamard_rotate(const Tensor& x, const Tensor& signs) { return rotate(x, signs, false); }
 Tensor hadamard_unrotate(const Tensor& x, const Tensor& signs) { return rotate(x, signs, true); }
-
-Codes codes_of(const Tensor& tensor, const char* message) {
-  check_rows(tensor, message);
-  check(has_dtype<uint8_t>(tensor), message);
-  check(tensor.size(1) < int64_t(1) << 20, "codes must be shorter than 2^20 bytes");
-  return {read<uint8_t>(tensor), tensor.stride(0), tensor.size(0), tensor.size(1)};
-}
-constexpr char kQueries[] = "queries must be a uint8 CPU tensor (queries, bytes), rows contiguous";
-constexpr char kCodes[] = "codes must be a uint8 CPU tensor (rows, bytes), rows contiguous";
-
-void check_search(int64_t query_bytes, const Codes& codes, int row_bits) {
-  check(query_bytes == codes.bytes, "queries and codes must have the same width in bytes");
-  check(codes.count < int64_t(1) << row_bits, "codes have too many rows");
-}
-
-Filter filter_of(const std::optional<Tensor>& tensor, int64_t queries, int64_t rows) {
-  Filter filter;
-  if (!tensor) return filter;
-  check(tensor->is_cpu() && tensor->is_contiguous(), "filter must be a contiguous CPU tensor");
-  if (has_dtype<uint8_t>(*tensor)) {
-    check(tensor->dim() == 2 && tensor->size(1) == (rows + 7) / 8 &&
-              (tensor->size(0) == 1 || tensor->size(0) == queries),
-          "filter must be bitmaps (1 or queries, ceil(rows / 8))");
-    filter.bitmaps = read<uint8_t>(*tensor);
-    filter.bitmap_stride = tensor->size(0) == 1 ? 0 : tensor->size(1);
-    return filter;
-  }
-  check_vector<int64_t>(*tensor, -1, "filter must be uint8 bitmaps or a vector of int64 ids");
-  static constexpr int64_t none = 0;  // an empty list still is a list
-  filter.id_count = tensor->size(0);
-  filter.ids = filter.id_count ? read<int64_t>(*tensor) : &none;
-  for (int64_t i = 0; i < filter.id_count; ++i) {
-    check(filter.ids[i] >= 0 && filter.ids[i] < rows, "filter must hold ids of rows of codes");
-    check(i == 0 || filter.ids[i - 1] < filter.ids[i], "filter must hold ascending ids");
-  }
-  return filter;
-}
-
-constexpr auto kParallel = [](int64_t count, int64_t bytes, const auto& body) {
-  parallel_for(count, bytes, body);
-};
 
 std::tuple<Tensor, Tensor> hamming_topk(const Tensor& queries, const Tensor& codes, int64_t k,
                                         const std::optional<Tensor>& filter) {
@@ -181,16 +141,25 @@ std::tuple<Tensor, Tensor, Tensor> range_search_csr(const Tensor& queries, const
 }
 
 std::tuple<Tensor, Tensor> asymmetric_topk(const Tensor& queries, const Tensor& codes, int64_t k,
-                                           const std::optional<Tensor>& filter) {
+                                           const std::optional<Tensor>& filter,
+                                           const std::optional<Tensor>& scale) {
   check_rows(queries, "queries must be a CPU tensor (queries, dim) with contiguous rows");
   check(has_dtype<float>(queries), "queries must be float32");
   const Codes documents = codes_of(codes, kCodes);
   const int64_t dim = queries.size(1), width = (dim + 7) / 8, count = queries.size(0);
   check(dim > 0 && documents.bytes > 0 && documents.bytes % width == 0,
         "codes must hold one or more planes of ceil(dim / 8) bytes");
-  check_search(documents.bytes, documents, 32);
+  check_search(documents.bytes, documents, ScoreKey::kRowBits);
   check(k >= 0, "k must not be negative");
   const Filter all = filter_of(filter, count, documents.count);
+  const float* scales = nullptr;
+  if (scale) {
+    check_vector<float>(*scale, documents.count, "scale must be a float32 vector, one per code");
+    scales = read<float>(*scale);
+    for (int64_t i = 0; i < documents.count; ++i) {
+      check(scales[i] > 0 && std::isfinite(scales[i]), "scale must be positive and finite");
+    }
+  }
   for (int64_t q = 0; q < count; ++q) {
     const float* query = read<float>(queries) + q * queries.stride(0);
     for (int64_t i = 0; i < dim; ++i) check(std::isfinite(query[i]), "queries must be finite");
@@ -201,12 +170,12 @@ std::tuple<Tensor, Tensor> asymmetric_topk(const Tensor& queries, const Tensor& 
   for (int64_t first = 0; first < count && k > 0; first += kQueriesAtOnce) {
     const int64_t some = std::min(kQueriesAtOnce, count - first);
     const ScoreScan scan(read<float>(queries) + first * queries.stride(0), queries.stride(0), some,
-                         dim, documents.bytes, k);
+                         dim, documents.bytes, k, scales, documents.count);
     SearchOptions options{all};
     if (options.filter.bitmaps) options.filter.bitmaps += first * options.filter.bitmap_stride;
-    write_topk<ScoreScan>(search(scan, documents, options, kParallel), k,
-                          -std::numeric_limits<float>::infinity(), write<float>(scores) + first * k,
-                          write<int64_t>(ids) + first * k);
+    write_topk<ScoreKey>(search(scan, documents, options, kParallel), k,
+                         -std::numeric_limits<float>::infinity(), write<float>(scores) + first * k,
+                         write<int64_t>(ids) + first * k);
   }
   return {scores, ids};
 }
@@ -230,7 +199,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(emblas, library) {
       "range_search_csr(Tensor queries, Tensor codes, int radius, Tensor? filter=None,"
       " bool later_only=False) -> (Tensor offsets, Tensor distances, Tensor ids)");
   library.def(
-      "asymmetric_topk(Tensor queries, Tensor codes, int k, Tensor? filter=None)"
+      "asymmetric_topk(Tensor queries, Tensor codes, int k, Tensor? filter=None,"
+      " Tensor? scale=None)"
       " -> (Tensor scores, Tensor ids)");
 }
 STABLE_TORCH_LIBRARY_IMPL(emblas, CPU, library) {

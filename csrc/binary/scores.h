@@ -11,6 +11,7 @@
 // and the few others are scored from the float tables. The answer is that of the exact score.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <vector>
@@ -21,11 +22,17 @@ namespace emblas {
 
 class ScoreScan {
  public:
-  // queries [count, dim]; codes of `bytes` = planes * ceil(dim / 8).
+  // queries [count, dim]; codes of `bytes` = planes * ceil(dim / 8). `scale` multiplies the scores
+  // of each row by a positive number (one over its length makes a cosine); null: 1.
   ScoreScan(const float* queries, int64_t stride, int64_t count, int64_t dim, int64_t bytes,
-            int64_t k)
-      : bytes_(bytes), tables_(size_t(count)) {
+            int64_t k, const float* scale = nullptr, int64_t rows = 0)
+      : bytes_(bytes), scale_(scale), tables_(size_t(count)) {
     start_.k = k;
+    if (scale && rows > 0) {
+      const auto [least, most] = std::minmax_element(scale, scale + rows);
+      least_scale_ = double(*least);
+      most_scale_ = double(*most);
+    }
     for (int64_t q = 0; q < count; ++q) {
       build(queries + q * stride, dim, tables_[size_t(q)]);
       period_ = std::min<int64_t>(period_, 255 / (2 * std::max(tables_[size_t(q)].largest, 1)));
@@ -48,7 +55,9 @@ class ScoreScan {
     constexpr uint32_t everything = 0xffffffff;
     if (found.limit == std::numeric_limits<uint64_t>::max()) return everything;
     const Tables& tables = tables_[size_t(q)];
-    const double loss = tables.best - double(distance(found.limit));
+    // A row of any scale beats the k-th best only with a product above this.
+    const double kth = double(ScoreKey::distance(found.limit));
+    const double loss = tables.best - kth / (kth > 0 ? most_scale_ : least_scale_);
     const double limit = std::floor(loss * tables.scale + tables.error) + 1;
     return limit < double(everything) ? uint32_t(std::max(limit, 0.0)) : everything;
   }
@@ -58,16 +67,8 @@ class ScoreScan {
     for (int64_t p = 0; p < bytes_; ++p) {
       score += double(exact[32 * p + (code[p] & 15)]) + double(exact[32 * p + 16 + (code[p] >> 4)]);
     }
-    return uint64_t(~ordered(float(score) + 0.0f)) << 32 | uint64_t(row);
+    return ScoreKey::of(float(scale_ ? score * double(scale_[row]) : score), row);
   }
-  static float distance(uint64_t key) {
-    const uint32_t bits = ~uint32_t(key >> 32);
-    const uint32_t original = bits >> 31 ? bits & 0x7fffffffu : ~bits;
-    float score;
-    std::memcpy(&score, &original, 4);
-    return score;
-  }
-  static int64_t row(uint64_t key) { return int64_t(key & 0xffffffff); }
 
  private:
   struct Tables {
@@ -76,13 +77,6 @@ class ScoreScan {
     double best = 0, scale = 0, error = 0;
     int largest = 0;
   };
-
-  // Integers in the order of the floats.
-  static uint32_t ordered(float x) {
-    uint32_t bits;
-    std::memcpy(&bits, &x, 4);
-    return bits >> 31 ? ~bits : bits | 0x80000000u;
-  }
 
   void build(const float* query, int64_t dim, Tables& tables) const {
     const int64_t width = (dim + 7) / 8;
@@ -147,6 +141,8 @@ class ScoreScan {
   }
 
   int64_t bytes_, period_ = 255;
+  const float* scale_;
+  double least_scale_ = 1, most_scale_ = 1;
   std::vector<Tables> tables_;
   Collector start_;
 };

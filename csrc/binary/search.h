@@ -91,6 +91,28 @@ struct Collector {
   }
 };
 
+// A float score and its row as one integer: descending score, then ascending row.
+struct ScoreKey {
+  static constexpr int kRowBits = 32;
+
+  static uint64_t of(float score, int64_t row) {
+    if (score != score) score = -std::numeric_limits<float>::infinity();  // NaN comes last
+    score += 0.0f;                                                        // -0 ties with 0
+    uint32_t bits;
+    std::memcpy(&bits, &score, 4);
+    const uint32_t ascending = bits >> 31 ? ~bits : bits | 0x80000000u;
+    return uint64_t(~ascending) << kRowBits | uint64_t(row);
+  }
+  static float distance(uint64_t key) {
+    const uint32_t ascending = ~uint32_t(key >> kRowBits);
+    const uint32_t bits = ascending >> 31 ? ascending & 0x7fffffffu : ~ascending;
+    float score;
+    std::memcpy(&score, &bits, 4);
+    return score;
+  }
+  static int64_t row(uint64_t key) { return int64_t(key & 0xffffffff); }
+};
+
 // Hamming distances: sums are the distances themselves.
 class HammingScan {
  public:

@@ -10,6 +10,7 @@ from emblas.binary import (
     asymmetric_topk,
     hamming_distance,
     hamming_topk,
+    inverse_norms,
     near_duplicate_counts,
     near_duplicates,
     pack_planes,
@@ -275,6 +276,32 @@ def test_symmetric(isa, bits):
             assert torch.equal(ids, hamming_topk(codes[:6], codes, 25)[1])
 
 
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_scale(isa, bits):
+    """Rows of very different scales, positive and negative scores, at every threshold."""
+    codes = pack_planes(torch.randn(3000, 40), bits)
+    wanted = torch.randint(-127, 128, (7, 40), dtype=torch.int8)
+    scale = torch.rand(3000) * 3 + 0.01
+    exact = (wanted.double().numpy() @ values(codes, 40).T) * scale.double().numpy()
+    for k in (10, 2990):
+        scores, ids = asymmetric_topk(wanted, codes, k, scale=scale)
+        for q in range(7):
+            order = np.lexsort((np.arange(3000), -exact[q].astype(np.float32)))[:k]
+            np.testing.assert_array_equal(ids[q].numpy(), order)
+            np.testing.assert_allclose(scores[q].numpy(), exact[q, order], rtol=1e-6, atol=1e-6)
+
+
+def test_inverse_norms_make_a_cosine():
+    codes = pack_planes(torch.randn(400, 50), 2)
+    x = values(codes, 50)
+    x /= np.linalg.norm(x, axis=1, keepdims=True)
+    scale = inverse_norms(codes, 50)
+    scores, ids = symmetric_topk(codes[:9], codes, 400, dim=50, scale=scale)
+    cosines = np.take_along_axis(x[:9] @ x.T, ids.numpy(), 1)
+    np.testing.assert_allclose((scores * scale[:9, None]).numpy(), cosines, atol=1e-5)
+    assert ids[:, 0].tolist() == list(range(9))
+
+
 def test_planes():
     x = torch.randn(4000, 16, dtype=torch.float64)
     errors = []
@@ -308,6 +335,7 @@ def test_reference(isa):
         lambda: near_duplicate_counts(b, 3, max_results=2),
         lambda: asymmetric_topk(x, b, 9, filter=mask),
         lambda: symmetric_topk(a, b, 9, dim=20),
+        lambda: asymmetric_topk(x, b, 9, scale=2.0 ** torch.arange(60).remainder(5)),
     ]
     for call in calls:
         with use_backend("reference"):
@@ -328,7 +356,7 @@ def test_operator_contract():
     check_op("hamming_distance", codes[:3], codes)
     check_op("range_search", codes[:3], codes, 20, 4, bitmaps)
     check_op("range_search_csr", codes[:3], codes, 20, ids)
-    check_op("asymmetric_topk", torch.randn(3, 70), codes, 5, bitmaps)
+    check_op("asymmetric_topk", torch.randn(3, 70), codes, 5, bitmaps, torch.ones(40))
     with only_kernels("hamming_distance", "range_search", "range_search_csr", "asymmetric_topk"):
         hamming_distance(codes, codes)
         range_search(codes, codes, 3)
@@ -376,6 +404,16 @@ CODES, X = torch.zeros(3, 4, dtype=torch.uint8), torch.zeros(2, 32)
         (ValueError, "queries must be finite", lambda: asymmetric_topk(X * torch.nan, CODES, 1)),
         (ValueError, "k must be at least 0", lambda: asymmetric_topk(X, CODES, -1)),
         (TypeError, "queries must have dtype", lambda: asymmetric_topk(CODES, CODES, 1)),
+        (
+            ValueError,
+            "scale must have 3 values, one for each code, got 2",
+            lambda: asymmetric_topk(X, CODES, 1, scale=torch.ones(2)),
+        ),
+        (
+            ValueError,
+            "scale must be positive and finite",
+            lambda: asymmetric_topk(X, CODES, 1, scale=torch.zeros(3)),
+        ),
         (ValueError, "multiple of", lambda: symmetric_topk(CODES, CODES, 1, dim=99)),
         (ValueError, "bits must be between 1 and 4, got 5", lambda: pack_planes(X, 5)),
         (TypeError, "filter must have dtype", lambda: hamming_topk(CODES, CODES, 1, filter=X)),

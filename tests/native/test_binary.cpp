@@ -1,6 +1,7 @@
 #include <algorithm>
 
 #include "binary/binary.h"
+#include "binary/dense.h"
 #include "binary/scores.h"
 #include "binary/search.h"
 #include "native.h"
@@ -59,7 +60,7 @@ void check_scores(int64_t queries, int64_t rows, int64_t dim, int64_t planes, in
   std::vector<int64_t> ids(queries * k);
   const emblas::ScoreScan scan(wanted.data(), dim, queries, dim, bytes, k);
   const auto found = emblas::search(scan, {codes.data(), bytes, rows, bytes}, {}, kTwoParts);
-  emblas::write_topk<emblas::ScoreScan>(found, k, 0.0f, scores.data(), ids.data());
+  emblas::write_topk<emblas::ScoreKey>(found, k, 0.0f, scores.data(), ids.data());
   for (int64_t q = 0; q < queries; ++q) {
     std::vector<std::pair<float, int64_t>> all;
     for (int64_t r = 0; r < rows; ++r) {
@@ -112,6 +113,58 @@ NATIVE_TEST(range_search_with_filters) {
         }
         CHECK(found[q].keys.size() == count);
       }
+    }
+  }
+}
+
+NATIVE_TEST(dense_search_and_maxsim) {
+  const int64_t queries = 6, rows = 301, dim = 37, k = 9;
+  const auto wanted = native::random_values<float>(queries * dim, 1);
+  const auto random = native::random_values<float>(rows * dim, 2);
+  std::vector<int8_t> bytes(rows * dim);
+  for (size_t i = 0; i < bytes.size(); ++i) bytes[i] = int8_t(random[i] * 30);
+  const auto found =
+      emblas::dense_search<int8_t>({wanted.data(), dim, queries}, {bytes.data(), dim, rows, dim}, k,
+                                   emblas::Metric::dot, {}, kTwoParts);
+  std::vector<float> scores(queries * k);
+  std::vector<int64_t> ids(queries * k);
+  emblas::write_topk<emblas::ScoreKey>(found, k, 0.0f, scores.data(), ids.data());
+  const auto dot = [&](int64_t q, int64_t r, const auto* data) {
+    double total = 0;
+    for (int64_t i = 0; i < dim; ++i) {
+      total += double(wanted[q * dim + i]) * double(data[r * dim + i]);
+    }
+    return total;
+  };
+  for (int64_t q = 0; q < queries; ++q) {
+    int64_t better = 0;
+    for (int64_t r = 0; r < rows; ++r) better += dot(q, r, bytes.data()) > scores[q * k + k - 1];
+    CHECK(better == k - 1 || better == k);  // the k-th itself may round down
+    for (int64_t i = 0; i < k; ++i) {
+      CHECK_NEAR(scores[q * k + i], dot(q, ids[q * k + i], bytes.data()), 1e-3);
+    }
+  }
+  // The same vectors as tokens: two queries of 2 and 4 tokens, documents of 1, 0 and 300.
+  const std::vector<int32_t> query_offsets{0, 2, 6}, offsets{0, 1, 1, 301};
+  std::vector<float> totals(2 * 3);
+  std::vector<int32_t> argmax(queries * 3);
+  emblas::maxsim<float>({wanted.data(), query_offsets.data(), 2, queries, dim, random.data(), dim,
+                         offsets.data(), 3, totals.data(), argmax.data()},
+                        0, 3);
+  for (int b = 0; b < 2; ++b) {
+    for (int n = 0; n < 3; ++n) {
+      double total = 0;
+      for (int i = query_offsets[b]; i < query_offsets[b + 1]; ++i) {
+        double best = n == 1 ? 0 : -1e9;
+        for (int r = offsets[n]; r < offsets[n + 1]; ++r) {
+          best = std::max(best, dot(i, r, random.data()));
+        }
+        total += best;
+        const int32_t j = argmax[i * 3 + n];
+        CHECK(n == 1 ? j == -1 : j >= offsets[n] && j < offsets[n + 1]);
+        if (j >= 0) CHECK_NEAR(dot(i, j, random.data()), best, 1e-4);
+      }
+      CHECK_NEAR(totals[b * 3 + n], total, 1e-3);
     }
   }
 }

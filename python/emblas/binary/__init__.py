@@ -1,6 +1,7 @@
 """Bit codes: packing, straight-through training, exact search."""
 
 from emblas.binary import arrays, formats
+from emblas.binary.dense import Int8Quantizer, dense_topk, rescore, rescored_topk
 from emblas.binary.functions import (
     pack_planes,
     pack_sign,
@@ -8,36 +9,52 @@ from emblas.binary.functions import (
     unpack_planes,
     unpack_sign,
 )
+from emblas.binary.index import BinaryIndex
+from emblas.binary.late_interaction import maxsim, maxsim_topk
 from emblas.binary.modules import SignBinarizer
+from emblas.binary.recurrent import RecurrentBinarizer, recurrent_binary_loss
 from emblas.binary.rotation import HadamardRotation, LinearRotation, fit_itq, fit_threshold
 from emblas.binary.search import (
     asymmetric_topk,
     hamming_distance,
     hamming_topk,
+    inverse_norms,
     near_duplicate_counts,
     near_duplicates,
     range_search,
     range_search_csr,
     symmetric_topk,
 )
+from emblas.binary.storage import CorruptIndexError
 
 __all__ = [
+    "BinaryIndex",
+    "CorruptIndexError",
     "HadamardRotation",
+    "Int8Quantizer",
     "LinearRotation",
+    "RecurrentBinarizer",
     "SignBinarizer",
     "arrays",
     "asymmetric_topk",
+    "dense_topk",
     "fit_itq",
     "fit_threshold",
     "formats",
     "hamming_distance",
     "hamming_topk",
+    "inverse_norms",
+    "maxsim",
+    "maxsim_topk",
     "near_duplicate_counts",
     "near_duplicates",
     "pack_planes",
     "pack_sign",
     "range_search",
     "range_search_csr",
+    "recurrent_binary_loss",
+    "rescore",
+    "rescored_topk",
     "sign_ste",
     "symmetric_topk",
     "unpack_planes",

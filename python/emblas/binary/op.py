@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from emblas._op import Op, needs_grad, use_reference
+from emblas._op import Op, needs_grad, rows, use_reference
 from emblas.binary import reference
 
 
@@ -59,10 +59,52 @@ def _range_search_csr_fake(
 
 
 def _asymmetric_topk_fake(
-    queries: Tensor, codes: Tensor, k: int, filter: Tensor | None = None
+    queries: Tensor,
+    codes: Tensor,
+    k: int,
+    filter: Tensor | None = None,
+    scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     shape = (queries.shape[0], k)
     return queries.new_empty(shape), queries.new_empty(shape, dtype=torch.int64)
+
+
+def _dense_topk_fake(
+    queries: Tensor, documents: Tensor, k: int, metric: int, filter: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    return _asymmetric_topk_fake(queries, documents, k)
+
+
+def _gather_scores_fake(queries: Tensor, documents: Tensor, ids: Tensor, metric: int) -> Tensor:
+    return queries.new_empty(ids.shape)
+
+
+def _maxsim_fake(
+    queries: Tensor,
+    query_offsets: Tensor,
+    documents: Tensor,
+    document_offsets: Tensor,
+    dim: int,
+    need_argmax: bool,
+) -> tuple[Tensor, Tensor]:
+    dtype = torch.float64 if documents.dtype == torch.float64 else torch.float32
+    count = document_offsets.shape[0] - 1
+    tokens = queries.shape[0] if need_argmax else 0
+    return (
+        queries.new_empty(query_offsets.shape[0] - 1, count, dtype=dtype),
+        queries.new_empty(tokens, count, dtype=torch.int32),
+    )
+
+
+def _maxsim_backward_fake(
+    grad: Tensor,
+    queries: Tensor,
+    query_offsets: Tensor,
+    documents: Tensor,
+    document_offsets: Tensor,
+    argmax: Tensor,
+) -> tuple[Tensor, Tensor]:
+    return queries.new_empty(queries.shape), documents.new_empty(documents.shape)
 
 
 _pack_sign = Op(
@@ -95,6 +137,12 @@ _range_search_csr = Op(
 )
 _asymmetric_topk = Op(
     "asymmetric_topk", reference=reference.asymmetric_topk, fake=_asymmetric_topk_fake
+)
+_dense_topk = Op("dense_topk", reference=reference.dense_topk, fake=_dense_topk_fake)
+_gather_scores = Op("gather_scores", reference=reference.gather_scores, fake=_gather_scores_fake)
+_maxsim = Op("maxsim", reference=reference.maxsim, fake=_maxsim_fake, backward="maxsim_backward")
+_maxsim_backward = Op(
+    "maxsim_backward", reference=reference.maxsim_backward, fake=_maxsim_backward_fake
 )
 
 
@@ -215,9 +263,72 @@ def range_search_csr(
 
 
 def asymmetric_topk(
-    queries: Tensor, codes: Tensor, k: int, filter: Tensor | None
+    queries: Tensor, codes: Tensor, k: int, filter: Tensor | None, scale: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Search with checked arguments; see :func:`emblas.binary.asymmetric_topk`."""
     if use_reference():
-        return reference.asymmetric_topk(queries, codes, k, filter)
-    return _asymmetric_topk(queries, codes, k, filter)
+        return reference.asymmetric_topk(queries, codes, k, filter, scale)
+    return _asymmetric_topk(queries, codes, k, filter, scale)
+
+
+def dense_topk(
+    queries: Tensor, documents: Tensor, k: int, metric: int, filter: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Search with checked arguments; see :func:`emblas.binary.dense_topk`."""
+    if use_reference():
+        return reference.dense_topk(queries, documents, k, metric, filter)
+    return _dense_topk(queries, documents, k, metric, filter)
+
+
+def gather_scores(queries: Tensor, documents: Tensor, ids: Tensor, metric: int) -> Tensor:
+    """Score with checked arguments; see :func:`emblas.binary.rescore`."""
+    if use_reference():
+        return reference.gather_scores(queries, documents, ids, metric)
+    return _gather_scores(queries, documents, ids, metric)
+
+
+def _accumulated(x: Tensor) -> Tensor:
+    """Return a tensor of 16-bit values as float32, others as they are; contiguous."""
+    return (x.float() if x.dtype in (torch.bfloat16, torch.float16) else x).contiguous()
+
+
+class _MaxSim(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        queries: Tensor,
+        query_offsets: Tensor,
+        documents: Tensor,
+        document_offsets: Tensor,
+        dim: int,
+    ) -> Tensor:
+        wanted, given = _accumulated(queries), rows(documents)
+        scores, argmax = _maxsim(wanted, query_offsets, given, document_offsets, dim, True)
+        ctx.save_for_backward(queries, query_offsets, documents, document_offsets, argmax)
+        return scores
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor, None, None]:
+        queries, query_offsets, documents, document_offsets, argmax = ctx.saved_tensors
+        grad_queries, grad_documents = _maxsim_backward(
+            grad.contiguous(),
+            _accumulated(queries),
+            query_offsets,
+            _accumulated(documents),
+            document_offsets,
+            argmax,
+        )
+        return grad_queries.to(queries.dtype), None, grad_documents.to(documents.dtype), None, None
+
+
+def maxsim(
+    queries: Tensor, query_offsets: Tensor, documents: Tensor, document_offsets: Tensor, dim: int
+) -> Tensor:
+    """Score checked arguments; see :func:`emblas.binary.maxsim`."""
+    args = (queries, query_offsets, documents, document_offsets, dim)
+    if use_reference():
+        return reference.maxsim(*args, False)[0]
+    if documents.dtype != torch.uint8 and needs_grad(queries, documents):
+        return _MaxSim.apply(*args)
+    wanted = _accumulated(queries)
+    return _maxsim(wanted, query_offsets, rows(documents), document_offsets, dim, False)[0]

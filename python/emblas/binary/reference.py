@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -147,10 +149,96 @@ def plane_values(codes: Tensor, dim: int) -> Tensor:
 
 
 def asymmetric_topk(
-    queries: Tensor, codes: Tensor, k: int, filter: Tensor | None = None
+    queries: Tensor,
+    codes: Tensor,
+    k: int,
+    filter: Tensor | None = None,
+    scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Find the k rows of highest inner product with each query, by score and then by row."""
     scores = queries.double() @ plane_values(codes, queries.shape[1]).T
+    if scale is not None:
+        scores = scores * scale.double()
     found = allowed(filter, queries.shape[0], codes.shape[0], codes.device)
     best, ids = _nearest(-scores.float(), found, k, torch.inf)
     return -best, ids
+
+
+def _scores(queries: Tensor, documents: Tensor, metric: int) -> Tensor:
+    """Inner products, the same over the documents' lengths, or minus squared distances."""
+    queries, documents = queries.double(), documents.double()
+    dots = queries @ documents.T
+    squares = documents.square().sum(1)
+    if metric == 1:
+        return torch.where(squares > 0, dots / squares.sqrt(), 0.0)
+    if metric == 2:
+        return 2 * dots - squares - queries.square().sum(1)[:, None]
+    return dots
+
+
+def dense_topk(
+    queries: Tensor, documents: Tensor, k: int, metric: int, filter: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Find the k documents of highest score with each query, by score and then by row."""
+    scores = _scores(queries, documents, metric)
+    found = allowed(filter, queries.shape[0], documents.shape[0], documents.device)
+    best, ids = _nearest(-scores.float(), found, k, torch.inf)
+    return -best, ids
+
+
+def gather_scores(queries: Tensor, documents: Tensor, ids: Tensor, metric: int) -> Tensor:
+    """Scores of each query with its own documents; -inf for id -1."""
+    if documents.shape[0] == 0:
+        return torch.full(ids.shape, -torch.inf, device=ids.device)
+    scores = _scores(queries, documents, metric).gather(1, ids.clamp_min(0))
+    return scores.float().masked_fill(ids < 0, -torch.inf)
+
+
+def maxsim(
+    queries: Tensor,
+    query_offsets: Tensor,
+    documents: Tensor,
+    document_offsets: Tensor,
+    dim: int,
+    need_argmax: bool,
+) -> tuple[Tensor, Tensor]:
+    """Sum over query tokens of the largest product with a token of each document."""
+    dtype = torch.float64 if documents.dtype == torch.float64 else torch.float32
+    queries, documents = (
+        (unpack_bits(x)[:, :dim] * 2.0 - 1).to(dtype) if x.dtype == torch.uint8 else x.to(dtype)
+        for x in (queries, documents)
+    )
+    dots = queries @ documents.T
+    best, where = [], []
+    starts = document_offsets.tolist()
+    for first, last in itertools.pairwise(starts):
+        if first == last:
+            best.append(dots.new_zeros(len(dots)))
+            where.append(torch.full((len(dots),), -1, device=dots.device))
+        else:
+            largest = dots[:, first:last].max(1)
+            best.append(largest.values)
+            where.append(largest.indices + first)
+    tokens = torch.stack(best, 1) if best else dots.new_zeros(len(dots), 0)
+    argmax = torch.stack(where, 1).int() if where else dots.new_zeros(len(dots), 0).int()
+    owner = torch.repeat_interleave(query_offsets.diff())
+    scores = tokens.new_zeros(len(query_offsets) - 1, tokens.shape[1]).index_add(0, owner, tokens)
+    return scores, argmax if need_argmax else argmax[:0]
+
+
+def maxsim_backward(
+    grad: Tensor,
+    queries: Tensor,
+    query_offsets: Tensor,
+    documents: Tensor,
+    document_offsets: Tensor,
+    argmax: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of :func:`maxsim`: each best pair of tokens carries its document's."""
+    owner = torch.repeat_interleave(query_offsets.diff())
+    weights = grad[owner].masked_fill(argmax < 0, 0)  # (query tokens, documents)
+    if documents.shape[0] == 0:
+        return torch.zeros_like(queries), torch.zeros_like(documents)
+    pairs = torch.zeros(len(queries), len(documents), dtype=grad.dtype, device=grad.device)
+    pairs.scatter_add_(1, argmax.clamp_min(0).long(), weights)
+    return pairs @ documents, pairs.T @ queries

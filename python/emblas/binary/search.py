@@ -277,8 +277,39 @@ def near_duplicate_counts(
     return op.range_search(rows, rows, radius, max_results, None, True)
 
 
+def inverse_norms(codes: Tensor, dim: int) -> Tensor:
+    """One over the length of the values of each code: the ``scale`` of a cosine.
+
+    Codes of one plane all have length ``sqrt(dim)``; those of several differ.
+
+    Parameters
+    ----------
+    codes : Tensor
+        uint8 ``(N, bits * ceil(dim / 8))``, as :func:`pack_planes` makes them.
+    dim : int
+        Dimensions of the vectors.
+
+    Returns
+    -------
+    Tensor
+        float32 ``(N,)``.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As :func:`unpack_planes`.
+    """
+    parts = [unpack_planes(part, dim).norm(dim=1) for part in codes.split(1 << 16)]
+    return 1 / torch.cat(parts)
+
+
 def asymmetric_topk(
-    queries: Tensor, codes: Tensor, k: int, *, filter: Tensor | None = None
+    queries: Tensor,
+    codes: Tensor,
+    k: int,
+    *,
+    filter: Tensor | None = None,
+    scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Find the codes of highest inner product with real-valued queries, exactly.
 
@@ -295,6 +326,9 @@ def asymmetric_topk(
         Number of results per query, at least 0.
     filter : Tensor, optional
         As in :func:`hamming_topk`.
+    scale : Tensor, optional
+        float32 ``(N,)``, above 0 and finite: multiplies the scores of each code, before the best
+        are chosen. :func:`inverse_norms` ranks codes of several planes by cosine.
 
     Returns
     -------
@@ -323,12 +357,25 @@ def asymmetric_topk(
             f"{queries.shape[1]} dimensions, got {codes.shape[1]}"
         )
     _check_at_least("k", k, 0)
+    if scale is not None:
+        _op.check_tensor("scale", scale, ndim=1, dtypes=(torch.float32,), device=queries.device)
+        if scale.shape[0] != codes.shape[0]:
+            raise ValueError(
+                f"scale must have {codes.shape[0]} values, one for each code, got {scale.shape[0]}"
+            )
+        scale = scale.contiguous()
     allowed = _filter(filter, queries, codes.shape[0])
-    return op.asymmetric_topk(_op.rows(queries.float()), _op.rows(codes), k, allowed)
+    return op.asymmetric_topk(_op.rows(queries.float()), _op.rows(codes), k, allowed, scale)
 
 
 def symmetric_topk(
-    queries: Tensor, codes: Tensor, k: int, *, dim: int, filter: Tensor | None = None
+    queries: Tensor,
+    codes: Tensor,
+    k: int,
+    *,
+    dim: int,
+    filter: Tensor | None = None,
+    scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Find the multi-bit codes of highest inner product with query codes, exactly.
 
@@ -346,13 +393,14 @@ def symmetric_topk(
         Number of results per query, at least 0.
     dim : int
         Dimensions of the vectors.
-    filter : Tensor, optional
-        As in :func:`hamming_topk`.
+    filter, scale : Tensor, optional
+        As in :func:`asymmetric_topk`. Learned codes are compared by cosine: their ``scale`` is
+        :func:`inverse_norms`.
 
     Returns
     -------
     scores, ids : Tensor
-        As :func:`asymmetric_topk`; scores are exact multiples of ``4^(1 - bits)``.
+        As :func:`asymmetric_topk`; without ``scale``, exact multiples of ``4^(1 - bits)``.
 
     Raises
     ------
@@ -362,4 +410,4 @@ def symmetric_topk(
         If shapes or devices don't fit together, ``k`` is negative or an id doesn't exist.
     """
     _check_codes("queries", queries, "codes", codes)
-    return asymmetric_topk(unpack_planes(queries, dim), codes, k, filter=filter)
+    return asymmetric_topk(unpack_planes(queries, dim), codes, k, filter=filter, scale=scale)

@@ -1,0 +1,96 @@
+// The inner products of dots.h: kRows x kQueries pairs at a time, one vector of sums each.
+#include "binary/dots.h"
+#include "common/isa.h"
+#include "common/simd.h"
+
+namespace emblas {
+namespace {
+
+typedef int8_t vint8 __attribute__((vector_size(EMBLAS_VECTOR_BYTES / 4)));
+typedef vint8 vint8_unaligned __attribute__((aligned(1), may_alias));
+
+inline vfloat load(const int8_t* from) {
+  const vint8 bytes = *(const vint8_unaligned*)from;
+  return __builtin_convertvector(__builtin_convertvector(bytes, vint32), vfloat);
+}
+inline float to_accumulator(int8_t x) { return x; }
+
+constexpr int kQueries = 4;
+constexpr int kRows = EMBLAS_VECTOR_BYTES == 64 ? 4 : 2;  // what the registers hold
+
+template <class T>
+inline const T* row_of(const DotsArgs<T>& args, int64_t i) {
+  return args.data + (args.rows ? args.rows[i] : i) * args.stride;
+}
+
+template <int queries, int rows, class T>
+inline void some(const DotsArgs<T>& args, int64_t q0, int64_t r0) {
+  using V = Vector<T>;
+  constexpr int lanes = kLanes<T>;
+  const Accumulator<T>* query[queries];
+  const T* row[rows];
+  for (int q = 0; q < queries; ++q) query[q] = args.queries + (q0 + q) * args.query_stride;
+  for (int r = 0; r < rows; ++r) row[r] = row_of(args, r0 + r);
+  V total[queries][rows] = {};
+  int64_t i = 0;
+  for (; i + lanes <= args.dim; i += lanes) {
+    V values[rows];
+    for (int r = 0; r < rows; ++r) values[r] = load(row[r] + i);
+    for (int q = 0; q < queries; ++q) {
+      const V wanted = load(query[q] + i);
+      for (int r = 0; r < rows; ++r) total[q][r] += wanted * values[r];
+    }
+  }
+  for (int q = 0; q < queries; ++q) {
+    for (int r = 0; r < rows; ++r) {
+      Accumulator<T> result = sum(total[q][r]);
+      for (int64_t j = i; j < args.dim; ++j) result += query[q][j] * to_accumulator(row[r][j]);
+      args.dots[(q0 + q) * args.count + r0 + r] = result;
+    }
+  }
+}
+
+template <class T>
+void dots(const DotsArgs<T>& args) {
+  int64_t q = 0;
+  for (; q + kQueries <= args.query_count; q += kQueries) {
+    int64_t r = 0;
+    for (; r + kRows <= args.count; r += kRows) some<kQueries, kRows>(args, q, r);
+    for (; r < args.count; ++r) some<kQueries, 1>(args, q, r);
+  }
+  for (; q < args.query_count; ++q) {
+    int64_t r = 0;
+    for (; r + kRows <= args.count; r += kRows) some<1, kRows>(args, q, r);
+    for (; r < args.count; ++r) some<1, 1>(args, q, r);
+  }
+}
+
+template <class T>
+void squares(const DotsArgs<T>& args, Accumulator<T>* out) {
+  constexpr int lanes = kLanes<T>;
+  for (int64_t r = 0; r < args.count; ++r) {
+    const T* row = row_of(args, r);
+    Vector<T> total = {};
+    int64_t i = 0;
+    for (; i + lanes <= args.dim; i += lanes) {
+      const Vector<T> values = load(row + i);
+      total += values * values;
+    }
+    out[r] = sum(total);
+    for (; i < args.dim; ++i) out[r] += to_accumulator(row[i]) * to_accumulator(row[i]);
+  }
+}
+
+}  // namespace
+
+template <>
+const DotsKernels& table_of<DotsKernels, Isa::EMBLAS_ISA>() {
+  static constexpr DotsKernels table{{{dots<float>, squares<float>},
+                                      {dots<double>, squares<double>},
+                                      {dots<bfloat16>, squares<bfloat16>},
+                                      {dots<float16>, squares<float16>}},
+                                     {dots<int8_t>, squares<int8_t>}};
+  return table;
+}
+
+}  // namespace emblas
