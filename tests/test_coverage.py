@@ -15,7 +15,9 @@ CU = packed((3, 5))
 # One call through the public front door for each forward operator.
 CALLS = {
     "segment_pool": lambda: segment_pool(torch.randn(8, 4, requires_grad=True), CU),
-    "varlen_attention": lambda: varlen_attention(*[torch.randn(8, 1, 16)] * 3, CU, CU, 5, 5),
+    "varlen_attention": lambda: varlen_attention(
+        *[torch.randn(8, 1, 16, requires_grad=True)] * 3, CU, CU, 5, 5
+    ),
     "pack_sign": lambda: pack_sign(torch.randn(2, 9)),
     "hamming_topk": lambda: hamming_topk(*[torch.zeros(2, 3, dtype=torch.uint8)] * 2, 1),
     "hash_bag": lambda: HashEmbedding(10, 4, seed=1)(torch.arange(5)),
@@ -26,7 +28,6 @@ NO_GRADIENT = {
     "pack_sign": "bits",
     "hamming_topk": "integers",
     "hash_keys": "integers",
-    "varlen_attention": "forward only in this version",
 }
 NO_GPU_KERNEL = "GPU tensors take the reference in this version, with a warning"
 
