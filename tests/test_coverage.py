@@ -46,7 +46,9 @@ CALLS = {
     "segment_max": lambda: segment_pool(torch.randn(8, 4, requires_grad=True), CU, "max"),
     "segment_gem": lambda: segment_pool(torch.randn(8, 4, requires_grad=True), CU, "gem"),
     "finish": lambda: Matryoshka([3, 4])(torch.randn(8, 4, requires_grad=True))[0],
-    "varlen_attention": lambda: varlen_attention(*[torch.randn(8, 1, 16)] * 3, CU, CU, 5, 5),
+    "varlen_attention": lambda: varlen_attention(
+        *[torch.randn(8, 1, 16, requires_grad=True)] * 3, CU, CU, 5, 5
+    ),
     "maxsim": lambda: maxsim(*[torch.randn(8, 4, requires_grad=True)] * 2, CU, CU),
     "pack_sign": lambda: pack_sign(torch.randn(2, 9)),
     "hadamard_rotate": lambda: HadamardRotation(9)(torch.randn(2, 9, requires_grad=True)),
@@ -76,7 +78,6 @@ NO_GRADIENT = {
     "hash_keys": "integers",
     "compose_bag_backward_rows": "a gradient itself",
     "compose_bag_update_": "a gradient's use",
-    "varlen_attention": "forward only in this version",
 }
 # Operators whose GPU tensors take the reference, with a warning, and why.
 NO_TRITON: dict[str, str] = {}

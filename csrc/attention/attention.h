@@ -1,16 +1,35 @@
 // Packed attention: every query attends to the keys of its own sequence, in one pass over them.
 //
-//   s_ij  = scale q_i . k_j                      for the keys j that query i may see, head by head
+//   s_ij  = cap(scale q_i . k_j) + bias_ij       for the keys j that query i may see, head by head
 //   lse_i = log sum_j exp(s_ij)
-//   out_i = sum_j exp(s_ij - lse_i) v_j          (zero, with lse_i = -inf, where i sees no key)
+//   p_ij  = exp(s_ij - lse_i)
+//   out_i = sum_j p_ij v_j                       (zero, with lse_i = -inf, where i sees no key)
 //
 // Positions are counted within the sequence and aligned at its end, so that a chunk of queries may
 // stand for the last tokens: p_i = i + (keys - queries). A window (left, right) lets query i see
 // the keys p_i - left <= j <= p_i + right; causal attention is right = 0. With fewer key heads than
 // query heads, query head h reads key head h / (query heads / key heads).
 //
-// Cost: 4 d flops for each pair (query, key) that is seen, and one exponential. Scores live in a
-// cache-sized block; nothing of size (queries, keys) is made, so arithmetic is the only limit.
+// Masks (ScoreArgs) open and close further pairs; the left radius always holds. A prefix opens its
+// keys to every query, and a block id its own tokens to each other, past the right radius
+// (prefix-LM, images in a causal sequence). A branch closes its keys to all other branches:
+// sequences that share one context, of branch -1.
+//
+// cap(x) = c tanh(x / c), and bias_ij depends on the distance j - p_i:
+// -slope_h |j - p_i| (ALiBi), and a table b_h[j - p_i] that is constant beyond its ends (T5).
+//
+// Backward, from q, k, v, out and lse, with g_i = d loss / d out_i and l_i = d loss / d lse_i:
+//
+//   D_i   = out_i . g_i - l_i
+//   ds_ij = p_ij (v_j . g_i - D_i)
+//   dq_i  = scale sum_j ds_ij k_j      dk_j = scale sum_i ds_ij q_i      dv_j = sum_i p_ij g_i
+//   db_h[x] = sum of ds_ij over all j - p_i = x
+//
+// (with ds_ij times cap'(scale q_i . k_j) in dq and dk).
+//
+// Cost: 4 d flops forward and 10 d backward for each pair (query, key) that is seen, and one
+// exponential. Scores live in a cache-sized block; nothing of size (queries, keys) is made, so
+// arithmetic is the only limit.
 #pragma once
 
 #include <cstdint>
@@ -32,22 +51,40 @@ struct HeadVectors {
   }
 };
 
+// What scores are made of beside q . k, and who sees whom beside the windows. All optional.
+template <class A>
+struct ScoreArgs {
+  A softcap = 0;                    // c; 0: none
+  const A* alibi_slopes = nullptr;  // of the heads, alibi_stride apart from sequence to sequence
+  int64_t alibi_stride = 0;
+  const A* distance_bias = nullptr;  // [heads][2 radius + 1], the middle is distance 0
+  int64_t distance_radius = 0;
+  const int32_t* prefix_len = nullptr;  // [sequences]
+  const int32_t* branch = nullptr;      // [tokens of k]
+  const int32_t* block_ids = nullptr;   // [tokens of k]; negative: in no block
+
+  bool biased() const { return alibi_slopes || distance_bias; }
+  bool masked() const { return prefix_len || branch || block_ids; }
+  bool plain() const { return softcap == 0 && !biased() && !masked(); }
+};
+
 template <class T>
 struct VarlenAttentionArgs {
   HeadVectors<const T> q, k, v;
-  HeadVectors<T> out;
-  Accumulator<T>* lse;  // [heads][tokens], rows lse_stride apart; may be null
+  HeadVectors<T> out;   // backward reads it
+  Accumulator<T>* lse;  // [heads][tokens], rows lse_stride apart; null: forward drops it
   int64_t lse_stride;
   int64_t heads;            // of q and out
   int64_t heads_per_group;  // query heads that share one key head
-  int64_t head_dim;         // a multiple of 8, from kMinHeadDim to kMaxHeadDim
+  int64_t head_dim;         // of q and k, 1 to kMaxHeadDim
+  int64_t value_dim;        // of v and out, 1 to kMaxHeadDim
   const int32_t* cu_seqlens_q;
   const int32_t* cu_seqlens_k;
   Accumulator<T> scale;
   int64_t window_left, window_right;  // keys seen on either side of p_i; negative: all
+  ScoreArgs<Accumulator<T>> scores = {};
 };
 
-inline constexpr int64_t kMinHeadDim = 16;  // lanes of the widest vector
 inline constexpr int64_t kMaxHeadDim = 256;
 
 template <class T>
@@ -62,12 +99,28 @@ struct VarlenAttention {
                   Accumulator<T>* scratch);
 };
 
-struct AttentionKernels {
-  VarlenAttention<float> float32;
-  VarlenAttention<double> float64;
-
-  const VarlenAttention<float>& of(float) const { return float32; }
-  const VarlenAttention<double>& of(double) const { return float64; }
+template <class T>
+struct VarlenAttentionBackwardArgs {
+  VarlenAttentionArgs<T> forward;
+  HeadVectors<const T> grad_out;
+  const Accumulator<T>* grad_lse;  // like lse; null: zero
+  HeadVectors<T> grad_q, grad_k, grad_v;
+  // The sums of ds_ij by distance of each sequence alone, [heads][tokens of q and k]: those of
+  // sequence b start at cu_seqlens_q[b] + cu_seqlens_k[b], with distance 1 - keys. Null: unwanted.
+  Accumulator<T>* distance_sums = nullptr;
+  int64_t distance_sums_stride = 0;
 };
+
+template <class T>
+struct VarlenAttentionBackward {
+  // Accumulators of scratch, 64-byte aligned, for sequences of at most `keys` keys.
+  int64_t (*scratch_size)(const VarlenAttentionBackwardArgs<T>&, int64_t keys);
+  // Key heads [first, last) of one sequence, each with its group of query heads.
+  void (*backward)(const VarlenAttentionBackwardArgs<T>&, int64_t sequence, int64_t first,
+                   int64_t last, Accumulator<T>* scratch);
+};
+
+using AttentionKernels = ByDtype<VarlenAttention>;
+using AttentionBackwardKernels = ByDtype<VarlenAttentionBackward>;
 
 }  // namespace emblas

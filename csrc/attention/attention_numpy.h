@@ -19,31 +19,34 @@ py::array varlen_attention_array(const Array<T>& q, const Array<T>& k, const Arr
   const int64_t tokens = q.shape(0), heads = q.shape(1), head_dim = q.shape(2);
   const int64_t key_tokens = k.shape(0), key_heads = k.shape(1);
   const int64_t batch = cu_seqlens_q.shape(0) - 1;
-  check_array(head_dim % 8 == 0 && head_dim >= kMinHeadDim && head_dim <= kMaxHeadDim,
-              "head_dim must be a multiple of 8 from 16 to 256, got " + std::to_string(head_dim));
-  check_array(k.shape(2) == head_dim && v.shape(2) == head_dim && v.shape(0) == key_tokens &&
-                  v.shape(1) == key_heads,
-              "k and v must have one shape and the head_dim of q");
+  const int64_t value_dim = v.shape(2);
+  check_array(
+      head_dim >= 1 && head_dim <= kMaxHeadDim && value_dim >= 1 && value_dim <= kMaxHeadDim,
+      "head_dim must be from 1 to 256, got " + std::to_string(head_dim) + " and " +
+          std::to_string(value_dim) + " for v");
+  check_array(k.shape(2) == head_dim && v.shape(0) == key_tokens && v.shape(1) == key_heads,
+              "k must have the head_dim of q, and v the tokens and heads of k");
   check_array(key_heads > 0 && heads % key_heads == 0,
               "the heads of q must be a multiple of the heads of k");
   check_array(batch >= 0 && cu_seqlens_k.shape(0) == batch + 1,
               "cu_seqlens_q and cu_seqlens_k must have the same length, at least 1");
-  Array<T> out({tokens, heads, head_dim});
+  Array<T> out({tokens, heads, value_dim});
   constexpr int64_t widest = int64_t(1) << 32;
-  const VarlenAttentionArgs<T> args{{q.data(), heads * head_dim, head_dim},
-                                    {k.data(), key_heads * head_dim, head_dim},
-                                    {v.data(), key_heads * head_dim, head_dim},
-                                    {out.mutable_data(), heads * head_dim, head_dim},
-                                    nullptr,
-                                    tokens,
-                                    heads,
-                                    heads / key_heads,
-                                    head_dim,
-                                    cu_seqlens_q.data(),
-                                    cu_seqlens_k.data(),
-                                    T(softmax_scale),
-                                    std::min(window_left, widest),
-                                    std::min(window_right, widest)};
+  const VarlenAttentionArgs<T> args{.q = {q.data(), heads * head_dim, head_dim},
+                                    .k = {k.data(), key_heads * head_dim, head_dim},
+                                    .v = {v.data(), key_heads * value_dim, value_dim},
+                                    .out = {out.mutable_data(), heads * value_dim, value_dim},
+                                    .lse = nullptr,
+                                    .lse_stride = tokens,
+                                    .heads = heads,
+                                    .heads_per_group = heads / key_heads,
+                                    .head_dim = head_dim,
+                                    .value_dim = value_dim,
+                                    .cu_seqlens_q = cu_seqlens_q.data(),
+                                    .cu_seqlens_k = cu_seqlens_k.data(),
+                                    .scale = T(softmax_scale),
+                                    .window_left = std::min(window_left, widest),
+                                    .window_right = std::min(window_right, widest)};
   {
     const py::gil_scoped_release unlocked;
     const char* message =

@@ -5,8 +5,17 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from contract import check_compiled, check_op, check_threads, only_kernels, packed, tolerance
+from contract import (
+    check_compiled,
+    check_gradients,
+    check_op,
+    check_threads,
+    only_kernels,
+    packed,
+    tolerance,
+)
 from emblas import use_backend
+from emblas._op import FLOATS
 from emblas.attention import PackedSelfAttention, arrays, varlen_attention
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,7 +25,7 @@ LENGTHS = (0, 5, 1, 0, 70, 200, 17, 0)
 
 def oracle(q, k, v, cu_q, cu_k, scale=None, left=-1, right=-1):
     """The definition, one query and head at a time in effect, in float64."""
-    out = torch.zeros(q.shape, dtype=torch.float64)
+    out = torch.zeros(*q.shape[:2], v.shape[2], dtype=torch.float64)
     lse = torch.full((q.shape[1], q.shape[0]), -torch.inf, dtype=torch.float64)
     groups = q.shape[1] // k.shape[1]
     scale = q.shape[2] ** -0.5 if scale is None else scale
@@ -50,15 +59,23 @@ def check(q, k, v, cu_q, cu_k, **kwargs):
     )
     limit = tolerance(q.dtype, 200)
     torch.testing.assert_close(out.double(), expected, **limit)
+    limit = tolerance(lse.dtype, 200)
     torch.testing.assert_close(lse.double(), expected_lse, **limit)
 
 
-@pytest.mark.parametrize("dim", [16, 24, 32, 40, 64, 128, 256])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("dim", [1, 16, 17, 24, 32, 40, 64, 128, 256])
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_equals_oracle(isa, dim, dtype):
     cu = packed((0, 5, 1, 0, 70, 33))
     q, k, v = (heads(109, 2, dim, dtype) for _ in range(3))
     check(q, k, v, cu, cu)
+
+
+def test_values_of_another_width(isa):
+    cu = packed((5, 70))
+    q, k = heads(75, 2, 48), heads(75, 1, 48)
+    for value_dim in (1, 30, 64):
+        check(q, k, heads(75, 1, value_dim), cu, cu)
 
 
 def test_long_sequences(isa):
@@ -151,6 +168,114 @@ def test_reference():
         check(q, k, v, cu, cu, window=(3, 4))
 
 
+def test_gradients(isa):
+    """float64, against finite differences: grouped heads, other widths of v, windows, lse."""
+    cu_q, cu_k = packed((3, 0, 5, 1)), packed((4, 2, 3, 0))
+    q, k, v = heads(9, 4, 8), heads(9, 2, 8), heads(9, 2, 5)
+    names = ("varlen_attention", "varlen_attention_backward")
+    for kwargs in ({}, {"causal": True}, {"window_size": (1, 1)}, {"return_lse": True}):
+
+        def attend(q, k, v, kwargs=kwargs):
+            result = varlen_attention(q, k, v, cu_q, cu_k, 5, 4, **kwargs)
+            if "return_lse" not in kwargs:
+                return result
+            out, lse = result
+            return out, torch.where(lse == -torch.inf, 0, lse)
+
+        check_gradients(attend, [q, k, v], names)
+
+
+def gradients(function, *inputs):
+    leaves = [x.detach().clone().requires_grad_() for x in inputs]
+    out = function(*leaves)
+    torch.manual_seed(7)
+    return torch.autograd.grad(out, leaves, torch.randn(out.shape).to(out.dtype))
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize(("dim", "value_dim"), [(32, 32), (64, 16), (24, 40), (17, 100)])
+def test_backward_equals_reference(isa, dtype, dim, value_dim):
+    cu = packed((0, 5, 1, 200, 0, 49))
+    q, k, v = heads(255, 4, dim, dtype), heads(255, 2, dim, dtype), heads(255, 2, value_dim, dtype)
+
+    def attend(q, k, v):
+        return varlen_attention(q, k, v, cu, cu, 200, 200, window_size=(-1, 150))
+
+    actual = gradients(attend, q, k, v)
+    with use_backend("reference"):
+        expected = gradients(attend, *(x.double() for x in (q, k, v)))
+    limit = tolerance(dtype, 200)
+    for a, e in zip(actual, expected, strict=True):
+        assert a.dtype == dtype
+        torch.testing.assert_close(a.double(), e, rtol=4 * limit["rtol"], atol=8 * limit["atol"])
+
+
+def test_gradients_of_layouts(isa):
+    """Views of one projection give the gradient that contiguous copies give."""
+    cu, qkv = packed((30, 20)), torch.randn(50, 3, 4, 32)
+
+    def attend(q, k, v):
+        return varlen_attention(q, k, v, cu, cu, 30, 30)
+
+    expected = gradients(attend, *qkv.unbind(1))
+    (fused,) = gradients(lambda qkv: attend(*qkv.unbind(1)), qkv)
+    assert torch.equal(fused, torch.stack(expected, 1))
+
+
+def test_no_neighbour_and_no_batch_in_the_bits_of_gradients(isa):
+    cu = packed((50, 33, 80))
+    inputs = [heads(163, n, 32) for n in (4, 2, 2)]
+    grad = torch.randn(163, 4, 32)
+
+    def run(cu, longest, grad, *inputs):
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        out = varlen_attention(*leaves, cu, cu, longest, longest)
+        return torch.autograd.grad(out, leaves, grad)
+
+    middle = slice(50, 83)
+    alone = run(packed((33,)), 33, grad[middle], *(x[middle] for x in inputs))
+    for x in inputs:
+        x[:50], x[83:] = torch.nan, torch.inf
+    together = run(cu, 80, grad, *inputs)
+    for a, b in zip(alone, together, strict=True):
+        assert torch.equal(a, b[middle])
+
+
+def test_gradients_have_the_same_bits_for_any_thread_count(isa):
+    cu = packed((300, 0, 3, 120))
+    inputs = [heads(423, n, 32) for n in (4, 2, 2)]
+    check_threads(lambda: gradients(lambda *x: varlen_attention(*x, cu, cu, 300, 300), *inputs))
+
+
+def test_gradients_of_empty_sets_are_zero():
+    q, k = heads(3, 2, 32), heads(4, 2, 32)  # queries without keys, keys without queries
+    for grad in gradients(
+        lambda q, k, v: varlen_attention(q, k, v, packed((3, 0)), packed((0, 4)), 3, 4), q, k, k
+    ):
+        assert torch.equal(grad, torch.zeros_like(grad))
+
+
+def test_memory_is_linear():
+    """32k tokens: one row of scores per query would be 4 GiB."""
+    cu = packed((32768,))
+    q, k, v = (heads(32768, 1, 16) for _ in range(3))
+    actual = gradients(
+        lambda q, k, v: varlen_attention(q, k, v, cu, cu, 32768, 32768, window_size=(8, 8)), q, k, v
+    )
+    part = slice(0, 100)  # what the first sixty tokens give doesn't reach beyond
+    cu = packed((100,))
+
+    def attend(q, k, v):
+        return varlen_attention(q, k, v, cu, cu, 100, 100, window_size=(8, 8))
+
+    leaves = [x[part].clone().requires_grad_() for x in (q, k, v)]
+    torch.manual_seed(7)
+    grad = torch.randn(32768, 1, 16)[part]
+    expected = torch.autograd.grad(attend(*leaves), leaves, grad)
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a[:60], e[:60], rtol=1e-5, atol=1e-5)
+
+
 def test_equals_torch():
     cu = packed((64, 100))
     q, k, v = (heads(164, 4, 64) for _ in range(3))
@@ -166,11 +291,15 @@ def test_equals_torch():
 
 
 def test_operator_contract():
-    cu, q, k = packed((9, 0, 20)), heads(29, 4, 32), heads(29, 2, 32)
+    cu, q, k, v = packed((9, 0, 20)), heads(29, 4, 32), heads(29, 2, 32), heads(29, 2, 24)
     for return_lse in (False, True):
-        check_op("varlen_attention", q, k, k, cu, cu, 20, 20, 0.2, -1, 3, return_lse)
-    with only_kernels("varlen_attention"):
-        varlen_attention(q, k, k, cu, cu, 20, 20)
+        check_op("varlen_attention", q, k, v, cu, cu, 20, 20, 0.2, -1, 3, return_lse)
+    out, lse = torch.ops.emblas.varlen_attention(q, k, v, cu, cu, 20, 20, 0.2, -1, 3, True)
+    for grad_lse in (None, torch.ones_like(lse)):
+        check_op("varlen_attention_backward", torch.ones_like(out), grad_lse, q, k, v, out, lse, cu,
+                 cu, 20, 20, 0.2, -1, 3)  # fmt: skip
+    with only_kernels("varlen_attention", "varlen_attention_backward"):
+        varlen_attention(q.requires_grad_(), k, v, cu, cu, 20, 20).sum().backward()
 
 
 def test_compiled():
@@ -182,6 +311,7 @@ def test_compiled():
         for lengths in ((3, 4), (5, 0, 9), (2, 2, 2, 40), (8, 30, 11))
     ]
     check_compiled(attend, calls, backward=False)
+    check_compiled(attend, calls, backward=True)
 
 
 def test_module():
@@ -224,21 +354,21 @@ def call(q=Q, k=Q, v=Q, cu_q=CU, cu_k=CU, **kwargs):
     ("error", "message", "kwargs"),
     [
         (TypeError, "q must be a torch.Tensor", {"q": [1.0]}),
-        (TypeError, "q must have dtype float32, float64", {"q": Q.bfloat16()}),
+        (TypeError, "q must have dtype float32, float64", {"q": Q.long()}),
         (TypeError, "k must have the dtype of q", {"k": Q.double()}),
         (ValueError, "v must have 3 dimensions", {"v": Q[0]}),
         (ValueError, "k must be on the device of q", {"k": Q.to("meta")}),
-        (ValueError, "head_dim must be a multiple of 8", {"q": Q[:, :, :20]}),
-        (ValueError, "k and v must have one shape", {"v": Q[:3]}),
+        (ValueError, "head_dim of q must be from 1 to 256", {"q": torch.zeros(4, 2, 257)}),
+        (ValueError, "head_dim of v must be from 1 to 256", {"v": Q[:, :, :0]}),
+        (ValueError, "k must have the head_dim of q", {"q": Q[:, :, :20]}),
+        (ValueError, "k and v must have the same tokens and heads", {"v": Q[:3]}),
         (ValueError, "heads of q must be a multiple", {"q": Q[:, :1]}),
         (ValueError, "cu_seqlens_q must start at 0", {"cu_q": packed((3,))}),
         (ValueError, "cu_seqlens_k must start at 0", {"cu_k": packed((5,))}),
         (ValueError, "must have the same length, got 2 and 3", {"cu_k": packed((2, 2))}),
         (ValueError, "window_size must hold radii", {"window_size": (-2, 0)}),
         (NotImplementedError, "no dropout_p", {"dropout_p": 0.1}),
-        (NotImplementedError, "no softcap", {"softcap": 1.0}),
-        (NotImplementedError, "no alibi_slopes", {"alibi_slopes": torch.ones(2)}),
-        (NotImplementedError, "no gradient", {"q": Q.clone().requires_grad_()}),
+        (ValueError, "softcap must not be negative", {"softcap": -1.0}),
     ],
 )
 def test_bad_arguments(error, message, kwargs):

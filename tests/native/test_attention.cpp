@@ -5,68 +5,172 @@
 namespace {
 
 template <class T>
-void check_attention(int64_t dim, int64_t window, double limit) {
+T* aligned(std::vector<T>& memory) {
+  T* data = memory.data();
+  while (reinterpret_cast<uintptr_t>(data) % 64) ++data;
+  return data;
+}
+
+// Forward and backward beside the definition; grouped heads, values of another width.
+template <class T>
+void check_attention(int64_t dim, int64_t value_dim, int64_t window, double limit) {
   const std::vector<int32_t> cu_seqlens{0, 0, 3, 4, 75};
-  const int64_t batch = 4, tokens = 75, heads = 2, size = tokens * heads * dim;
-  const auto q = native::random_values<T>(size, 1), k = native::random_values<T>(size, 2),
-             v = native::random_values<T>(size, 3);
-  std::vector<T> out(size), lse(heads * tokens);
+  const int64_t batch = 4, tokens = 75, heads = 2;
+  const auto q = native::random_values<T>(tokens * heads * dim, 1);
+  const auto k = native::random_values<T>(tokens * dim, 2);
+  const auto v = native::random_values<T>(tokens * value_dim, 3);
+  const auto grad_out = native::random_values<T>(tokens * heads * value_dim, 4);
+  const auto grad_lse = native::random_values<T>(heads * tokens, 5);
+  std::vector<T> out(grad_out.size()), lse(heads * tokens), grad_q(q.size()), grad_k(k.size()),
+      grad_v(v.size());
   const T scale = T(1 / std::sqrt(double(dim)));
-  const int64_t row = heads * dim;
-  const emblas::VarlenAttentionArgs<T> args{{q.data(), row, dim},
-                                            {k.data(), row, dim},
-                                            {v.data(), row, dim},
-                                            {out.data(), row, dim},
-                                            lse.data(),
-                                            tokens,
-                                            heads,
-                                            1,
-                                            dim,
-                                            cu_seqlens.data(),
-                                            cu_seqlens.data(),
-                                            scale,
-                                            window,
-                                            window};
-  const auto& kernel = emblas::kernels<emblas::AttentionKernels>().of(T{});
-  std::vector<T> scratch(kernel.scratch_size + 64);
-  T* aligned = scratch.data();
-  while (reinterpret_cast<uintptr_t>(aligned) % 64) ++aligned;
+  const emblas::VarlenAttentionBackwardArgs<T> args{
+      .forward = {.q = {q.data(), heads * dim, dim},
+                  .k = {k.data(), dim, dim},
+                  .v = {v.data(), value_dim, value_dim},
+                  .out = {out.data(), heads * value_dim, value_dim},
+                  .lse = lse.data(),
+                  .lse_stride = tokens,
+                  .heads = heads,
+                  .heads_per_group = heads,
+                  .head_dim = dim,
+                  .value_dim = value_dim,
+                  .cu_seqlens_q = cu_seqlens.data(),
+                  .cu_seqlens_k = cu_seqlens.data(),
+                  .scale = scale,
+                  .window_left = window,
+                  .window_right = window},
+      .grad_out = {grad_out.data(), heads * value_dim, value_dim},
+      .grad_lse = grad_lse.data(),
+      .grad_q = {grad_q.data(), heads * dim, dim},
+      .grad_k = {grad_k.data(), dim, dim},
+      .grad_v = {grad_v.data(), value_dim, value_dim}};
+  const auto& forward = emblas::kernels<emblas::AttentionKernels>().of(T{});
+  const auto& backward = emblas::kernels<emblas::AttentionBackwardKernels>().of(T{});
+  std::vector<T> scratch(forward.scratch_size + backward.scratch_size(args, tokens) + 64);
   for (int64_t b = 0; b < batch; ++b) {
     const int64_t length = cu_seqlens[b + 1] - cu_seqlens[b];
-    kernel.forward(args, b, 0, heads * ((length + kernel.tile_queries - 1) / kernel.tile_queries),
-                   aligned);
+    forward.forward(args.forward, b, 0,
+                    heads * ((length + forward.tile_queries - 1) / forward.tile_queries),
+                    aligned(scratch));
+    backward.backward(args, b, 0, 1, aligned(scratch));
   }
+
+  std::vector<double> expected_q(q.size()), expected_k(k.size()), expected_v(v.size());
   for (int64_t b = 0; b < batch; ++b) {
     const int64_t begin = cu_seqlens[b], end = cu_seqlens[b + 1];
     for (int64_t i = begin; i < end; ++i) {
       for (int64_t h = 0; h < heads; ++h) {
-        std::vector<double> expected(dim);
-        double total = 0;
+        const T* const query = &q[(i * heads + h) * dim];
+        const T* const gradient = &grad_out[(i * heads + h) * value_dim];
+        std::vector<double> weight(tokens), expected(value_dim);
+        double total = 0, along = -double(grad_lse[h * tokens + i]);
         for (int64_t j = begin; j < end; ++j) {
           if (window >= 0 && std::abs(i - j) > window) continue;
           double score = 0;
-          for (int64_t c = 0; c < dim; ++c) {
-            score += double(q[i * row + h * dim + c]) * k[j * row + h * dim + c];
-          }
-          const double weight = std::exp(score * scale);
-          total += weight;
-          for (int64_t c = 0; c < dim; ++c) expected[c] += weight * v[j * row + h * dim + c];
+          for (int64_t c = 0; c < dim; ++c) score += double(query[c]) * k[j * dim + c];
+          total += weight[j] = std::exp(score * scale);
         }
-        for (int64_t c = 0; c < dim; ++c) {
-          CHECK_NEAR(out[i * row + h * dim + c], expected[c] / total, limit);
+        for (int64_t j = begin; j < end; ++j) {
+          weight[j] /= total;
+          for (int64_t c = 0; c < value_dim; ++c) expected[c] += weight[j] * v[j * value_dim + c];
+        }
+        for (int64_t c = 0; c < value_dim; ++c) {
+          CHECK_NEAR(out[(i * heads + h) * value_dim + c], expected[c], limit);
+          along += expected[c] * gradient[c];
         }
         CHECK_NEAR(lse[h * tokens + i], std::log(total), limit);
+        for (int64_t j = begin; j < end; ++j) {
+          double ds = -along;
+          for (int64_t c = 0; c < value_dim; ++c) {
+            ds += double(gradient[c]) * v[j * value_dim + c];
+            expected_v[j * value_dim + c] += weight[j] * gradient[c];
+          }
+          ds *= weight[j] * scale;
+          for (int64_t c = 0; c < dim; ++c) {
+            expected_q[(i * heads + h) * dim + c] += ds * k[j * dim + c];
+            expected_k[j * dim + c] += ds * query[c];
+          }
+        }
       }
     }
   }
+  for (size_t i = 0; i < q.size(); ++i) CHECK_NEAR(grad_q[i], expected_q[i], 8 * limit);
+  for (size_t i = 0; i < k.size(); ++i) CHECK_NEAR(grad_k[i], expected_k[i], 8 * limit);
+  for (size_t i = 0; i < v.size(); ++i) CHECK_NEAR(grad_v[i], expected_v[i], 8 * limit);
+}
+
+// Masks, biases and softcap stay in bounds at the edges of blocks and tiles; what they compute is
+// checked from Python.
+template <class T>
+void check_shaped(int64_t queries, int64_t keys) {
+  constexpr int64_t dim = 9, radius = 3;
+  const std::vector<int32_t> cu_q{0, int32_t(queries)}, cu_k{0, int32_t(keys)};
+  const auto q = native::random_values<T>(queries * dim, 1),
+             k = native::random_values<T>(keys * dim, 2);
+  const auto table = native::random_values<T>(2 * radius + 1, 3);
+  std::vector<T> out(queries * dim), lse(queries), grad_q(q.size()), grad_k(k.size()),
+      grad_v(k.size()), sums(queries + keys);
+  std::vector<int32_t> ids(keys);
+  for (int64_t j = 0; j < keys; ++j) ids[j] = int32_t(j / 7 % 3) - 1;
+  const std::vector<int32_t> prefix{5};
+  const T slope = T(0.25);
+  const emblas::VarlenAttentionBackwardArgs<T> args{
+      .forward = {.q = {q.data(), dim, dim},
+                  .k = {k.data(), dim, dim},
+                  .v = {k.data(), dim, dim},
+                  .out = {out.data(), dim, dim},
+                  .lse = lse.data(),
+                  .lse_stride = queries,
+                  .heads = 1,
+                  .heads_per_group = 1,
+                  .head_dim = dim,
+                  .value_dim = dim,
+                  .cu_seqlens_q = cu_q.data(),
+                  .cu_seqlens_k = cu_k.data(),
+                  .scale = T(0.3),
+                  .window_left = 40,
+                  .window_right = 0,
+                  .scores = {.softcap = T(2),
+                             .alibi_slopes = &slope,
+                             .alibi_stride = 0,
+                             .distance_bias = table.data(),
+                             .distance_radius = radius,
+                             .prefix_len = prefix.data(),
+                             .branch = ids.data(),
+                             .block_ids = ids.data()}},
+      .grad_out = {q.data(), dim, dim},
+      .grad_lse = nullptr,
+      .grad_q = {grad_q.data(), dim, dim},
+      .grad_k = {grad_k.data(), dim, dim},
+      .grad_v = {grad_v.data(), dim, dim},
+      .distance_sums = sums.data(),
+      .distance_sums_stride = queries + keys};
+  const auto& forward = emblas::kernels<emblas::AttentionKernels>().of(T{});
+  const auto& backward = emblas::kernels<emblas::AttentionBackwardKernels>().of(T{});
+  std::vector<T> scratch(forward.scratch_size + backward.scratch_size(args, keys) + 64);
+  forward.forward(args.forward, 0, 0, (queries + forward.tile_queries - 1) / forward.tile_queries,
+                  aligned(scratch));
+  backward.backward(args, 0, 0, 1, aligned(scratch));
+  double total = 0;  // a softmax doesn't change when all its scores do
+  for (const T sum : sums) total += sum;
+  CHECK_NEAR(total, 0, 1e-4);
 }
 
 }  // namespace
 
-NATIVE_TEST(varlen_attention_float32) {
-  for (int64_t dim : {16, 24, 32, 128}) {
-    check_attention<float>(dim, -1, 1e-5);
-    check_attention<float>(dim, 4, 1e-5);
+NATIVE_TEST(varlen_attention_shaped) {
+  for (int64_t queries : {1, 15, 48, 97}) {
+    for (int64_t keys : {1, 63, 64, 65, 130}) {
+      check_shaped<float>(queries, keys);
+      check_shaped<double>(queries, keys);
+    }
   }
 }
-NATIVE_TEST(varlen_attention_float64) { check_attention<double>(40, -1, 1e-13); }
+NATIVE_TEST(varlen_attention_float32) {
+  for (int64_t dim : {1, 16, 24, 32, 128}) {
+    check_attention<float>(dim, dim, -1, 1e-5);
+    check_attention<float>(dim, 20, 4, 1e-5);
+  }
+}
+NATIVE_TEST(varlen_attention_float64) { check_attention<double>(40, 40, -1, 1e-13); }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal, overload
 
 import torch
@@ -9,6 +10,117 @@ from torch import Tensor
 
 from emblas import _op
 from emblas.attention import op
+
+
+def _accumulator(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _ids(name: str, ids: Tensor | None, size: int, device: torch.device) -> Tensor | None:
+    if ids is None:
+        return None
+    _op.check_tensor(name, ids, ndim=1, dtypes=(torch.int32, torch.int64), device=device)
+    if ids.shape[0] != size:
+        raise ValueError(f"{name} must have {size} elements, got {ids.shape[0]}")
+    return ids.to(torch.int32).contiguous()
+
+
+def _slopes(slopes: Tensor | None, q: Tensor, batch: int) -> Tensor | None:
+    if slopes is None:
+        return None
+    _op.check_tensor("alibi_slopes", slopes, dtypes=_op.FLOATS, device=q.device)
+    heads = q.shape[1]
+    if slopes.shape not in ((heads,), (batch, heads)):
+        raise ValueError(
+            f"alibi_slopes must have the shape (heads,) or (batch, heads), ({heads},) or "
+            f"({batch}, {heads}), got {tuple(slopes.shape)}"
+        )
+    return slopes.detach().reshape(-1, heads).to(_accumulator(q)).contiguous()
+
+
+def _distance_bias(relative_bias: tuple[Tensor, Tensor] | None, q: Tensor) -> Tensor | None:
+    """Bias (heads, 2 radius + 1) of each distance."""
+    if relative_bias is None:
+        return None
+    table, lookup = relative_bias
+    _op.check_tensor("relative_bias[0]", table, ndim=2, dtypes=_op.FLOATS, device=q.device)
+    integers = (torch.int32, torch.int64)
+    _op.check_tensor("relative_bias[1]", lookup, ndim=1, dtypes=integers, device=q.device)
+    if table.shape[0] != q.shape[1]:
+        raise ValueError(
+            f"relative_bias[0] must have one row per head of q, {q.shape[1]}, got {table.shape[0]}"
+        )
+    if lookup.shape[0] % 2 == 0:
+        raise ValueError(
+            f"relative_bias[1] must have an odd length, 2 radius + 1, got {lookup.shape[0]}"
+        )
+    return table.index_select(1, lookup).to(_accumulator(q)).contiguous()
+
+
+def alibi_slopes(heads: int) -> Tensor:
+    """Return the slopes that ALiBi gives to ``heads`` heads.
+
+    Parameters
+    ----------
+    heads : int
+        Number of heads, at least 1.
+
+    Returns
+    -------
+    Tensor
+        float32 ``(heads,)``: ``2 ** (-8 k / n)`` for k from 1 to n, where n is a power of two;
+        otherwise those of the power of two below, then every other one of twice that many.
+
+    Notes
+    -----
+    Press, Smith and Lewis, 2022 (arXiv 2108.12409), section 3 and its public code.
+
+    Examples
+    --------
+    >>> alibi_slopes(2)
+    tensor([0.0625, 0.0039])
+    """
+    if heads < 1:
+        raise ValueError(f"heads must be at least 1, got {heads}")
+    power = 1 << (heads.bit_length() - 1)
+    slopes = [2 ** (-8 * k / power) for k in range(1, power + 1)]
+    slopes += [2 ** (-4 * k / power) for k in range(1, 2 * power + 1, 2)]
+    return torch.tensor(slopes[:heads])
+
+
+def t5_buckets(
+    num_buckets: int = 32, max_distance: int = 128, *, bidirectional: bool = True
+) -> Tensor:
+    """Return the lookup of T5's relative position bias, for ``relative_bias``.
+
+    Parameters
+    ----------
+    num_buckets : int, default 32
+        Buckets of the table; even if ``bidirectional``.
+    max_distance : int, default 128
+        Distance from which on all share the last bucket of their side.
+    bidirectional : bool, default True
+        Encoders: half of the buckets for keys after the query. Otherwise these share bucket 0.
+
+    Returns
+    -------
+    Tensor
+        int64 ``(2 * max_distance + 1,)``: the bucket of each distance of a key from a query,
+        ``-max_distance`` to ``max_distance``.
+
+    Notes
+    -----
+    Raffel et al., 2020 (arXiv 1910.10683), section 2.1 and its public code: half of the buckets of
+    a side are single distances, the others grow with the logarithm, in float32.
+    """
+    relative = torch.arange(-max_distance, max_distance + 1)
+    buckets = num_buckets // 2 if bidirectional else num_buckets
+    side = buckets * (relative > 0) if bidirectional else torch.zeros_like(relative)
+    distance = relative.abs() if bidirectional else (-relative).clamp_min(0)
+    exact = buckets // 2
+    ratio = torch.log(distance.clamp_min(1).float() / exact) / math.log(max_distance / exact)
+    coarse = (exact + (ratio * (buckets - exact)).long()).clamp_max(buckets - 1)
+    return side + torch.where(distance < exact, distance, coarse)
 
 
 @overload
@@ -28,6 +140,10 @@ def varlen_attention(
     alibi_slopes: Tensor | None = ...,
     deterministic: bool = ...,
     *,
+    relative_bias: tuple[Tensor, Tensor] | None = ...,
+    prefix_len: Tensor | None = ...,
+    branch: Tensor | None = ...,
+    block_ids: Tensor | None = ...,
     return_lse: Literal[False] = ...,
 ) -> Tensor: ...
 @overload
@@ -47,6 +163,10 @@ def varlen_attention(
     alibi_slopes: Tensor | None = ...,
     deterministic: bool = ...,
     *,
+    relative_bias: tuple[Tensor, Tensor] | None = ...,
+    prefix_len: Tensor | None = ...,
+    branch: Tensor | None = ...,
+    block_ids: Tensor | None = ...,
     return_lse: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
 def varlen_attention(
@@ -65,22 +185,27 @@ def varlen_attention(
     alibi_slopes: Tensor | None = None,
     deterministic: bool = True,
     *,
+    relative_bias: tuple[Tensor, Tensor] | None = None,
+    prefix_len: Tensor | None = None,
+    branch: Tensor | None = None,
+    block_ids: Tensor | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attend within each sequence of a packed batch, exactly.
 
-    Arguments are named and ordered as those of ``flash_attn_varlen_func``. This version has no
-    gradient.
+    Arguments are named and ordered as those of ``flash_attn_varlen_func``. Gradients flow to
+    ``q``, ``k`` and ``v``.
 
     Parameters
     ----------
     q : Tensor
-        Queries ``(q_tokens, heads, head_dim)``, float32 or float64; head_dim a multiple of 8 from
-        16 to 256. Tokens and heads may be any stride apart: slices of a fused projection and
+        Queries ``(q_tokens, heads, head_dim)``, float32, float64, bfloat16 or float16; head_dim
+        from 1 to 256. Tokens and heads may be any stride apart: slices of a fused projection and
         transposed views are read in place.
     k, v : Tensor
-        Keys and values ``(k_tokens, key_heads, head_dim)``, of the dtype of ``q``. ``key_heads``
-        divides ``heads``: query head h reads key head ``h // (heads // key_heads)``.
+        Keys ``(k_tokens, key_heads, head_dim)`` and values ``(k_tokens, key_heads, value_dim)``, of
+        the dtype of ``q``; value_dim from 1 to 256. ``key_heads`` divides ``heads``: query head h
+        reads key head ``h // (heads // key_heads)``.
     cu_seqlens_q, cu_seqlens_k : Tensor
         Offsets ``(batch + 1,)`` of the sequences, int32 or int64. Empty sequences are legal.
     max_seqlen_q, max_seqlen_k : int
@@ -94,22 +219,38 @@ def varlen_attention(
     window_size : tuple of int, default (-1, -1)
         Keys seen to the left and to the right of a query, its own not counted; -1 sees all.
     softcap : float, default 0.0
-        Must be 0: scores are not capped yet.
+        Cap ``c`` of the scores, which become ``c * tanh(score / c)``; 0 leaves them as they are.
     alibi_slopes : Tensor, optional
-        Must be None: there are no biases yet.
+        ``(heads,)`` or ``(batch, heads)``: adds ``-slope * |distance|`` to the scores, where the
+        distance is that of the key from the query's position. No gradient flows to it.
     deterministic : bool, default True
         Accepted for compatibility: results are always deterministic.
+    relative_bias : tuple of (Tensor, Tensor), optional
+        A table ``(heads, buckets)`` and a lookup ``(2 * radius + 1,)`` of bucket numbers, for the
+        distances ``-radius`` to ``radius`` of a key from a query's position; farther ones take the
+        lookup's ends. Adds ``table[:, lookup[distance]]`` to the scores, as T5 does (see
+        :func:`t5_buckets`). Gradients flow to the table.
+    prefix_len : Tensor, optional
+        ``(batch,)`` integers: so many first keys of a sequence are seen by all its queries,
+        whatever the right radius or ``causal`` hide.
+    branch : Tensor, optional
+        ``(k_tokens,)`` integers. A key of branch -1 is shared; the others are seen only by the
+        queries of their own branch. A query has the branch of the key at its position.
+    block_ids : Tensor, optional
+        ``(k_tokens,)`` integers: tokens of the same block, unless negative, see each other whatever
+        the right radius or ``causal`` hide.
     return_lse : bool, default False
         Also return the log-sum-exp of the scores.
 
     Returns
     -------
     out : Tensor
-        ``(q_tokens, heads, head_dim)``, contiguous, of the dtype of ``q``. A query that sees no key
-        gets zeros. The bits of a sequence don't depend on the rest of the batch nor on the number
-        of threads.
+        ``(q_tokens, heads, value_dim)``, contiguous, of the dtype of ``q``. A query that sees no
+        key gets zeros and has no gradient. The bits of a sequence, and of its gradients, don't
+        depend on the rest of the batch nor on the number of threads.
     lse : Tensor
-        Only with ``return_lse``: ``(heads, q_tokens)``, -inf for a query that sees no key.
+        Only with ``return_lse``: ``(heads, q_tokens)``, float32 (float64 for float64), -inf for a
+        query that sees no key. It has a gradient too.
 
     Raises
     ------
@@ -118,38 +259,33 @@ def varlen_attention(
     ValueError
         If shapes, devices or offsets don't fit together.
     NotImplementedError
-        If an option is asked for that this version doesn't have, or a gradient.
+        If an option is asked for that this version doesn't have.
 
     Notes
     -----
     Online softmax over blocks of keys (Dao et al., 2022, arXiv 2205.14135, algorithm 1), in float32
-    (float64 for float64); memory is linear in the number of tokens.
+    (float64 for float64). Backward makes the scores again, block by block, from the log-sum-exp
+    (algorithm 4 there): the memory of both is linear in the number of tokens. ``torch.func``
+    transforms are not supported.
     """
-    for name, given in (
-        ("dropout_p", dropout_p != 0.0),
-        ("softcap", softcap != 0.0),
-        ("alibi_slopes", alibi_slopes is not None),
-    ):
-        if given:
-            raise NotImplementedError(f"varlen_attention has no {name} in this version")
+    if dropout_p != 0.0:
+        raise NotImplementedError("varlen_attention has no dropout_p in this version")
     for name, tensor in (("q", q), ("k", k), ("v", v)):
-        _op.check_tensor(name, tensor, ndim=3, dtypes=(torch.float32, torch.float64))
+        _op.check_tensor(name, tensor, ndim=3, dtypes=_op.FLOATS)
         if tensor.dtype != q.dtype:
             raise TypeError(f"{name} must have the dtype of q, {q.dtype}, got {tensor.dtype}")
         if tensor.device != q.device:
             raise ValueError(f"{name} must be on the device of q, {q.device}, got {tensor.device}")
-    if _op.needs_grad(q, k, v):
-        raise NotImplementedError(
-            "varlen_attention has no gradient in this version: call it under torch.no_grad(), or "
-            "detach q, k and v"
-        )
     _, heads, head_dim = q.shape
-    if head_dim % 8 or not 16 <= head_dim <= 256:
-        raise ValueError(f"head_dim must be a multiple of 8 from 16 to 256, got {head_dim}")
-    if k.shape != v.shape or k.shape[2] != head_dim:
+    for name, dim in (("q", head_dim), ("v", v.shape[2])):
+        if not 1 <= dim <= 256:
+            raise ValueError(f"the head_dim of {name} must be from 1 to 256, got {dim}")
+    if k.shape[2] != head_dim:
+        raise ValueError(f"k must have the head_dim of q, {head_dim}, got {k.shape[2]}")
+    if k.shape[:2] != v.shape[:2]:
         raise ValueError(
-            f"k and v must have one shape and the head_dim of q, {head_dim}, got "
-            f"{tuple(k.shape)} and {tuple(v.shape)}"
+            "k and v must have the same tokens and heads, got "
+            f"{tuple(k.shape[:2])} and {tuple(v.shape[:2])}"
         )
     if k.shape[1] == 0 or heads % k.shape[1]:
         raise ValueError(
@@ -165,6 +301,17 @@ def varlen_attention(
     left, right = window_size
     if left < -1 or right < -1:
         raise ValueError(f"window_size must hold radii of at least 0, or -1, got {window_size}")
+    if softcap < 0:
+        raise ValueError(f"softcap must not be negative, got {softcap}")
+    batch = offsets_q.shape[0] - 1
+    shaping = op.Shaping(
+        softcap,
+        _slopes(alibi_slopes, q, batch),
+        _distance_bias(relative_bias, q),
+        _ids("prefix_len", prefix_len, batch, q.device),
+        _ids("branch", branch, k.shape[0], q.device),
+        _ids("block_ids", block_ids, k.shape[0], q.device),
+    )
     out, lse = op.varlen_attention(
         _op.rows(q),
         _op.rows(k),
@@ -176,5 +323,6 @@ def varlen_attention(
         softmax_scale,
         (left, 0 if causal else right),
         return_lse,
+        shaping,
     )
     return (out, lse) if return_lse else out

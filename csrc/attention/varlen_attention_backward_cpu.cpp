@@ -1,0 +1,269 @@
+// Packed attention on a CPU: backward, the five products of a pair in one pass.
+//
+// A task is one sequence and key head. Tiles of queries meet blocks of keys: scores P and then dS,
+// [keys][queries], are made from S = K Qt and dP = V Gt as in forward; dQt[c][queries] += K[j][c]
+// dS[j][queries] stays with the tile; dK[j][c] += dS[j][i] Q[i][c] and dV[j][c] += P[j][i] G[i][c]
+// have the elements c across the lanes and are added to the rows of the keys, tile after tile and
+// head after head in a fixed order: nothing is atomic, and the bits depend on the sequence alone.
+//
+// The multiply-adds limit it, 5 d for each vector of scores.
+#include "attention/tile_cpu.h"
+#include "common/isa.h"
+
+namespace emblas {
+namespace {
+
+// Where the gradients of the keys of one sequence and head are summed: the result itself, or
+// scratch where its rows are too narrow for vectors or for sums.
+template <class T>
+Rows<Accumulator<T>> sums(const HeadVectors<T>& grad, int64_t token, int64_t head, int64_t dim,
+                          Accumulator<T>*& scratch, int64_t keys) {
+  constexpr int64_t lanes = kLanes<T>;
+  if constexpr (std::is_same_v<T, Accumulator<T>>) {
+    if (dim % lanes == 0) return {grad.at(token, head), grad.token_stride};
+  }
+  const int64_t stride = round_up(dim, lanes);
+  Accumulator<T>* rows = scratch;
+  scratch += keys * stride;
+  return {rows, stride};
+}
+template <class T>
+void write_sums(Rows<Accumulator<T>> rows, int64_t keys, int64_t dim, T* to, int64_t stride) {
+  if (static_cast<void*>(rows.data) == to) return;
+  for (int64_t j = 0; j < keys; ++j) {
+    for (int64_t c = 0; c < dim; c += kLanes<T>) {
+      store_part(to + j * stride + c, load(rows.data + j * rows.stride + c), dim - c);
+    }
+  }
+}
+
+// sums[j][0..dim) += weights[j][i] x[i][0..dim) over i < count, for all keys j; dim in vectors.
+template <int width, class A>
+void add_outer(Rows<A> sums, int64_t keys, int64_t dim, const A* weights, Rows<const A> x,
+               int64_t count) {
+  constexpr int lanes = kLanes<A>;
+  const auto columns = [&]<int vectors>(Constant<vectors>, int64_t c) {
+    for_rows(keys, [&]<int rows>(Constant<rows>, int64_t j) {
+      Vector<A> total[rows][vectors];
+      A* const to = sums.data + j * sums.stride + c;
+      for (int r = 0; r < rows; ++r) {
+        for (int i = 0; i < vectors; ++i) total[r][i] = load(to + r * sums.stride + i * lanes);
+      }
+      multiply_add(total, weights + j * width, width, 1, x.data + c, x.stride, count);
+      for (int r = 0; r < rows; ++r) {
+        for (int i = 0; i < vectors; ++i) store(to + r * sums.stride + i * lanes, total[r][i]);
+      }
+    });
+  };
+  // Two or three vectors at a time: one alone would wait for its own sums.
+  int64_t c = 0, left = (dim + lanes - 1) / lanes;
+  for (; left == 3 || left > 4; left -= 3, c += 3 * lanes) {
+    columns(Constant<3>{}, c);
+  }
+  for (; left >= 2; left -= 2, c += 2 * lanes) columns(Constant<2>{}, c);
+  if (left) columns(Constant<1>{}, c);
+}
+
+// The vectors of a tile's queries with the elements across the lanes: in place where they fill
+// vectors, or in scratch.
+template <class T>
+Rows<const Accumulator<T>> in_vectors(const HeadVectors<const T>& x, int64_t token, int64_t head,
+                                      int64_t count, int64_t dim, Accumulator<T>* scratch) {
+  constexpr int64_t lanes = kLanes<T>;
+  const T* from = x.at(token, head);
+  if constexpr (std::is_same_v<T, Accumulator<T>>) {
+    if (dim % lanes == 0) return {from, x.token_stride};
+  }
+  const int64_t stride = round_up(dim, lanes);
+  for (int64_t i = 0; i < count; ++i) {
+    for (int64_t c = 0; c < dim; c += lanes) {
+      store(scratch + i * stride + c, load_part(from + i * x.token_stride + c, dim - c));
+    }
+  }
+  return {scratch, stride};
+}
+
+template <class T, int vectors>
+struct Backward : TileOf<T, vectors> {
+  using Tile = TileOf<T, vectors>;
+  using Tile::args, Tile::lanes, Tile::width, Tile::count, Tile::head, Tile::first_query;
+  using typename Tile::A, typename Tile::V;
+
+  const VarlenAttentionBackwardArgs<T>& all;
+  const int64_t head_dim = round_up(args.head_dim, lanes);
+  const int64_t value_dim = round_up(args.value_dim, lanes);
+  // Of grad_out: the scale, except where sums of dS itself are wanted.
+  const A factor = all.distance_sums ? A(1) : args.scale;
+  A *const qt, *const dqt;  // [head_dim][width]
+  A* const gt;              // [value_dim][width]
+  A *const q, *const g;     // [width][head_dim], [width][value_dim]
+  A *const p, *const ds;    // [kKeyBlock][width]
+  A* const slope;           // of the softcap, [kKeyBlock][width]
+  A* const block;           // [kKeyBlock][head_dim or value_dim]
+  V lse[vectors], d[vectors];
+
+  static constexpr int64_t scratch_size(int64_t head_dim, int64_t value_dim) {
+    return 3 * (head_dim + value_dim) * width + 3 * kKeyBlock * width +
+           kKeyBlock * (head_dim > value_dim ? head_dim : value_dim);
+  }
+
+  Backward(const Tile& tile, const VarlenAttentionBackwardArgs<T>& all, A* scratch)
+      : Tile(tile),
+        all(all),
+        qt(scratch),
+        dqt(qt + head_dim * width),
+        gt(dqt + head_dim * width),
+        q(gt + value_dim * width),
+        g(q + head_dim * width),
+        p(g + value_dim * width),
+        ds(p + kKeyBlock * width),
+        slope(ds + kKeyBlock * width),
+        block(slope + kKeyBlock * width) {}
+
+  void run(Rows<A> dk, Rows<A> dv) {
+    // dS is wanted times the scale, in both its products: gradients times the scale give it.
+    read_transposed<vectors>(args.q.at(first_query, head), args.q.token_stride, count,
+                             args.head_dim, args.scale * A(kLog2E), qt);
+    read_transposed<vectors>(all.grad_out.at(first_query, head), all.grad_out.token_stride, count,
+                             args.value_dim, factor, gt);
+    read_rows();
+    const auto q_rows = in_vectors(args.q, first_query, head, count, args.head_dim, q);
+    const auto g_rows = in_vectors(all.grad_out, first_query, head, count, args.value_dim, g);
+    for (int64_t i = 0; i < args.head_dim * width; i += lanes) store(dqt + i, V{});
+    for (int64_t key = Tile::begin; key < Tile::end; key += kKeyBlock) {
+      const int64_t keys = smaller(kKeyBlock, Tile::end - key);
+      if (!Tile::sees(key, keys)) continue;
+      weigh(key, keys);
+      add_outer<width>({dv.data + key * dv.stride, dv.stride}, keys, args.value_dim, p, g_rows,
+                       count);
+      add_outer<width>({dk.data + key * dk.stride, dk.stride}, keys, args.head_dim, ds, q_rows,
+                       count);
+    }
+    V one[vectors];
+    for (int c = 0; c < vectors; ++c) one[c] = broadcast<V>(A(1));
+    write_transposed(dqt, one, count, args.head_dim, all.grad_q.at(first_query, head),
+                     all.grad_q.token_stride);
+  }
+
+  // lse in base 2, and d = factor D.
+  void read_rows() {
+    for (int c = 0; c < vectors; ++c) d[c] = V{};
+    for_transposed<vectors>(args.out.at(first_query, head), args.out.token_stride, count,
+                            args.value_dim, [&](auto& x, int64_t c, int64_t i) {
+                              for (int64_t lane = 0; lane < lanes; ++lane) {
+                                d[i / lanes] += x[lane] * load(gt + (c + lane) * width + i);
+                              }
+                            });
+    const int64_t row = head * args.lse_stride + first_query;
+    for (int64_t i = 0; i < width; ++i) {
+      const int64_t query = row + smaller(i, count - 1);
+      // A query that saw no key: exp2(s - inf) = 0 for all of them.
+      const A sum = args.lse[query];
+      lse[i / lanes][i % lanes] = sum == A(-INFINITY) ? A(INFINITY) : sum * A(kLog2E);
+      if (all.grad_lse) d[i / lanes][i % lanes] -= factor * all.grad_lse[query];
+    }
+  }
+
+  // p, ds and the share of dqt of the keys [first, first + keys).
+  void weigh(int64_t first, int64_t keys) {
+    V unused[vectors] = {};
+    const int64_t token = Tile::first_key + first;
+    const auto v = widen(args.v, token, Tile::group, keys, args.value_dim, block);
+    for_rows(keys, [&]<int rows>(Constant<rows>, int64_t j) {
+      V s[rows][vectors] = {};
+      multiply_add(s, v.data + j * v.stride, v.stride, 1, gt, width, args.value_dim);
+      for (int r = 0; r < rows; ++r) {
+        for (int c = 0; c < vectors; ++c) {
+          store(ds + (j + r) * width + c * lanes, s[r][c] - d[c]);
+        }
+      }
+    });
+    const auto k = widen(args.k, token, Tile::group, keys, args.head_dim, block);
+    Tile::score(k, qt, first, keys, p, unused, slope);
+    exponentiate<A>(p, keys, lse, unused);
+    for (int64_t i = 0; i < keys * width; i += lanes) store(ds + i, load(p + i) * load(ds + i));
+    if (all.distance_sums) {
+      const int64_t origin =
+          args.cu_seqlens_q[Tile::sequence] + args.cu_seqlens_k[Tile::sequence + 1] - 1;
+      add_by_distance<A, vectors>(Tile::place(), first, keys, ds,
+                                  all.distance_sums + head * all.distance_sums_stride + origin);
+      for (int64_t i = 0; i < keys * width; i += lanes) store(ds + i, args.scale * load(ds + i));
+    }
+    if (args.scores.softcap != 0) {
+      for (int64_t i = 0; i < keys * width; i += lanes) {
+        store(ds + i, load(slope + i) * load(ds + i));
+      }
+    }
+    for_rows(args.head_dim, [&]<int rows>(Constant<rows>, int64_t c) {
+      V total[rows][vectors];
+      for (int r = 0; r < rows; ++r) {
+        for (int i = 0; i < vectors; ++i) total[r][i] = load(dqt + (c + r) * width + i * lanes);
+      }
+      multiply_add(total, k.data + c, 1, k.stride, ds, width, keys);
+      for (int r = 0; r < rows; ++r) {
+        for (int i = 0; i < vectors; ++i) store(dqt + (c + r) * width + i * lanes, total[r][i]);
+      }
+    });
+  }
+};
+
+template <class T>
+int64_t scratch_size(const VarlenAttentionBackwardArgs<T>& all, int64_t keys) {
+  constexpr int64_t lanes = kLanes<T>;
+  const int64_t head_dim = round_up(all.forward.head_dim, lanes);
+  const int64_t value_dim = round_up(all.forward.value_dim, lanes);
+  return Backward<T, kTileVectors>::scratch_size(head_dim, value_dim) +
+         keys * (head_dim + value_dim);
+}
+
+template <class T>
+void backward(const VarlenAttentionBackwardArgs<T>& all, int64_t sequence, int64_t first,
+              int64_t last, Accumulator<T>* scratch) {
+  constexpr int64_t lanes = kLanes<T>;
+  const VarlenAttentionArgs<T>& args = all.forward;
+  const Tiles<T> tiles{args.cu_seqlens_q[sequence + 1] - args.cu_seqlens_q[sequence]};
+  const int64_t first_key = args.cu_seqlens_k[sequence];
+  const int64_t keys = args.cu_seqlens_k[sequence + 1] - first_key;
+  for (int64_t group = first; group < last; ++group) {
+    Accumulator<T>* free = scratch;
+    const auto dk = sums(all.grad_k, first_key, group, args.head_dim, free, keys);
+    const auto dv = sums(all.grad_v, first_key, group, args.value_dim, free, keys);
+    for (int64_t j = 0; j < keys; ++j) {
+      for (int64_t c = 0; c < args.head_dim; c += lanes) {
+        store(dk.data + j * dk.stride + c, Vector<T>{});
+      }
+      for (int64_t c = 0; c < args.value_dim; c += lanes) {
+        store(dv.data + j * dv.stride + c, Vector<T>{});
+      }
+    }
+    for (int64_t h = 0; h < args.heads_per_group; ++h) {
+      const int64_t head = group * args.heads_per_group + h;
+      if (all.distance_sums) {
+        Accumulator<T>* sums = all.distance_sums + head * all.distance_sums_stride +
+                               args.cu_seqlens_q[sequence] + first_key;
+        for (int64_t i = 0; i < tiles.queries + keys; ++i) sums[i] = 0;
+      }
+      for (int64_t tile = 0; tile < tiles.count; ++tile) {
+        tiles.at(tile, [&]<int vectors>(Constant<vectors>, int64_t query, int64_t count) {
+          Backward<T, vectors>({args, sequence, head, query, count}, all, free).run(dk, dv);
+        });
+      }
+    }
+    write_sums(dk, keys, args.head_dim, all.grad_k.at(first_key, group), all.grad_k.token_stride);
+    write_sums(dv, keys, args.value_dim, all.grad_v.at(first_key, group), all.grad_v.token_stride);
+  }
+}
+
+template <class T>
+constexpr VarlenAttentionBackward<T> kernel{scratch_size<T>, backward<T>};
+
+}  // namespace
+
+template <>
+const AttentionBackwardKernels& table_of<AttentionBackwardKernels, Isa::EMBLAS_ISA>() {
+  static constexpr AttentionBackwardKernels table{kernel<float>, kernel<double>, kernel<bfloat16>,
+                                                  kernel<float16>};
+  return table;
+}
+
+}  // namespace emblas

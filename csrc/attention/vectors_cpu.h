@@ -1,0 +1,224 @@
+// Queries across the lanes of the vectors: the products and moves that forward and backward share.
+//
+// A tile of up to three vectors of queries is transposed once, x[c][query]. Products are then outer
+// products of one broadcast element of K, V or the scores with vectors, accumulated in registers.
+// So K and V are read where they lie (16-bit values are widened block by block), maximum and sum of
+// the softmax run down the lanes without any shuffle, and the number of keys needs no rounding up.
+// Each lane does the same arithmetic whatever its neighbours hold, which is why the bits of a query
+// don't depend on the batch.
+//
+// Scores are kept in base 2: log2(e) is folded into the scale of the queries.
+#pragma once
+
+#include <type_traits>
+#include <utility>
+
+#include "attention/attention.h"
+#include "common/simd.h"
+
+namespace emblas {
+namespace {
+
+// A number known to the compiler, as an argument.
+template <int n>
+using Constant = std::integral_constant<int, n>;
+
+constexpr int kTileVectors = 3;
+// Elements broadcast at a time: kRows x kTileVectors accumulators fill the registers.
+#if defined(EMBLAS_HAS_AVX512) || defined(EMBLAS_HAS_NEON)
+constexpr int kRows = 8;  // of 32 registers
+#else
+constexpr int kRows = 4;  // of 16
+#endif
+constexpr int kKeyBlock = 64;
+
+constexpr double kLog2E = 1.4426950408889634;
+constexpr double kLn2 = 0.6931471805599453;
+
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+template <class V>
+inline V larger(V a, V b) {
+  return a > b ? a : b;
+}
+constexpr int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+
+// --- the queries of a sequence, in tiles ---------------------------------------------------------
+
+template <class T>
+constexpr int64_t kTileQueries = kTileVectors * kLanes<T>;
+
+// Vectors are dealt out evenly: four make two tiles of two.
+template <class T>
+struct Tiles {
+  static constexpr int64_t lanes = kLanes<T>;
+  const int64_t queries;
+  const int64_t vectors = (queries + lanes - 1) / lanes;
+  const int64_t count = (vectors + kTileVectors - 1) / kTileVectors;
+
+  // visit(vectors as a constant, first query, queries) of one tile.
+  template <class Visit>
+  void at(int64_t tile, const Visit& visit) const {
+    const int64_t begin = vectors * tile / count, end = vectors * (tile + 1) / count;
+    const int64_t query = begin * lanes, size = smaller(end * lanes, queries) - query;
+    switch (end - begin) {
+      case 1:
+        return visit(Constant<1>{}, query, size);
+      case 2:
+        return visit(Constant<2>{}, query, size);
+      default:
+        return visit(Constant<3>{}, query, size);
+    }
+  }
+};
+
+// body(rows as a constant, first row) until `count` rows are done: 8 at a time, then 4, 2 and 1.
+template <int rows = kRows, class Body>
+inline void for_rows(int64_t count, const Body& body, int64_t row = 0) {
+  for (; row + rows <= count; row += rows) body(Constant<rows>{}, row);
+  if constexpr (rows > 1) for_rows<rows / 2>(count, body, row);
+}
+
+// --- products ------------------------------------------------------------------------------------
+
+// total[r][c] += sum_i a[r a_row + i a_step] b[i b_row + c] over i < depth. Inlined, so that the
+// compiler sees that a and b aren't the total, and keeps it in registers.
+template <int rows, int vectors, class V, class A>
+[[gnu::always_inline]] inline void multiply_add(V (&total)[rows][vectors], const A* a,
+                                                int64_t a_row, int64_t a_step, const A* b,
+                                                int64_t b_row, int64_t depth) {
+  constexpr int lanes = kLanes<A>;
+  V sum[rows][vectors];
+  for (int r = 0; r < rows; ++r) {
+    for (int c = 0; c < vectors; ++c) sum[r][c] = total[r][c];
+  }
+  for (int64_t i = 0; i < depth; ++i) {
+    V right[vectors];
+    for (int c = 0; c < vectors; ++c) right[c] = load(b + i * b_row + c * lanes);
+    for (int r = 0; r < rows; ++r) {
+      const V left = broadcast<V>(a[r * a_row + i * a_step]);
+      for (int c = 0; c < vectors; ++c) sum[r][c] += left * right[c];
+    }
+  }
+  for (int r = 0; r < rows; ++r) {
+    for (int c = 0; c < vectors; ++c) total[r][c] = sum[r][c];
+  }
+}
+
+// --- memory --------------------------------------------------------------------------------------
+
+// `count` values of a vector, zero in the lanes beyond.
+template <class T>
+inline Vector<T> load_part(const T* from, int64_t count) {
+  if (count >= kLanes<T>) return load(from);
+  Vector<T> x{};
+  for (int64_t i = 0; i < count; ++i) x[i] = to_accumulator(from[i]);
+  return x;
+}
+template <class T>
+inline void store_part(T* to, Vector<T> x, int64_t count) {
+  if (count >= kLanes<T>) return store(to, x);
+  for (int64_t i = 0; i < count; ++i) from_accumulator(x[i], to + i);
+}
+
+// x <- its transpose: blocks of 1, 2, 4, ... lanes are exchanged across the diagonal.
+template <int width, class V, int... lane>
+inline void exchange(V& a, V& b, std::integer_sequence<int, lane...>) {
+  constexpr int lanes = sizeof...(lane);
+  const V low = __builtin_shufflevector(a, b, (lane & width ? lanes + lane - width : lane)...);
+  const V high = __builtin_shufflevector(a, b, (lane & width ? lanes + lane : lane + width)...);
+  a = low;
+  b = high;
+}
+template <int width = 1, class V, size_t lanes>
+inline void transpose(V (&x)[lanes]) {
+  if constexpr (width < int(lanes)) {
+    for (int i = 0; i < int(lanes); ++i) {
+      if (!(i & width)) {
+        exchange<width>(x[i], x[i + width], std::make_integer_sequence<int, lanes>{});
+      }
+    }
+    transpose<2 * width>(x);
+  }
+}
+
+// visit(x, c, i): x[lane] holds element c + lane of the rows i to i + lanes of `from`, for all
+// blocks of dim elements and `vectors` vectors of rows. Rows beyond `count` repeat the last one,
+// elements beyond dim are zero.
+template <int vectors, class T, class Visit>
+inline void for_transposed(const T* from, int64_t stride, int64_t count, int64_t dim,
+                           const Visit& visit) {
+  constexpr int64_t lanes = kLanes<T>;
+  for (int64_t c = 0; c < dim; c += lanes) {
+    for (int64_t i = 0; i < vectors * lanes; i += lanes) {
+      Vector<T> x[lanes];
+      for (int64_t lane = 0; lane < lanes; ++lane) {
+        x[lane] = load_part(from + smaller(i + lane, count - 1) * stride + c, dim - c);
+      }
+      transpose(x);
+      visit(x, c, i);
+    }
+  }
+}
+
+// to[c][i] = factor from[i][c], to of `vectors` vectors and dim rows rounded up to lanes.
+template <int vectors, class T>
+inline void read_transposed(const T* from, int64_t stride, int64_t count, int64_t dim,
+                            Accumulator<T> factor, Accumulator<T>* to) {
+  constexpr int64_t lanes = kLanes<T>;
+  for_transposed<vectors>(from, stride, count, dim, [&](auto& x, int64_t c, int64_t i) {
+    for (int64_t lane = 0; lane < lanes; ++lane) {
+      store(to + (c + lane) * vectors * lanes + i, factor * x[lane]);
+    }
+  });
+}
+
+// to[i][c] = factor[i] from[c][i], zero where the factor is infinite.
+template <int vectors, class T>
+inline void write_transposed(const Accumulator<T>* from, const Vector<T> (&factor)[vectors],
+                             int64_t count, int64_t dim, T* to, int64_t stride) {
+  constexpr int64_t lanes = kLanes<T>;
+  for (int64_t i = 0; i < vectors; ++i) {
+    const int64_t rows = smaller(lanes, count - i * lanes);
+    for (int64_t c = 0; c < dim; c += lanes) {
+      Vector<T> x[lanes];
+      for (int64_t lane = 0; lane < lanes; ++lane) {
+        const Vector<T> o = factor[i] * load(from + ((c + lane) * vectors + i) * lanes);
+        x[lane] = factor[i] == Accumulator<T>(INFINITY) ? Vector<T>{} : o;
+      }
+      transpose(x);
+      for (int64_t lane = 0; lane < rows; ++lane) {
+        store_part(to + (i * lanes + lane) * stride + c, x[lane], dim - c);
+      }
+    }
+  }
+}
+
+// Rows of accumulators, any stride apart.
+template <class A>
+struct Rows {
+  A* data;
+  int64_t stride;
+};
+
+// The vectors of `count` tokens as accumulators: in place, or widened into scratch[count][dim].
+template <class T>
+inline Rows<const Accumulator<T>> widen(const HeadVectors<const T>& x, int64_t token, int64_t head,
+                                        int64_t count, int64_t dim, Accumulator<T>* scratch) {
+  const T* from = x.at(token, head);
+  if constexpr (std::is_same_v<T, Accumulator<T>>) {
+    return {from, x.token_stride};
+  } else {
+    constexpr int64_t lanes = kLanes<T>;
+    for (int64_t i = 0; i < count; ++i) {
+      for (int64_t c = 0; c < dim; c += lanes) {
+        store_part(scratch + i * dim + c, load_part(from + i * x.token_stride + c, dim - c),
+                   dim - c);
+      }
+    }
+    return {scratch, dim};
+  }
+}
+
+}  // namespace
+}  // namespace emblas
