@@ -67,8 +67,23 @@ def _simt(names: tuple[str, ...]) -> Iterator[None]:
     if reason := emulator.why_not():
         pytest.skip(reason)
     emulator.library()
-    with replaced({name: getattr(torch.ops.emblas_simt, f"{name}_cuda").default for name in names}):
+    with replaced({name: _emulated(_op.ops()[name]) for name in names}):
         yield
+
+
+def _emulated(op: _op.Op) -> Callable[..., Any]:
+    """The emulated kernel of an operator, which may have gained arguments that it doesn't know."""
+    overload = getattr(torch.ops.emblas_simt, f"{op.name}_cuda").default
+    arity = len(overload._schema.arguments)
+    later = op.overload._schema.arguments[arity:]
+
+    def run(*args: Any) -> Any:
+        for value, argument in zip(args[arity:], later, strict=False):
+            assert not isinstance(value, torch.Tensor), argument.name
+            assert value == argument.default_value, argument.name
+        return overload(*args[:arity])
+
+    return run
 
 
 _seeds = itertools.count()
