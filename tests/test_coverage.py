@@ -8,7 +8,13 @@ from contract import only_kernels, packed
 from emblas import _op, info, use_backend
 from emblas.attention import varlen_attention
 from emblas.binary import hamming_topk, pack_sign
-from emblas.pooling import Matryoshka, segment_pool
+from emblas.pooling import (
+    Matryoshka,
+    attention_pool,
+    lexical_weights,
+    segment_pool,
+    vocab_pool,
+)
 from emblas.tables import HashEmbedding, TableSpec, hash_keys
 
 CU = packed((3, 5))
@@ -17,6 +23,13 @@ CALLS = {
     "segment_pool": lambda: segment_pool(torch.randn(8, 4, requires_grad=True), CU),
     "segment_max": lambda: segment_pool(torch.randn(8, 4, requires_grad=True), CU, "max"),
     "segment_gem": lambda: segment_pool(torch.randn(8, 4, requires_grad=True), CU, "gem"),
+    "attention_pool": lambda: attention_pool(
+        torch.randn(8, 4, requires_grad=True), torch.randn(2, 4), CU
+    ),
+    "vocab_max": lambda: vocab_pool(
+        torch.randn(8, 4, requires_grad=True), torch.randn(9, 4), None, CU
+    ),
+    "lexical_index": lambda: lexical_weights(torch.arange(8), torch.rand(8), CU),
     "finish": lambda: Matryoshka([3, 4])(torch.randn(8, 4, requires_grad=True))[0],
     "varlen_attention": lambda: varlen_attention(*[torch.randn(8, 1, 16)] * 3, CU, CU, 5, 5),
     "pack_sign": lambda: pack_sign(torch.randn(2, 9)),
@@ -29,6 +42,7 @@ NO_GRADIENT = {
     "pack_sign": "bits",
     "hamming_topk": "integers",
     "hash_keys": "integers",
+    "lexical_index": "integers: values are picked, and differentiated, by torch",
     "varlen_attention": "forward only in this version",
 }
 NO_GPU_KERNEL = "GPU tensors take the reference in this version, with a warning"
