@@ -8,6 +8,7 @@ from cases import CASES
 from contract import only_kernels, packed
 from emblas import _op, info, use_backend
 from emblas.attention import varlen_attention
+<<<<<<< HEAD
 from emblas.binary import (
     HadamardRotation,
     asymmetric_topk,
@@ -22,6 +23,17 @@ from emblas.binary import (
 )
 from emblas.pooling import Matryoshka, segment_pool
 from emblas.tables import HashEmbedding, TableSpec, hash_bag, hash_keys, optim
+=======
+from emblas.binary import hamming_topk, pack_sign
+from emblas.pooling import (
+    Matryoshka,
+    attention_pool,
+    lexical_weights,
+    segment_pool,
+    vocab_pool,
+)
+from emblas.tables import HashEmbedding, TableSpec, hash_keys
+>>>>>>> pooling
 
 CU = packed((3, 5))
 CODES = torch.zeros(2, 3, dtype=torch.uint8)
@@ -45,6 +57,13 @@ CALLS = {
     "segment_pool": lambda: segment_pool(torch.randn(8, 4, requires_grad=True), CU),
     "segment_max": lambda: segment_pool(torch.randn(8, 4, requires_grad=True), CU, "max"),
     "segment_gem": lambda: segment_pool(torch.randn(8, 4, requires_grad=True), CU, "gem"),
+    "attention_pool": lambda: attention_pool(
+        torch.randn(8, 4, requires_grad=True), torch.randn(2, 4), CU
+    ),
+    "vocab_max": lambda: vocab_pool(
+        torch.randn(8, 4, requires_grad=True), torch.randn(9, 4), None, CU
+    ),
+    "lexical_index": lambda: lexical_weights(torch.arange(8), torch.rand(8), CU),
     "finish": lambda: Matryoshka([3, 4])(torch.randn(8, 4, requires_grad=True))[0],
     "varlen_attention": lambda: varlen_attention(
         *[torch.randn(8, 1, 16, requires_grad=True)] * 3, CU, CU, 5, 5
@@ -76,8 +95,13 @@ NO_GRADIENT = {
     "range_search": "integers",
     "range_search_csr": "integers",
     "hash_keys": "integers",
+<<<<<<< HEAD
     "compose_bag_backward_rows": "a gradient itself",
     "compose_bag_update_": "a gradient's use",
+=======
+    "lexical_index": "integers: values are picked, and differentiated, by torch",
+    "varlen_attention": "forward only in this version",
+>>>>>>> pooling
 }
 # Operators whose GPU tensors take the reference, with a warning: no GPU kernels yet.
 NO_TRITON = (

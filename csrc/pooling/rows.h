@@ -41,5 +41,16 @@ inline void sum_rows(const A* rows, int64_t dim, const int32_t* segments, const 
   for (int64_t i = 0; i < count; ++i) add_row(scratch, rows + segments[i] * dim, factors[i], dim);
 }
 
+// The running maximum of rows and, for each column, the first row that holds it. NaN is the
+// largest. A plain loop, which compilers turn into compare and blend.
+template <class A>
+inline void take_larger(A* best, int32_t* argmax, const A* row, int32_t at, int64_t dim) {
+  for (int64_t i = 0; i < dim; ++i) {
+    const bool take = (row[i] > best[i]) | ((row[i] != row[i]) & (best[i] == best[i]));
+    best[i] = take ? row[i] : best[i];
+    argmax[i] = take ? at : argmax[i];
+  }
+}
+
 }  // namespace
 }  // namespace emblas

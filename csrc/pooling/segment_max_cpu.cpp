@@ -1,20 +1,10 @@
-// Max pooling on a CPU: the running maximum and its row stay in the first-level cache. One plain
-// loop over widened values, which compilers turn into compare and blend.
+// Max pooling on a CPU: the running maximum and its row stay in the first-level cache.
 #include "common/isa.h"
 #include "pooling/pooling.h"
 #include "pooling/rows.h"
 
 namespace emblas {
 namespace {
-
-template <class A>
-void take_larger(A* best, int32_t* argmax, const A* row, int32_t at, int64_t dim) {
-  for (int64_t i = 0; i < dim; ++i) {
-    const bool take = (row[i] > best[i]) | ((row[i] != row[i]) & (best[i] == best[i]));
-    best[i] = take ? row[i] : best[i];
-    argmax[i] = take ? at : argmax[i];
-  }
-}
 
 template <class T>
 void forward(const Segments<T>& segments, int64_t first, int64_t last, T* out, int32_t* argmax,

@@ -1,8 +1,12 @@
+#include <limits>
+
 #include "common/isa.h"
 #include "common/philox.h"
 #include "native.h"
+#include "pooling/attention_pool.h"
 #include "pooling/finish.h"
 #include "pooling/pooling.h"
+#include "pooling/vocab_pool.h"
 
 namespace {
 
@@ -138,11 +142,12 @@ void check_modes(double unit) {
           CHECK_NEAR(to_double(out[b * dim + i]), largest, unit);
         }
       }
-      emblas::kernels<emblas::SegmentGemKernels>().of(T{}).forward(
-          segments, A(2.5), A(0.25), 0, batch, means.data(), scratch.data());
       for (int64_t mode = 0; mode <= emblas::kPoolModes; ++mode) {
         const bool gem = mode == emblas::kPoolModes;
-        if (!gem) {
+        if (gem) {
+          emblas::kernels<emblas::SegmentGemKernels>().of(T{}).forward(
+              segments, A(2.5), A(0.25), 0, batch, means.data(), scratch.data());
+        } else {
           emblas::kernels<emblas::PoolingKernels>().of(T{}).forward(
               {segments, emblas::PoolMode(mode), false, true, means.data(), nullptr}, 0, batch,
               scratch.data());
@@ -209,7 +214,78 @@ void check_finish(double unit) {
   }
 }
 
+// Attention pooling of one query against the definition, and a tile of vocabulary maxima.
+template <class T>
+void check_attention_and_vocab(double unit) {
+  using A = emblas::Accumulator<T>;
+  const std::vector<int32_t> cu_seqlens{0, 0, 11, 12, 29};
+  const int64_t batch = 4, tokens = 29;
+  for (int64_t dim : {1, 7, 37}) {
+    std::vector<T> x(tokens * dim), grad_x(tokens * dim);
+    fill(x, 7);
+    const auto query = native::random_values<A>(dim, 8),
+               grad = native::random_values<A>(batch * dim, 9);
+    std::vector<A> out(batch * dim), lse(batch), grad_query(batch * dim), best(batch * dim);
+    std::vector<A> scratch(emblas::kAttentionBlock * dim);
+    std::vector<int32_t> argmax(batch * dim, -1);
+    emblas::Segments<T> segments{};
+    segments.x = x.data();
+    segments.dim = segments.row_stride = dim;
+    segments.begins = cu_seqlens.data();
+    segments.ends = cu_seqlens.data() + 1;
+    const emblas::AttentionPoolArgs<T> args{segments, query.data(), 1,          A(0.5),
+                                            batch,    tokens,       out.data(), lse.data()};
+    const auto& kernel = emblas::kernels<emblas::AttentionPoolKernels>().of(T{});
+    kernel.forward(args, 0, batch, scratch.data());
+    kernel.backward({args, grad.data(), grad_x.data(), grad_query.data()}, 0, batch,
+                    scratch.data());
+    for (A& value : best) value = -std::numeric_limits<A>::infinity();
+    for (int64_t first : {0, 16}) {  // two tiles of tokens, the vectors as their logits
+      const int64_t last = first == 0 ? 16 : tokens;
+      const emblas::VocabTile<T> tile{
+          x.data() + first * dim, dim, first, last, segments, batch, best.data(),
+          argmax.data(),          dim};
+      emblas::kernels<emblas::VocabPoolKernels>().of(T{}).fold(tile, 0, dim, scratch.data());
+    }
+    for (int64_t b = 0; b < batch; ++b) {
+      double total = 0, along = 0;
+      std::vector<double> share(tokens), pooled(dim);
+      for (int64_t t = cu_seqlens[b]; t < cu_seqlens[b + 1]; ++t) {
+        double score = 0;
+        for (int64_t i = 0; i < dim; ++i) score += query[i] * to_double(x[t * dim + i]);
+        total += share[t] = std::exp(score / 2);
+      }
+      for (int64_t i = 0; i < dim; ++i) {
+        double largest = -INFINITY;
+        for (int64_t t = cu_seqlens[b]; t < cu_seqlens[b + 1]; ++t) {
+          const double value = to_double(x[t * dim + i]);
+          pooled[i] += share[t] / total * value;
+          if (value > largest) largest = value;
+        }
+        CHECK_NEAR(out[b * dim + i], pooled[i], 64 * unit);
+        if (total > 0) CHECK_NEAR(best[b * dim + i], largest, unit);
+        CHECK((argmax[b * dim + i] < 0) == (total == 0));
+        along += pooled[i] * grad[b * dim + i];
+      }
+      for (int64_t t = cu_seqlens[b]; t < cu_seqlens[b + 1]; ++t) {
+        double slope = -along;
+        for (int64_t i = 0; i < dim; ++i) slope += grad[b * dim + i] * to_double(x[t * dim + i]);
+        for (int64_t i = 0; i < dim; ++i) {
+          const double expected = share[t] / total * (grad[b * dim + i] + slope / 2 * query[i]);
+          CHECK_NEAR(to_double(grad_x[t * dim + i]), expected,
+                     (sizeof(T) == 2 ? 1e-2 : 256 * unit) * (1 + std::fabs(expected)));
+        }
+      }
+    }
+  }
+}
+
 }  // namespace
+
+NATIVE_TEST(attention_and_vocab_float32) { check_attention_and_vocab<float>(1e-6); }
+NATIVE_TEST(attention_and_vocab_float64) { check_attention_and_vocab<double>(1e-14); }
+NATIVE_TEST(attention_and_vocab_bfloat16) { check_attention_and_vocab<emblas::bfloat16>(1e-6); }
+NATIVE_TEST(attention_and_vocab_float16) { check_attention_and_vocab<emblas::float16>(1e-6); }
 
 // The known answers of Random123 (kat_vectors).
 NATIVE_TEST(philox) {

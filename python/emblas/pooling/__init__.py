@@ -9,17 +9,22 @@ from emblas.pooling.functions import (
     sif_weights,
     span_pool,
 )
+from emblas.pooling.learned import SparseRows, attention_pool, lexical_weights, vocab_pool
 from emblas.pooling.modules import Matryoshka, Pooling
 
 __all__ = [
     "Epilogue",
     "Matryoshka",
     "Pooling",
+    "SparseRows",
     "arrays",
+    "attention_pool",
     "gather_pool",
     "group_pool",
     "int8_ranges",
+    "lexical_weights",
     "segment_pool",
     "sif_weights",
     "span_pool",
+    "vocab_pool",
 ]

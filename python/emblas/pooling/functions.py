@@ -120,7 +120,7 @@ def segment_pool(
     if mask is None:
         starts, ends = _op.offsets("cu_seqlens", cu_seqlens, x.device), None
     else:
-        starts, ends, token_weights = _padded(x, mask, token_weights)
+        starts, ends, token_weights = padded_segments(x, mask, token_weights)
     batch = starts.shape[0] - (ends is None)
     skip = _skip(skip_prefix, batch, x.device)
     segments = Segments(_op.rows(x), starts, token_weights, ends, skip)
@@ -394,7 +394,9 @@ def _masked(x: Tensor, mask: Tensor, weights: Tensor | None) -> Tensor:
     return flat if weights is None else flat * weights
 
 
-def _padded(x: Tensor, mask: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def padded_segments(
+    x: Tensor, mask: Tensor, weights: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Segments of padded input, each from its first token to the end of its row."""
     token_weights = _masked(x, mask, weights)
     batch, length = x.shape[:2]

@@ -79,6 +79,13 @@ def _entries(
     return _Entries(row, position, segment, weight, steps)
 
 
+def segment_entries(
+    x: Tensor, starts: Tensor, weights: Tensor | None, ends: Tensor | None
+) -> _Entries:
+    """Return every pair of a segment and one of its tokens."""
+    return _entries(x, starts, weights, Mode.mean, ends, None, None)
+
+
 def _batch(starts: Tensor, ends: Tensor | None) -> int:
     return starts.shape[0] - 1 if ends is None else ends.shape[0]
 
