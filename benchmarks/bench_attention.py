@@ -78,3 +78,42 @@ def bench_varlen_attention(row: Any, shape: str, heads: str, who: str) -> None:
         shape=f"{shape}: {sequences} x ~{mean} tokens, {heads}", dtype="float32",
         call=CONTENDERS[who], inputs=inputs, flops=4 * pairs * count * dim, seconds=0.7,
     )  # fmt: skip
+
+
+# (sequences, heads, length, head_dim): the shapes of an encoder's training step.
+UNIFORM = [(16, 12, 64, 32), (16, 12, 128, 32), (4, 12, 512, 32), (4, 12, 512, 64)]
+
+
+def _training_step(shape: tuple[int, int, int, int], who: str, seed: int) -> tuple[Any, ...]:
+    """Results with their graph, the leaves and the gradient that comes in."""
+    generator = torch.Generator().manual_seed(seed)
+    batch, heads, length, dim = shape
+    qkv = torch.randn(batch * length, 3, heads, dim, generator=generator)
+    grad = torch.randn(batch * length, heads, dim, generator=generator)
+    with torch.inference_mode(False), torch.enable_grad():
+        leaves = [x.clone().requires_grad_() for x in qkv.unbind(1)]
+        if who == "emblas":
+            cu_seqlens = torch.arange(batch + 1, dtype=torch.int32) * length
+            return varlen_attention(*leaves, cu_seqlens, cu_seqlens, length, length), leaves, grad
+        views = [x.unflatten(0, (batch, length)).transpose(1, 2) for x in leaves]
+        padded = grad.unflatten(0, (batch, length)).transpose(1, 2)
+        return scaled_dot_product_attention(*views), leaves, padded
+
+
+def _gradients(out: Tensor, leaves: list[Tensor], grad: Tensor) -> tuple[Tensor, ...]:
+    with torch.inference_mode(False):
+        return torch.autograd.grad(out, leaves, grad, retain_graph=True)
+
+
+@pytest.mark.parametrize("who", ["emblas", "torch SDPA"])
+@pytest.mark.parametrize("shape", UNIFORM, ids=str)
+def bench_varlen_attention_backward(row: Any, shape: tuple[int, int, int, int], who: str) -> None:
+    batch, heads, length, dim = shape
+    inputs = rotate(
+        lambda seed: _training_step(shape, who, seed), batch * heads * length * dim * 32
+    )
+    row(
+        "attention", "varlen_attention backward", who,
+        shape=f"{batch} x {length} tokens, {heads} x {dim}", dtype="float32", call=_gradients,
+        inputs=inputs, flops=10 * batch * heads * length**2 * dim, seconds=0.7,
+    )  # fmt: skip

@@ -24,6 +24,25 @@ CONFIGS = {
         vocab_size=99, dim=64, n_layers=2, n_heads=2, hidden_dim=48
     ),
 }
+DECODER = {**SIZES, "num_key_value_heads": 1, "head_dim": 16, "pad_token_id": 0}
+GEMMA = {**DECODER, "sliding_window": 6, "query_pre_attn_scalar": 16}
+# Windows are shorter than the texts, so that one off by one fails.
+TRAINED = {
+    "bert": CONFIGS["bert"],
+    "modernbert": lambda: transformers.ModernBertConfig(
+        **SIZES, local_attention=8, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        cls_token_id=1, sep_token_id=2,
+    ),
+    "qwen2": lambda: transformers.Qwen2Config(**DECODER),
+    "qwen3": lambda: transformers.Qwen3Config(**DECODER),
+    "mistral": lambda: transformers.MistralConfig(**DECODER, sliding_window=6),
+    "llama": lambda: transformers.LlamaConfig(**DECODER),
+    "gemma2": lambda: transformers.Gemma2Config(**GEMMA, attn_logit_softcapping=2.0),
+    "gemma3": lambda: transformers.Gemma3TextConfig(**GEMMA),
+    "gemma3, bidirectional": lambda: transformers.Gemma3TextConfig(
+        **GEMMA, use_bidirectional_attention=True
+    ),
+}  # fmt: skip
 LENGTHS = (7, 1, 30, 12)
 
 
@@ -110,3 +129,64 @@ def test_compiled(model):
             args = (ids[None], packed.positions(cu_seqlens)[None] + 2, cu_seqlens, max(lengths))
             torch.testing.assert_close(compiled(*args), run(*args), rtol=0, atol=0)
     assert counter.frame_count == 1
+
+
+def sharpen(model):
+    """Larger queries and keys: a softmax of low entropy shows a wrong mask."""
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.dim() == 2 and any(x in name for x in ("q_proj", "query", "Wqkv")):
+                weight.mul_(12)
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_training(name, texts):
+    """Outputs and parameter gradients of a packed batch are those of eager, padded."""
+    hf.register()
+    torch.manual_seed(0)
+    model = transformers.AutoModel.from_config(TRAINED[name]()).eval()
+    sharpen(model)
+    grad = torch.randn(sum(LENGTHS), 64)
+    mask = torch.arange(max(LENGTHS))[None] < torch.tensor(LENGTHS)[:, None]
+    padded = torch.zeros(mask.shape, dtype=torch.long)
+    padded[mask] = torch.cat(texts)
+
+    def eager():
+        return model(input_ids=padded, attention_mask=mask.long()).last_hidden_state[mask]
+
+    results = []
+    for implementation, run in (
+        ("eager", eager),
+        ("emblas", lambda: hf.forward_packed(model, *packed.pack(texts))),
+    ):
+        model.set_attn_implementation(implementation)
+        model.zero_grad()
+        out = run()
+        out.backward(grad)
+        grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        results.append((out.detach(), grads))
+    (expected, expected_grads), (actual, actual_grads) = results
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=2e-5)
+    assert actual_grads.keys() == expected_grads.keys()
+    scale = max(float(g.abs().max()) for g in expected_grads.values())
+    for parameter, gradient in expected_grads.items():
+        torch.testing.assert_close(
+            actual_grads[parameter], gradient, rtol=1e-3, atol=2e-5 * scale, msg=parameter
+        )
+
+
+def test_verify(texts, monkeypatch):
+    hf.register()
+    model = transformers.AutoModel.from_config(CONFIGS["bert"]()).eval()
+    model.set_attn_implementation("emblas")
+    sharpen(model)
+    assert hf.verify(model, texts) < 2e-5
+    attend = hf.varlen_attention
+
+    def leak(q, k, v, cu_q, cu_k, *rest):
+        return attend(q, k, v, cu_q[[0, -1]], cu_k[[0, -1]], len(q), len(k), *rest[2:])
+
+    monkeypatch.setattr(hf, "varlen_attention", leak)
+    assert hf.verify(model, texts) > 1e-2
+    with pytest.raises(ValueError, match="none that is empty"):
+        hf.verify(model, [])
