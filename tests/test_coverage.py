@@ -8,7 +8,6 @@ from cases import CASES
 from contract import only_kernels, packed
 from emblas import _op, info, use_backend
 from emblas.attention import varlen_attention
-<<<<<<< HEAD
 from emblas.binary import (
     HadamardRotation,
     asymmetric_topk,
@@ -21,10 +20,6 @@ from emblas.binary import (
     range_search_csr,
     rescore,
 )
-from emblas.pooling import Matryoshka, segment_pool
-from emblas.tables import HashEmbedding, TableSpec, hash_bag, hash_keys, optim
-=======
-from emblas.binary import hamming_topk, pack_sign
 from emblas.pooling import (
     Matryoshka,
     attention_pool,
@@ -32,8 +27,7 @@ from emblas.pooling import (
     segment_pool,
     vocab_pool,
 )
-from emblas.tables import HashEmbedding, TableSpec, hash_keys
->>>>>>> pooling
+from emblas.tables import HashEmbedding, TableSpec, hash_bag, hash_keys, optim
 
 CU = packed((3, 5))
 CODES = torch.zeros(2, 3, dtype=torch.uint8)
@@ -95,13 +89,9 @@ NO_GRADIENT = {
     "range_search": "integers",
     "range_search_csr": "integers",
     "hash_keys": "integers",
-<<<<<<< HEAD
     "compose_bag_backward_rows": "a gradient itself",
     "compose_bag_update_": "a gradient's use",
-=======
     "lexical_index": "integers: values are picked, and differentiated, by torch",
-    "varlen_attention": "forward only in this version",
->>>>>>> pooling
 }
 # Operators whose GPU tensors take the reference, with a warning: no GPU kernels yet.
 NO_TRITON = (
