@@ -72,7 +72,8 @@ std::tuple<Tensor, Tensor> segment_pool_backward_cuda(const Tensor& grad_out, co
     using T = decltype(element);
     using A = Accumulator<T>;
     call.check_vector<A>(norm, normalize ? batch : 0, "norm must be the forward's second output");
-    const Tensor grad_x = call.empty<2>(x.scalar_type(), {need_x ? tokens : 0, dim});
+    const Tensor grad_x = need_x ? call.empty<2>(x.scalar_type(), {tokens, dim})
+                                 : call.empty<1>(x.scalar_type(), {0});
     const Tensor grad_weights = call.empty<1>(kScalarType<A>, {need_weights ? tokens : 0});
     const Tensor scratch = call.empty<2>(kScalarType<A>, {batch, dim + 2});
     const cuda::SegmentPoolBackwardArgs<T> args{

@@ -201,7 +201,7 @@ class Op:
         if kernel is None:
             return False
         schema = self.overload._schema.arguments
-        for value, argument in zip(args[kernel.arity :], schema[kernel.arity :], strict=True):
+        for value, argument in zip(args[kernel.arity :], schema[kernel.arity :], strict=False):
             if isinstance(value, Tensor) or value != argument.default_value:
                 return False
         return kernel.supports is None or kernel.supports(*args[: kernel.arity])

@@ -118,7 +118,7 @@ def segment_pool(
     batch, dim, weight = _batch(cu_seqlens, ends), x.shape[-1], entries.weight
     total = weight.new_zeros(batch).index_add(0, entries.segment, weight)
     # A row of weight 0 may hold NaN: it is replaced, not multiplied.
-    rows = x.reshape(-1, dim)[entries.row].to(dtype)
+    rows = x.flatten(0, -2)[entries.row].to(dtype)
     weighted = torch.where((weight == 0)[:, None], 0, weight[:, None] * rows)
     summed = weighted.new_zeros(batch, dim).index_add(0, entries.segment, weighted)
     divisor = _divisor(total, mode)
@@ -163,7 +163,7 @@ def segment_pool_backward(
     shared = grad / torch.where(divisor == 0, 1, divisor)[:, None]
     power = {Mode.sum: 0.0, Mode.mean_sqrt_len: 0.5}.get(Mode(mode), 1.0)
     along_mean = power * (pooled * grad).sum(1) / torch.where(total == 0, 1, total)
-    rows = x.reshape(-1, dim)
+    rows = x.flatten(0, -2)
     grad_x = grad.new_zeros(len(rows), dim)
     grad_x = grad_x.index_add(0, entries.row, entries.weight[:, None] * shared[segment])
     slope = (rows[entries.row].to(dtype) * shared[segment]).sum(1) - along_mean[segment]
@@ -188,7 +188,7 @@ def segment_max(
     entries = _entries(x, cu_seqlens, weights, Mode.mean, ends, skip, index)
     present = entries.weight != 0
     row, segment = entries.row[present], entries.segment[present]
-    rows = x.reshape(-1, x.shape[-1])
+    rows = x.flatten(0, -2)
     shape = _batch(cu_seqlens, ends), x.shape[-1]
     values = rows[row].detach()
     at = segment[:, None].expand_as(values)
@@ -225,7 +225,7 @@ def segment_gem(
     """Generalized mean of each segment, in the accumulator's dtype."""
     entries = _entries(x, cu_seqlens, weights, Mode.mean, ends, skip, index)
     batch, dim, weight = _batch(cu_seqlens, ends), x.shape[-1], entries.weight
-    rows = x.reshape(-1, dim)[entries.row].to(weight.dtype)
+    rows = x.flatten(0, -2)[entries.row].to(weight.dtype)
     raised = torch.where(rows < epsilon, epsilon, rows) ** power
     weighted = torch.where((weight == 0)[:, None], 0, weight[:, None] * raised)
     total = weight.new_zeros(batch).index_add(0, entries.segment, weight)
@@ -249,12 +249,12 @@ def segment_gem_backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of :func:`segment_gem` by ``x`` and, one share per segment, by ``power``."""
     entries = _entries(x, cu_seqlens, weights, Mode.mean, ends, skip, index)
-    batch, dim, weight = _batch(cu_seqlens, ends), x.shape[-1], entries.weight
+    batch, weight = _batch(cu_seqlens, ends), entries.weight
     total = weight.new_zeros(batch).index_add(0, entries.segment, weight)
     root = torch.where((total == 0)[:, None], 1, out)
     scale = torch.where(total == 0, 0, 1 / total)[:, None] / power
     shared = grad_out * scale * root ** (1 - power)
-    rows = x.reshape(-1, dim).to(weight.dtype)
+    rows = x.flatten(0, -2).to(weight.dtype)
     clamped = torch.where(rows < epsilon, epsilon, rows)
     summed = torch.zeros_like(rows).index_add(
         0, entries.row, weight[:, None] * shared[entries.segment]

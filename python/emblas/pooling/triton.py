@@ -221,7 +221,7 @@ def segment_pool_backward(
     batch = cu_seqlens.shape[0] - 1
     grad_mean = x.new_empty(batch, dim, dtype=torch.float32)
     along, share = (x.new_empty(batch, dtype=torch.float32) for _ in range(2))
-    grad_x = x.new_empty(tokens if need_x else 0, dim)
+    grad_x = x.new_empty((tokens, dim) if need_x else 0)
     grad_weights = x.new_empty(tokens if need_weights else 0, dtype=torch.float32)
     _mean_gradient[(batch,)](
         grad_out, out, norm, cu_seqlens, weights, grad_mean, along, share, tokens, dim,
