@@ -91,10 +91,10 @@ def _training_step(shape: tuple[int, int, int, int], who: str, seed: int) -> tup
     qkv = torch.randn(batch * length, 3, heads, dim, generator=generator)
     grad = torch.randn(batch * length, heads, dim, generator=generator)
     with torch.inference_mode(False), torch.enable_grad():
-        leaves = [x.clone().requires_grad_() for x in qkv.unbind(1)]
+        q, k, v = leaves = [x.clone().requires_grad_() for x in qkv.unbind(1)]
         if who == "emblas":
             cu_seqlens = torch.arange(batch + 1, dtype=torch.int32) * length
-            return varlen_attention(*leaves, cu_seqlens, cu_seqlens, length, length), leaves, grad
+            return varlen_attention(q, k, v, cu_seqlens, cu_seqlens, length, length), leaves, grad
         views = [x.unflatten(0, (batch, length)).transpose(1, 2) for x in leaves]
         padded = grad.unflatten(0, (batch, length)).transpose(1, 2)
         return scaled_dot_product_attention(*views), leaves, padded

@@ -14,7 +14,7 @@ from contract import (
     tolerance,
 )
 from emblas import use_backend
-from emblas.attention import alibi_slopes, t5_buckets, varlen_attention
+from emblas.attention import alibi_slopes, reference, t5_buckets, varlen_attention
 
 CU, TOKENS = packed((0, 5, 1, 150, 40)), 196
 BRANCHES = torch.tensor([-1] * 9 + [0] * 50 + [1] * 30 + [2] * 107)
@@ -203,6 +203,19 @@ def test_compiled_and_contract():
     check_op("varlen_attention", q, q, q, cu, cu, 5, 5, None, -1, 0, True, *shaping)
     check_op("varlen_attention_backward", out, None, q, q, q, out, lse, cu, cu, 5, 5, None, -1, 0,
              *shaping, True)  # fmt: skip
+
+
+def test_backward_operator_equals_its_reference():
+    """Also in the gradient of the distances' bias, and where it isn't wanted."""
+    q, cu, ids = torch.randn(9, 2, 32), packed((4, 5)), torch.arange(9, dtype=torch.int32) % 3
+    shaping = (2.0, torch.rand(1, 2), torch.randn(2, 7), ids[:2], ids - 1, ids)
+    numbers = (5, 5, None, -1, 0)
+    out, lse = torch.ops.emblas.varlen_attention(q, q, q, cu, cu, *numbers, True, *shaping)
+    for grad_lse, need in ((None, True), (torch.randn_like(lse), False)):
+        args = (out, grad_lse, q, q, q, out, lse, cu, cu, *numbers, *shaping, need)
+        actual = torch.ops.emblas.varlen_attention_backward(*args)
+        for a, e in zip(actual, reference.varlen_attention_backward(*args), strict=True):
+            torch.testing.assert_close(a, e, rtol=1e-5, atol=1e-5)
 
 
 def test_t5_buckets():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -163,5 +164,5 @@ def varlen_attention(
             *tensors, numbers, softcap, alibi_slopes, *masks
         )
         return result
-    run = reference.varlen_attention if use_reference() else _varlen_attention
+    run: Callable[..., Any] = reference.varlen_attention if use_reference() else _varlen_attention
     return run(q, k, v, cu_seqlens_q, cu_seqlens_k, *numbers, return_lse, *shaping)

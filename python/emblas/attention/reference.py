@@ -136,10 +136,10 @@ def varlen_attention_backward(
     if distance_bias is not None:
         bias = distance_bias
     with torch.enable_grad():
-        leaves = [x.detach().requires_grad_() for x in (q, k, v, bias)]
+        q, k, v, bias = leaves = [x.detach().requires_grad_() for x in (q, k, v, bias)]
         results = varlen_attention(
-            *leaves[:3], cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale,
-            window_left, window_right, True, softcap, alibi_slopes, leaves[3], prefix_len, branch,
+            q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale,
+            window_left, window_right, True, softcap, alibi_slopes, bias, prefix_len, branch,
             block_ids,
         )  # fmt: skip
         grads = (grad_out, torch.zeros_like(results[1]) if grad_lse is None else grad_lse)
