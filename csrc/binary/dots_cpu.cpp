@@ -71,6 +71,15 @@ inline void some(const DotsArgs<T>& args, int64_t q0, int64_t r0) {
       for (int r = 0; r < rows; ++r) total[q][r] += wanted * values[r];
     }
   }
+  if constexpr (queries == 1 && rows == 4) {
+    Accumulator<T> result[4];
+    sums(total[0][0], total[0][1], total[0][2], total[0][3], result);
+    for (int r = 0; r < rows; ++r) {
+      for (int64_t j = i; j < args.dim; ++j) result[r] += query[0][j] * to_accumulator(row[r][j]);
+      args.dots[q0 * args.count + r0 + r] = result[r];
+    }
+    return;
+  }
   for (int r = 0; r < rows; ++r) {
     Accumulator<T> result[4];
     if constexpr (queries == 4) {
@@ -95,7 +104,7 @@ void dots(const DotsArgs<T>& args) {
   }
   for (; q < args.query_count; ++q) {
     int64_t r = 0;
-    for (; r + kRows <= args.count; r += kRows) some<1, kRows>(args, q, r);
+    for (; r + 4 <= args.count; r += 4) some<1, 4>(args, q, r);
     for (; r < args.count; ++r) some<1, 1>(args, q, r);
   }
 }
