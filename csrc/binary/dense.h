@@ -142,6 +142,20 @@ struct MaxSimArgs {
   int32_t* argmax;         // [query_tokens, count] token of the batch, -1 if there is none; or null
 };
 
+// Eight maxima side by side, which compilers make a vector: one would wait for itself.
+template <class A>
+A largest_of(const A* x, int64_t count) {
+  constexpr int64_t kLanes = 8;
+  A lanes[kLanes];
+  std::fill(lanes, lanes + kLanes, x[0]);
+  int64_t j = 0;
+  for (; j + kLanes <= count; j += kLanes) {
+    for (int64_t i = 0; i < kLanes; ++i) lanes[i] = x[j + i] > lanes[i] ? x[j + i] : lanes[i];
+  }
+  for (; j < count; ++j) lanes[0] = x[j] > lanes[0] ? x[j] : lanes[0];
+  return *std::max_element(lanes, lanes + kLanes);
+}
+
 // Documents [first, last). `dots_of(begin, end, out)` writes the products of tokens [begin, end)
 // with all query tokens, [query_tokens, end - begin].
 template <class A, class DotsOf>
@@ -159,12 +173,11 @@ void maxsim_documents(const int32_t* query_offsets, int64_t query_count, int64_t
       dots_of(begin, begin + tokens, dots.data());
       for (int64_t i = 0; i < query_tokens; ++i) {
         const A* row = dots.data() + i * tokens;
-        A largest = row[0];
-        for (int64_t j = 1; j < tokens; ++j) largest = row[j] > largest ? row[j] : largest;
+        const A largest = largest_of(row, tokens);
         if (where[size_t(i)] >= 0 && !(largest > best[size_t(i)])) continue;
         best[size_t(i)] = largest;
         int64_t j = 0;
-        while (j + 1 < tokens && row[j] != largest) ++j;
+        while (argmax && j + 1 < tokens && row[j] != largest) ++j;
         where[size_t(i)] = int32_t(begin + j);
       }
     }

@@ -23,6 +23,36 @@ inline const T* row_of(const DotsArgs<T>& args, int64_t i) {
   return args.data + (args.rows ? args.rows[i] : i) * args.stride;
 }
 
+// sum() of four vectors at once, by the same additions: one shuffle and add serves two of them.
+typedef float vfloat4 __attribute__((vector_size(16)));
+
+inline vfloat4 to_four(vfloat x) {
+#if EMBLAS_VECTOR_BYTES == 64
+  typedef float vfloat8 __attribute__((vector_size(32)));
+  const vfloat8 half = __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7) +
+                       __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15);
+  return __builtin_shufflevector(half, half, 0, 1, 2, 3) +
+         __builtin_shufflevector(half, half, 4, 5, 6, 7);
+#elif EMBLAS_VECTOR_BYTES == 32
+  return __builtin_shufflevector(x, x, 0, 1, 2, 3) + __builtin_shufflevector(x, x, 4, 5, 6, 7);
+#else
+  return x;
+#endif
+}
+inline void sums(vfloat a, vfloat b, vfloat c, vfloat d, float (&out)[4]) {
+  const vfloat4 w = to_four(a), x = to_four(b), y = to_four(c), z = to_four(d);
+  const vfloat4 first =
+      __builtin_shufflevector(w, x, 0, 4, 1, 5) + __builtin_shufflevector(w, x, 2, 6, 3, 7);
+  const vfloat4 second =
+      __builtin_shufflevector(y, z, 0, 4, 1, 5) + __builtin_shufflevector(y, z, 2, 6, 3, 7);
+  const vfloat4 all = __builtin_shufflevector(first, second, 0, 1, 4, 5) +
+                      __builtin_shufflevector(first, second, 2, 3, 6, 7);
+  std::memcpy(out, &all, sizeof out);
+}
+inline void sums(vdouble a, vdouble b, vdouble c, vdouble d, double (&out)[4]) {
+  out[0] = sum(a), out[1] = sum(b), out[2] = sum(c), out[3] = sum(d);
+}
+
 template <int queries, int rows, class T>
 inline void some(const DotsArgs<T>& args, int64_t q0, int64_t r0) {
   using V = Vector<T>;
@@ -41,11 +71,25 @@ inline void some(const DotsArgs<T>& args, int64_t q0, int64_t r0) {
       for (int r = 0; r < rows; ++r) total[q][r] += wanted * values[r];
     }
   }
-  for (int q = 0; q < queries; ++q) {
+  if constexpr (queries == 1 && rows == 4) {
+    Accumulator<T> result[4];
+    sums(total[0][0], total[0][1], total[0][2], total[0][3], result);
     for (int r = 0; r < rows; ++r) {
-      Accumulator<T> result = sum(total[q][r]);
-      for (int64_t j = i; j < args.dim; ++j) result += query[q][j] * to_accumulator(row[r][j]);
-      args.dots[(q0 + q) * args.count + r0 + r] = result;
+      for (int64_t j = i; j < args.dim; ++j) result[r] += query[0][j] * to_accumulator(row[r][j]);
+      args.dots[q0 * args.count + r0 + r] = result[r];
+    }
+    return;
+  }
+  for (int r = 0; r < rows; ++r) {
+    Accumulator<T> result[4];
+    if constexpr (queries == 4) {
+      sums(total[0][r], total[1][r], total[2][r], total[3][r], result);
+    } else {
+      for (int q = 0; q < queries; ++q) result[q] = sum(total[q][r]);
+    }
+    for (int q = 0; q < queries; ++q) {
+      for (int64_t j = i; j < args.dim; ++j) result[q] += query[q][j] * to_accumulator(row[r][j]);
+      args.dots[(q0 + q) * args.count + r0 + r] = result[q];
     }
   }
 }
@@ -60,7 +104,7 @@ void dots(const DotsArgs<T>& args) {
   }
   for (; q < args.query_count; ++q) {
     int64_t r = 0;
-    for (; r + kRows <= args.count; r += kRows) some<1, kRows>(args, q, r);
+    for (; r + 4 <= args.count; r += 4) some<1, 4>(args, q, r);
     for (; r < args.count; ++r) some<1, 1>(args, q, r);
   }
 }
