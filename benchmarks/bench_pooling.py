@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import rotate
-from emblas.pooling import segment_pool
+from emblas.pooling import attention_pool, segment_pool, vocab_pool
 from torch import Tensor
 
 SHAPES = {
@@ -66,6 +66,49 @@ def bench_segment_pool(row: Any, shape: str, dtype: torch.dtype, who: str) -> No
         dtype=str(dtype).removeprefix("torch."),
         call=CONTENDERS[who], inputs=rotate(lambda seed: _batch(shape, dtype, seed), size),
         bytes=size + sequences * 384 * dtype.itemsize,
+    )  # fmt: skip
+
+
+def _splade(x: Tensor, weight: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """Pool as SPLADE does, over the logits of all tokens."""
+    logits = (x @ weight.T).relu().log1p()
+    return logits.view(len(cu_seqlens) - 1, -1, len(weight)).amax(1)
+
+
+@pytest.mark.parametrize("who", ["emblas", "torch, materialized"])
+def bench_vocab_pool(row: Any, who: str) -> None:
+    batch, length, dim, vocab = 8, 256, 384, 30_522
+    cu_seqlens = torch.arange(batch + 1, dtype=torch.int32) * length
+
+    def ours(x: Tensor, weight: Tensor, cu_seqlens: Tensor) -> Tensor:
+        return vocab_pool(x, weight, None, cu_seqlens)
+
+    row(
+        "pooling", "SPLADE max", who,
+        shape=f"{batch} x {length} x {dim}, vocabulary {vocab}", dtype="float32",
+        call=ours if who == "emblas" else _splade,
+        inputs=[(torch.randn(batch * length, dim), torch.randn(vocab, dim), cu_seqlens)],
+        flops=2 * batch * length * dim * vocab,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("who", ["emblas", "torch, padded MultiheadAttention"])
+def bench_attention_pool(row: Any, who: str) -> None:
+    batch, length, dim = 64, 256, 1024
+    cu_seqlens = torch.arange(batch + 1, dtype=torch.int32) * length
+    peer = torch.nn.MultiheadAttention(dim, 1, batch_first=True)
+
+    def theirs(x: Tensor, query: Tensor, cu_seqlens: Tensor) -> Tensor:
+        padded = x.view(batch, length, dim)
+        pooled: Tensor = peer(query.expand(batch, 1, dim), padded, padded, need_weights=False)[0]
+        return pooled
+
+    row(
+        "pooling", "attention of one query", who,
+        shape=f"{batch} x {length} x {dim}", dtype="float32",
+        call=attention_pool if who == "emblas" else theirs,
+        inputs=[(torch.randn(batch * length, dim), torch.randn(1, dim), cu_seqlens)] * 2,
+        bytes=batch * length * dim * 4,
     )  # fmt: skip
 
 

@@ -9,6 +9,8 @@ from emblas.pooling import segment_pool
 
 peer = pytest.importorskip("sentence_transformers.sentence_transformer.modules")
 
+twins = pytest.importorskip("emblas.integrations.sentence_transformers_pooling")
+
 MODES = {
     "cls": "cls",
     "max": "max",
@@ -44,3 +46,27 @@ def test_all_modes(theirs, prompt, dtype):
         expected = pooling(padded)["sentence_embedding"]
         actual = segment_pool(x, mask=mask, mode=mode, skip_prefix=prompt)
         torch.testing.assert_close(actual, expected, **limit)
+
+
+def test_twins_share_folders(tmp_path):
+    splade = pytest.importorskip("sentence_transformers.sparse_encoder.modules").SpladePooling
+    x, mask = torch.randn(3, 7, 6), torch.tensor([[1] * 7, [0] * 4 + [1] * 3, [1] * 5 + [0] * 2])
+    for module, features in (
+        (peer.Pooling(6, ("mean", "max"), include_prompt=False), {"prompt_length": 2}),
+        (peer.Normalize(), {"sentence_embedding": torch.randn(3, 6)}),
+        (splade("max", "log1p_relu"), {}),
+        (splade("sum"), {}),
+    ):
+        theirs, ours = tmp_path / "theirs", tmp_path / "ours"
+        for folder in (theirs, ours):
+            folder.mkdir(exist_ok=True)
+        module.save(str(theirs))
+        twin = getattr(twins, type(module).__name__).load(str(theirs))
+        twin.save(str(ours))
+        back = type(module).load(str(ours))
+        assert back.get_config_dict() == module.get_config_dict()
+        batch = {"token_embeddings": x, "attention_mask": mask, **features}
+        actual = twin(dict(batch))["sentence_embedding"]
+        batch["token_embeddings"] = x.clone()  # the peer works in place
+        expected = module(dict(batch))["sentence_embedding"]
+        torch.testing.assert_close(actual, expected)

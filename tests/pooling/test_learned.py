@@ -14,7 +14,14 @@ from contract import (
     tolerance,
 )
 from emblas import use_backend
-from emblas.pooling import attention_pool, lexical_weights, vocab_pool
+from emblas.pooling import (
+    AttentionPooling,
+    LexicalWeights,
+    SpladePooling,
+    attention_pool,
+    lexical_weights,
+    vocab_pool,
+)
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 LENGTHS = (0, 5, 1, 30, 0, 4)
@@ -206,8 +213,6 @@ def test_lexical_weights():
         assert rows.values.tolist() == [1, 0.75, 0.25]
         rows.values.backward(torch.tensor([1.0, 2, 3]))
         assert weights.grad.tolist() == [0, 1, 2, 0, 0, 3, 0, 0]
-        dense = torch.sparse_csr_tensor(*(part.detach() for part in rows), (3, 10)).to_dense()
-        assert dense[0, 7] == 0.75
     check_op("lexical_index", ids, weights.detach(), packed((4, 0, 4)), [9])
     assert lexical_weights(ids[:0], weights[:0], packed((0,))).values.shape == (0,)
 
@@ -247,3 +252,41 @@ def test_direct_call_is_guarded():
     ):
         with pytest.raises(RuntimeError, match="emblas: "):
             call()
+
+
+@pytest.mark.parametrize("ln", [False, True])
+def test_attention_pooling_is_pma(ln):
+    """The folded projections against the module as published, step by step."""
+    module = AttentionPooling(12, 4, num_seeds=2, dim_out=8, ln=ln).double()
+    x = torch.randn(40, 12).double()
+    actual = module(x, CU)
+    for b, (begin, end) in enumerate(BOUNDS):
+        if begin == end:
+            assert torch.equal(actual[b], torch.zeros(2, 8).double())
+            continue
+        inputs = (
+            (module.fc_q, module.S[0]),
+            (module.fc_k, x[begin:end]),
+            (module.fc_v, x[begin:end]),
+        )
+        q, k, v = (layer(rows).unflatten(1, (4, 2)).transpose(0, 1) for layer, rows in inputs)
+        heads = (q @ k.mT / 8**0.5).softmax(2) @ v
+        out = module.ln0(module.S[0] + heads.transpose(0, 1).flatten(1))
+        torch.testing.assert_close(actual[b], module.ln1(out + module.fc_o(out).relu()))
+    actual.sum().backward()
+    assert module.S.grad is not None
+    assert module.fc_k.weight.grad is not None
+    with pytest.raises(ValueError, match="num_heads must divide"):
+        AttentionPooling(8, 3)
+
+
+def test_vocabulary_modules():
+    x, ids = torch.randn(40, 6), torch.randint(0, 9, (40,))
+    decoder = torch.nn.Linear(6, 9)
+    expected = vocab_pool(x, decoder.weight, decoder.bias, CU)
+    assert torch.equal(SpladePooling(decoder)(x, CU), expected)
+    module = LexicalWeights(6, ignored_ids=[0])
+    rows = module(x, ids, CU)
+    rows.values.sum().backward()
+    assert module.sparse_linear.weight.grad is not None
+    assert 0 not in rows.col_indices

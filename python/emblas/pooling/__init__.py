@@ -10,13 +10,22 @@ from emblas.pooling.functions import (
     span_pool,
 )
 from emblas.pooling.learned import SparseRows, attention_pool, lexical_weights, vocab_pool
-from emblas.pooling.modules import Matryoshka, Pooling
+from emblas.pooling.modules import (
+    AttentionPooling,
+    LexicalWeights,
+    Matryoshka,
+    Pooling,
+    SpladePooling,
+)
 
 __all__ = [
+    "AttentionPooling",
     "Epilogue",
+    "LexicalWeights",
     "Matryoshka",
     "Pooling",
     "SparseRows",
+    "SpladePooling",
     "arrays",
     "attention_pool",
     "gather_pool",

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from emblas.pooling import op
 from emblas.pooling.epilogue import Epilogue, check_dims, split
 from emblas.pooling.functions import check_modes, segment_pool
+from emblas.pooling.learned import SparseRows, attention_pool, lexical_weights, vocab_pool
 
 
 class Pooling(nn.Module):
@@ -102,3 +103,123 @@ class Matryoshka(nn.Module):
     def extra_repr(self) -> str:
         """Return the settings that ``repr`` shows."""
         return f"dims={self.dims}, normalize={self.normalize}"
+
+
+class AttentionPooling(nn.Module):
+    """Pooling by multi-head attention (PMA of the Set Transformer, arXiv 1810.00825, section 3.2).
+
+    ``O = S + heads(S, x)``, then ``O + relu(fc_o(O))``, with ``S`` the learned seeds; scores are
+    divided by the root of the whole width, as in the authors' code. The key projection is folded
+    into the seeds and the value projection follows the sum, so tokens are read once and never
+    projected.
+
+    Parameters
+    ----------
+    dim : int
+        Dimension of the tokens.
+    num_heads : int
+        Heads; a divisor of the width of the output.
+    num_seeds : int, default 1
+        Vectors per sequence.
+    dim_out : int, optional
+        Width of the output; default ``dim``.
+    ln : bool, default False
+        Normalize layers after either step.
+
+    Raises
+    ------
+    ValueError
+        If ``num_heads`` doesn't divide ``dim_out``.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        num_seeds: int = 1,
+        dim_out: int | None = None,
+        *,
+        ln: bool = False,
+    ) -> None:
+        super().__init__()
+        dim_out = dim_out or dim
+        if dim_out % num_heads:
+            raise ValueError(f"num_heads must divide dim_out {dim_out}, got {num_heads}")
+        self.num_heads = num_heads
+        self.S = nn.Parameter(nn.init.xavier_uniform_(torch.empty(1, num_seeds, dim_out)))
+        self.fc_q = nn.Linear(dim_out, dim_out)
+        self.fc_k = nn.Linear(dim, dim_out)
+        self.fc_v = nn.Linear(dim, dim_out)
+        self.fc_o = nn.Linear(dim_out, dim_out)
+        self.ln0 = nn.LayerNorm(dim_out) if ln else nn.Identity()
+        self.ln1 = nn.LayerNorm(dim_out) if ln else nn.Identity()
+
+    def forward(
+        self, x: Tensor, cu_seqlens: Tensor | None = None, *, mask: Tensor | None = None
+    ) -> Tensor:
+        """Return ``(batch, num_seeds, dim_out)``; zeros for sequences without tokens."""
+        seeds, heads = self.S[0], self.num_heads
+        q = self.fc_q(seeds).unflatten(1, (heads, -1))
+        keys = self.fc_k.weight.unflatten(0, (heads, -1))
+        # The bias of the keys adds the same to all scores of a query: softmax cancels it.
+        queries = torch.einsum("khd,hdi->khi", q, keys).flatten(0, 1)
+        scale = seeds.shape[1] ** -0.5
+        pooled = attention_pool(x, queries, cu_seqlens, mask=mask, scale=scale)
+        pooled = pooled.unflatten(1, (len(seeds), heads))
+        values = self.fc_v.weight.unflatten(0, (heads, -1))
+        out = torch.einsum("bkhi,hdi->bkhd", pooled, values).flatten(2) + self.fc_v.bias
+        out = self.ln0(seeds + out)
+        out = self.ln1(out + self.fc_o(out).relu())
+        if mask is not None:
+            present = (mask != 0).any(1)
+        else:
+            assert cu_seqlens is not None
+            present = cu_seqlens.diff() > 0
+        return torch.where(present[:, None, None], out, 0)
+
+
+class SpladePooling(nn.Module):
+    """SPLADE vectors from hidden states; see :func:`emblas.pooling.vocab_pool`.
+
+    Parameters
+    ----------
+    decoder : Linear
+        The output layer of a masked language model, shared, not copied. What the model's head does
+        before it (transform, norm) is the caller's.
+    activation : str, default "log1p_relu"
+        As in :func:`emblas.pooling.vocab_pool`.
+    """
+
+    def __init__(self, decoder: nn.Linear, activation: str | None = "log1p_relu") -> None:
+        super().__init__()
+        self.decoder = decoder
+        self.activation = activation
+
+    def forward(
+        self, x: Tensor, cu_seqlens: Tensor | None = None, *, mask: Tensor | None = None
+    ) -> Tensor:
+        """Return ``(batch, vocabulary)``."""
+        weight, bias = self.decoder.weight, self.decoder.bias
+        return vocab_pool(x, weight, bias, cu_seqlens, mask=mask, activation=self.activation)
+
+
+class LexicalWeights(nn.Module):
+    """The sparse head of BGE-M3 (arXiv 2402.03216); see :func:`emblas.pooling.lexical_weights`.
+
+    Parameters
+    ----------
+    dim : int
+        Dimension of the tokens.
+    ignored_ids : sequence of int, optional
+        Ids of special tokens, which get no weight.
+    """
+
+    def __init__(self, dim: int, ignored_ids: Sequence[int] = ()) -> None:
+        super().__init__()
+        self.sparse_linear = nn.Linear(dim, 1)
+        self.ignored_ids = tuple(ignored_ids)
+
+    def forward(self, x: Tensor, token_ids: Tensor, cu_seqlens: Tensor) -> SparseRows:
+        """Weigh the tokens ``x`` (tokens, dim), whose ids are ``token_ids`` (tokens,)."""
+        weights = self.sparse_linear(x).squeeze(1).relu()
+        return lexical_weights(token_ids, weights, cu_seqlens, ignored_ids=self.ignored_ids)

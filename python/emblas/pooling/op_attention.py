@@ -20,7 +20,7 @@ def _reference(
     weights: Tensor | None = None,
     ends: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Softmax-weighted sums of the tokens of each segment; see csrc/pooling/attention_pool.h."""
+    """Softmax-weighted sums of the tokens of each segment (``csrc/pooling/attention_pool.h``)."""
     entries = segment_entries(x, cu_seqlens, weights, ends)
     present = entries.weight != 0
     row, segment = entries.row[present], entries.segment[present]

@@ -127,8 +127,7 @@ def _lexical_reference(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Distinct ids of each sequence, each with the first token of its largest weight."""
     crow, columns, tokens = [0], [], []
-    bounds = cu_seqlens.tolist()
-    for begin, end in pairwise(bounds):
+    for begin, end in pairwise(cu_seqlens.tolist()):
         best: dict[int, int] = {}
         for t in range(begin, end):
             word, weight = int(token_ids[t]), float(weights[t])

@@ -1,0 +1,98 @@
+"""Twins of sentence-transformers' Pooling, Normalize and SpladePooling on the kernels of emblas.
+
+They take the same configuration, and save to and load from the same model folders.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from emblas.pooling import Epilogue, segment_pool
+
+try:
+    from sentence_transformers.base.modules.normalize import Normalize as _Normalize
+    from sentence_transformers.sentence_transformer.modules import Pooling as _Pooling
+    from sentence_transformers.sparse_encoder.modules import SpladePooling as _SpladePooling
+except ImportError as error:
+    raise ImportError(
+        "emblas.integrations.sentence_transformers_pooling needs sentence-transformers >= 6: "
+        "pip install 'emblas[hf]'"
+    ) from error
+
+MODES = {
+    "cls": "cls",
+    "max": "max",
+    "mean": "mean",
+    "mean_sqrt_len_tokens": "mean_sqrt_len",
+    "weightedmean": "weighted_mean",
+    "lasttoken": "last",
+}
+
+
+class Pooling(_Pooling):
+    """Pooling with the results of its twin, but zeros for texts without a pooled token.
+
+    Weights of whole words (``token_weights_sum``) and ready-made CLS vectors are left to the twin.
+    """
+
+    def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        """Pool ``token_embeddings`` into ``sentence_embedding``."""
+        if "token_weights_sum" in features or "cls_token_embeddings" in features:
+            return super().forward(features, **kwargs)
+        x: Tensor = features["token_embeddings"]
+        modes = (self.pooling_mode,) if isinstance(self.pooling_mode, str) else self.pooling_mode
+        mode = [MODES[name] for name in modes]
+        skip = None
+        if not self.include_prompt and "prompt_length" in features:
+            length = features["prompt_length"]
+            skip = int(length[0] if isinstance(length, Tensor) else length)
+        if "cu_seq_lens_q" in features:
+            offsets = features["cu_seq_lens_q"]
+            pooled = segment_pool(x.squeeze(0), offsets, mode, skip_prefix=skip)
+        else:
+            mask = features.get("attention_mask")
+            if mask is None or mask.shape[-1] != x.shape[1]:
+                mask = torch.ones(x.shape[:-1], dtype=torch.int64, device=x.device)
+            pooled = segment_pool(x, mask=mask, mode=mode, skip_prefix=skip)
+        features["sentence_embedding"] = pooled
+        return features
+
+
+class Normalize(_Normalize):
+    """Normalization with the results of its twin."""
+
+    def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        """Normalize the rows of one of the features."""
+        x = features.get(self.module_input_name)
+        if x is None or x.dim() != 2:
+            return super().forward(features)
+        features[self.module_output_name] = Epilogue(normalize=True)(x)
+        return features
+
+
+class SpladePooling(_SpladePooling):
+    """SPLADE pooling with the results of its twin: the maximum first, then relu and log1p.
+
+    Both grow with their argument, so nothing of the size of the logits is written. The sum is left
+    to the twin. To spare the logits themselves, see :func:`emblas.pooling.vocab_pool`.
+    """
+
+    def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        """Pool the logits in ``token_embeddings`` into ``sentence_embedding``."""
+        if self.pooling_strategy != "max":
+            return super().forward(features)
+        logits: Tensor = features["token_embeddings"]
+        if "cu_seq_lens_q" in features:
+            pooled = segment_pool(logits.squeeze(0), features["cu_seq_lens_q"], "max")
+        else:
+            pooled = segment_pool(logits, mask=features["attention_mask"], mode="max")
+        pooled = pooled.relu().log1p()
+        if self.activation_function == "log1p_relu":
+            pooled = pooled.log1p()
+        if self.embedding_dimension is None:
+            self.embedding_dimension = pooled.shape[1]
+        features["sentence_embedding"] = pooled
+        return features
