@@ -15,7 +15,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import rotate
-from emblas.tables import TableSpec, hash_bag, hash_keys
+from emblas.tables import (
+    HashEmbedding,
+    QuotientRemainderEmbedding,
+    TableSpec,
+    hash_bag,
+    hash_keys,
+    optim,
+)
 from torch import Tensor
 
 SHAPES = {  # rows, dim, ids
@@ -124,4 +131,96 @@ def bench_bags(row: Any, dtype: torch.dtype, who: str) -> None:
         "tables", "bags, 4 hashes, sum", who, shape=f"{rows} x {dim}, {bags} bags of ~20 ids",
         dtype=str(dtype).removeprefix("torch."), call=ours if who == "emblas" else torchs,
         inputs=rotate(make, size), bytes=size + rows * dim * dtype.itemsize,
+    )  # fmt: skip
+
+
+def _fbgemm_call(rows: int, dim: int) -> Callable[..., Any]:
+    tbe = pytest.importorskip(
+        "fbgemm_gpu.split_table_batched_embeddings_ops_training", reason="fbgemm-gpu-cpu is missing"
+    )
+    common = pytest.importorskip("fbgemm_gpu.split_table_batched_embeddings_ops_common")
+    table = tbe.SplitTableBatchedEmbeddingBagsCodegen(
+        [(rows, dim, common.EmbeddingLocation.HOST, tbe.ComputeDevice.CPU)],
+        optimizer=tbe.OptimType.EXACT_ROWWISE_ADAGRAD, learning_rate=0.01,
+        pooling_mode=common.PoolingMode.SUM,
+    )  # fmt: skip
+    gradient = torch.ones(max(count for _, _, count in SHAPES.values()), dim)
+
+    def train(ids: Tensor, keys: Tensor) -> Any:
+        with torch.inference_mode(False), torch.enable_grad():
+            offsets = torch.arange(0, keys.numel() + 1, keys.shape[1])
+            table(keys.reshape(-1).clone(), offsets).backward(gradient[: len(ids)])
+
+    return train
+
+
+def _fused_call(rows: int, dim: int) -> Callable[..., Any]:
+    with torch.inference_mode(False):
+        module = HashEmbedding(rows, dim)
+        optim.RowWiseAdagrad(module, lr=0.01)
+    gradient = torch.ones(max(count for _, _, count in SHAPES.values()), dim)
+
+    def train(ids: Tensor, keys: Tensor) -> Any:
+        with torch.inference_mode(False), torch.enable_grad():
+            module(ids).backward(gradient[: len(ids)])
+
+    return train
+
+
+@pytest.mark.parametrize("who", ["emblas", "fbgemm, rows given"])
+@pytest.mark.parametrize("shape", SHAPES)
+def bench_fused_optimizer(row: Any, shape: str, who: str) -> None:
+    """Forward, backward and a step of row-wise Adagrad on the rows in use."""
+    rows, dim, count = SHAPES[shape]
+    spec = TableSpec(rows)
+
+    def make(seed: int) -> tuple[Tensor, Tensor]:
+        with torch.inference_mode(False):
+            ids = _ids(count, seed)
+            return ids, hash_keys(ids, spec)
+
+    inputs = rotate(make, count * (8 + dim * 4))
+    used = len(inputs[0][1].unique())
+    row(
+        "tables", "4 hashes, sum, backward with row-wise Adagrad", who, shape=shape,
+        dtype="float32", call=(_fused_call if who == "emblas" else _fbgemm_call)(rows, dim),
+        inputs=inputs, bytes=count * (8 + 2 * dim * 4) + used * (3 * dim * 4 + 8),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("who", ["emblas", "torch gather and product"])
+@pytest.mark.parametrize("training", [False, True], ids=["forward", "training"])
+def bench_quotient_remainder(row: Any, training: bool, who: str) -> None:
+    vocabulary, dim, count = 1_000_000, 64, 32768
+    with torch.inference_mode(False):
+        module = QuotientRemainderEmbedding(vocabulary, dim)
+    first, second = module.tables()
+    radix = module.moduli[1]
+
+    def plain(ids: Tensor) -> Tensor:
+        return first[ids // radix] * second[ids % radix]
+
+    call = module if who == "emblas" else plain
+    gradient = torch.ones(count, dim)
+
+    def train(ids: Tensor) -> Any:
+        with torch.inference_mode(False), torch.enable_grad():
+            quotients, remainders = module.tables()
+            out = (
+                module(ids)
+                if who == "emblas"
+                else quotients[ids // radix] * remainders[ids % radix]
+            )
+            return torch.autograd.grad(out, module.weight, gradient)
+
+    def make(seed: int) -> tuple[Tensor]:
+        with torch.inference_mode(False):
+            generator = np.random.default_rng(seed)
+            return (torch.from_numpy(generator.zipf(1.2, count) % vocabulary),)
+
+    row(
+        "tables", "quotient-remainder" + (", forward and backward" if training else ""), who,
+        shape=f"{vocabulary} ids x {dim}, {count} lookups", dtype="float32",
+        call=train if training else call, inputs=rotate(make, count * (8 + dim * 4)),
+        bytes=count * (8 + dim * 4 * (2 if training else 1)),
     )  # fmt: skip

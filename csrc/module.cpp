@@ -12,6 +12,7 @@
 #include "common/isa.h"
 #include "pooling/pooling_numpy.h"
 #include "tables/tables_numpy.h"
+#include "tables/text_numpy.h"
 
 namespace py = pybind11;
 
@@ -52,4 +53,5 @@ PYBIND11_MODULE(_C, module) {
   emblas::bind_binary(module);
   emblas::bind_pooling(module);
   emblas::bind_tables(module);
+  emblas::bind_text(module);
 }

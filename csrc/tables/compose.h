@@ -19,7 +19,7 @@
 //   dw_i     = e(id_i) . g_b,   or for weights per part   dw_ip = s_p E_p[row_p] . g_b
 //
 // Bytes: forward reads ids and the rows in use and writes out. Backward has two ways, chosen by
-// size, with the same bits. A large table: sort the lookups by row (a stable counting sort, 12
+// size. A large table: sort the lookups by row (a stable counting sort, 12
 // bytes per lookup) and add up one row at a time in registers, reading grad_out rows in random
 // order; a row of the gradient is written once. A small table that many lookups share: each task
 // owns a range of rows, goes through all lookups in their order and adds up those in its range, so

@@ -46,5 +46,9 @@ def supported_isas() -> list[str]:
     """
     Return those of compiled_isas() that this CPU can run.
     """
+def text_ids_of_bytes(bytes: numpy.ndarray, offsets: numpy.ndarray, kind: typing.SupportsInt | typing.SupportsIndex, min_n: typing.SupportsInt | typing.SupportsIndex, max_n: typing.SupportsInt | typing.SupportsIndex, multiplier: typing.SupportsInt | typing.SupportsIndex, modulus: typing.SupportsInt | typing.SupportsIndex) -> tuple[numpy.typing.NDArray[numpy.int64], numpy.typing.NDArray[numpy.int32]]:
+    ...
+def text_ids_of_strings(strings: list[str], kind: typing.SupportsInt | typing.SupportsIndex, min_n: typing.SupportsInt | typing.SupportsIndex, max_n: typing.SupportsInt | typing.SupportsIndex, multiplier: typing.SupportsInt | typing.SupportsIndex, modulus: typing.SupportsInt | typing.SupportsIndex) -> tuple[numpy.typing.NDArray[numpy.int64], numpy.typing.NDArray[numpy.int32]]:
+    ...
 def varlen_attention(q: numpy.ndarray, k: numpy.ndarray, v: numpy.ndarray, cu_seqlens_q: numpy.ndarray, cu_seqlens_k: numpy.ndarray, softmax_scale: typing.SupportsFloat | typing.SupportsIndex, window_left: typing.SupportsInt | typing.SupportsIndex, window_right: typing.SupportsInt | typing.SupportsIndex) -> numpy.ndarray:
     ...

@@ -1,6 +1,6 @@
 """Tables: embeddings of large or unbounded vocabularies in small tables."""
 
-from emblas.tables import arrays, optim
+from emblas.tables import arrays, diagnostics, optim
 from emblas.tables.compose import compose_bag
 from emblas.tables.composition import Composition, Part
 from emblas.tables.functions import hash_bag, hash_keys
@@ -17,6 +17,7 @@ from emblas.tables.partitions import (
     TensorTrainEmbedding,
 )
 from emblas.tables.spec import TableSpec
+from emblas.tables.text import text_ids
 
 __all__ = [
     "Composition",
@@ -32,7 +33,9 @@ __all__ = [
     "WeightedHashEmbedding",
     "arrays",
     "compose_bag",
+    "diagnostics",
     "hash_bag",
     "hash_keys",
     "optim",
+    "text_ids",
 ]

@@ -35,8 +35,11 @@ class ComposedModule(Protocol):
     """A module whose one table is looked up through a composition."""
 
     weight: nn.Parameter
-    composition: Composition
     fused_optimizer: FusedOptimizer | None
+
+    @property
+    def composition(self) -> Composition:
+        """Which rows of ``weight`` belong to an id."""
 
 
 class FusedOptimizer(torch.optim.Optimizer):
