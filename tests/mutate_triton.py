@@ -40,10 +40,18 @@ _CALLS = {"minimum": "maximum", "maximum": "minimum"}
 _EDGE = "differs only where the length is exactly the epsilon"
 _MORE_WORK = "the same result by more work"
 _UNUSED = "the lanes that the mask hides are not used"
+_FIRST = "hidden lanes hold index 0, which may be read, and their values are not used"
 SURVIVORS: dict[tuple[str, str], str] = {
     ("_normalize", "values = tl.load(mean + row * dim + d, mask=d < dim)"): _UNUSED,
     ("_hash_keys", "id = tl.load(ids + i * stride, mask=i < count).to(tl.uint64)"): _UNUSED,
     ("_load_ids", "id = tl.load(ids + i * stride, mask=inside)"): _UNUSED,
+    ("_grad_rows", "i = tl.load(sources + position, mask=inside)"): _UNUSED,
+    ("_grad_rows", "bag = tl.load(bag_of + i, mask=inside)"): _UNUSED,
+    ("_grad_rows", "bag = tl.load(bag_of + i, mask=inside == inside, other=0)"): _FIRST,
+    (
+        "_grad_rows",
+        "gradient *= tl.load(weights + i, mask=inside == inside, other=0.0)[:, None]",
+    ): _FIRST,
     ("_mean_gradient", "removed = tl.where(length >= _EPSILON, tl.sum(products, 0), 0.0)"): _EDGE,
     ("_mean_gradient", "dot = tl.where(length >= _EPSILON, 0.0, dot)"): "m . dm is 0 but for "
     "rounding, unless the length is at most the epsilon, to which it was raised",
