@@ -3,6 +3,7 @@
 # make full              the tests that take longer: every configuration, more examples, emulators
 # make bench             measure every op beside its peers (benchmarks/README.md)
 # make gpu-table         write docs/gpu_kernels.md: what the compiled GPU kernels need
+# make mutate            break the Triton kernels spot by spot: do the tests notice?
 # make lint              ruff, mypy, clang-format
 # make format            let ruff and clang-format rewrite the sources
 
@@ -15,7 +16,7 @@ CXX_SOURCES := csrc tests/native tests/simt -name '*.h' -o -name '*.cpp' -o -nam
 export OMP_WAIT_POLICY ?= passive
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test full bench gpu-table lint format clean
+.PHONY: demo test full bench gpu-table mutate lint format clean
 
 # Each extra is installed once; the marker file is newer than what it was installed from.
 # torch comes first and alone: the constraint keeps it, whatever the other packages ask for.
@@ -54,6 +55,9 @@ bench: $(VENV)/installed-dev,demo,bench
 
 gpu-table: $(VENV)/installed-dev,demo,bench
 	$(BIN)/python tests/gpu/report.py
+
+mutate: $(VENV)/installed-dev,demo,bench
+	TRITON_INTERPRET=1 $(BIN)/python tests/mutate_triton.py $(FAMILY)
 
 lint: $(VENV)/installed-dev,demo,bench
 	$(BIN)/ruff check $(SOURCES)

@@ -135,6 +135,8 @@ def _hash_bag() -> Iterator[tuple[str, Callable[[], Case]]]:
         **{_short(dtype): {"dtype": dtype} for dtype in (torch.float32, *HALVES)},
         "weights": {"weighted": True},
         "splitmix64": {"family": 1, "hashes": 3},
+        "2 hashes": {"hashes": 2},
+        "5 hashes": {"hashes": 5},
         "7 hashes": {"hashes": 7},
         "padding": {"padding": 3, "weighted": True},
         "negative padding": {"padding": -(2**63)},

@@ -45,7 +45,8 @@ from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 TRITON_VERSION = "3.9.0"
-_GARBAGE = 0xFF  # in every byte: NaN as a float, -1 as an integer
+# In every byte: NaN as a float and -1 as an integer, or a huge float and a large integer.
+_GARBAGE = (0xFF, 0x7F)
 _NOBODY, _SEVERAL = -1, -2  # beside numbers of programs
 _OWN_FILES = (os.path.dirname(triton.__file__) + os.sep, __file__)
 
@@ -93,7 +94,7 @@ class _Memory:
     def allocated(self, tensor: torch.Tensor) -> None:
         storage = tensor.untyped_storage()
         if storage.nbytes():
-            ctypes.memset(storage.data_ptr(), _GARBAGE, storage.nbytes())
+            ctypes.memset(storage.data_ptr(), _GARBAGE[0], storage.nbytes())
             self._written[storage.data_ptr()] = np.zeros(storage.nbytes(), bool)
             self._alive.append(tensor)
 
@@ -164,10 +165,11 @@ class _Launch:
 
     current: _Launch | None = None
 
-    def __init__(self, kernel: str, buffers: list[_Buffer]) -> None:
+    def __init__(self, kernel: str, buffers: list[_Buffer], garbage: int) -> None:
         self.kernel = kernel
         self.buffers = buffers
         self.bases = np.array([buffer.base for buffer in buffers], np.int64)
+        self.garbage = garbage
         self.program = 0
         self.place: tuple[int, ...] = ()
         self.barriers = 0
@@ -251,7 +253,9 @@ class _Grid:
         named = {k: v for k, v in kwargs.items() if k in self.types}
         given = inspect.getcallargs(self.fn, *args, **named)
         tensors = {k: v for k, v in given.items() if isinstance(v, torch.Tensor)}
-        launch = _Launch(self.fn.__name__, self.memory.buffers(tensors))
+        launch = _Launch(
+            self.fn.__name__, self.memory.buffers(tensors), self.order.choice(_GARBAGE)
+        )
         patches = interpreter._patch_lang(self.fn)
         _Launch.current = launch
         try:
@@ -292,7 +296,7 @@ def _masked_load(
     numpy_dtype = interpreter._get_np_dtype(dtype)
     if other is None:
         size = ptrs.data.size * numpy_dtype.itemsize
-        garbage = np.full(size, _GARBAGE, np.uint8).view(numpy_dtype)
+        garbage = np.full(size, _launch().garbage, np.uint8).view(numpy_dtype)
         other = TensorHandle(garbage.reshape(ptrs.data.shape), dtype)
     data = interpreter._interpreter.load(ptrs.data, mask.data, other.data, numpy_dtype)
     return TensorHandle(data, dtype)

@@ -10,7 +10,7 @@ import torch
 from contract import packed
 from emblas import _op, use_backend
 from emblas.attention import varlen_attention
-from emblas.binary import hamming_topk
+from emblas.binary import hamming_topk, pack_sign
 from emblas.pooling import segment_pool
 from emblas.tables import TableSpec, hash_bag
 from executors import executors
@@ -94,16 +94,25 @@ def test_what_is_not_supported_is_said():
     assert _op.ops()["hamming_topk"].serves("triton", codes, codes, 256)
 
 
-@pytest.mark.parametrize("k", [1, 16, 17, 64, 256])
-def test_hamming_topk_at_the_limits_of_its_lists(k):
-    """Rows that get nearer and nearer: every tile changes the list."""
-    codes = torch.full((300, 4), 255, dtype=torch.uint8)
-    bits = torch.arange(299, -1, -1)[:, None] * 32 // 300
-    codes = ((torch.arange(32) < bits).to(torch.uint8).view(300, 4, 8) * 2 ** torch.arange(8)).sum(
-        2
-    )
-    codes = codes.to(torch.uint8)
-    queries = torch.zeros(2, 4, dtype=torch.uint8)
+@pytest.mark.parametrize("nearest", ["first", "last"])
+@pytest.mark.parametrize("programs", [1, 2, 2048])
+@pytest.mark.parametrize("k", [1, 16, 17])
+def test_hamming_topk_over_many_tiles(monkeypatch, k, programs, nearest):
+    """One program or several walk through the tiles; all of them change the list, or one."""
+    check_hamming_topk(monkeypatch, k, programs, nearest)
+
+
+def test_hamming_topk_with_the_longest_list(monkeypatch):
+    check_hamming_topk(monkeypatch, 256, 1, "last")
+
+
+def check_hamming_topk(monkeypatch, k, programs, nearest):
+    monkeypatch.setattr("emblas.binary.triton._PROGRAMS", programs)
+    rows = 600
+    bits = torch.arange(rows)[:, None] * 32 // rows
+    codes = pack_sign((torch.arange(32) < bits).float())
+    codes = codes if nearest == "first" else codes.flip(0)
+    queries = torch.zeros(2 if k <= 64 else 1, 4, dtype=torch.uint8)
     expected = _op.ops()["hamming_topk"].reference(queries, codes, k)
     for actual, e in zip(run("hamming_topk", queries, codes, k), expected, strict=True):
         assert torch.equal(actual, e)
