@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy
 import numpy.typing
 import typing
-__all__: list[str] = ['build_info', 'compiled_isas', 'hamming_distance', 'hamming_topk', 'hash_bag', 'hash_keys', 'isa', 'murmur3_x64_128', 'murmur64a', 'pack_sign', 'segment_pool', 'set_isa', 'supported_isas', 'varlen_attention']
+__all__: list[str] = ['build_info', 'compiled_isas', 'hamming_distance', 'hamming_topk', 'hash_bag', 'hash_keys', 'isa', 'murmur3_x64_128', 'murmur64a', 'pack_sign', 'segment_pool', 'set_isa', 'supported_isas', 'text_ids_of_bytes', 'text_ids_of_strings', 'varlen_attention']
 def build_info() -> dict[str, str]:
     """
     Return what this binary was built with: torch, compiler, CUDA toolkit (or empty).
