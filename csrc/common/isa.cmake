@@ -7,6 +7,7 @@
 # intrinsics) and run them on a CPU without AVX-512.
 
 set(EMBLAS_SIMDE_INCLUDE "" CACHE PATH "Folder that holds simde/, for EMBLAS_EMULATE_AVX512")
+set(EMBLAS_OPTIMIZE -O3 CACHE STRING "How kernels are optimized; sanitized and emulated builds lower it")
 option(EMBLAS_EMULATE_AVX512 "Compile the AVX-512 kernels to AVX2 through SIMDe (tests only)" OFF)
 
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
@@ -58,7 +59,7 @@ function(emblas_kernels target)
     add_library(${library} OBJECT ${ARGN})
     target_compile_features(${library} PRIVATE cxx_std_20)
     # -ffp-contract=fast: ISO mode would switch fused multiply-add off.
-    target_compile_options(${library} PRIVATE ${flags} -O3 -ffp-contract=fast -fno-math-errno
+    target_compile_options(${library} PRIVATE ${flags} ${EMBLAS_OPTIMIZE} -ffp-contract=fast -fno-math-errno
                                               -fno-trapping-math)
     target_compile_definitions(${library} PRIVATE EMBLAS_ISA=${isa} ${definitions})
     target_include_directories(${library} PRIVATE ${CMAKE_CURRENT_FUNCTION_LIST_DIR}/..)

@@ -64,7 +64,8 @@ def test_any_shape(ops, lengths, dim, dtype, padding, seed, weighted, normalize)
     cu_seqlens = packed(lengths)
     wide = torch.randn(sum(lengths), dim + padding, generator=generator).to(dtype)
     x = wide[:, padding // 2 : padding // 2 + dim]  # the rest must not be read
-    weights = torch.rand(len(x), generator=generator) if weighted else None
+    # Small weights would magnify the rounding of `out` in the gradients of the weights.
+    weights = torch.rand(len(x), generator=generator) + 0.5 if weighted else None
     if weighted and dtype == torch.float64:
         weights = weights.double()
     with emulator.schedule("random", seed):
@@ -161,4 +162,4 @@ def test_nothing_wanted(ops):
     x, cu_seqlens = torch.randn(5, 3), packed((5,))
     out, norm = ops.segment_pool_cuda(x, cu_seqlens, None, False)
     grads = ops.segment_pool_backward_cuda(out, x, out, norm, cu_seqlens, None, False, False, False)
-    assert [g.shape for g in grads] == [(0, 3), (0,)]
+    assert [g.shape for g in grads] == [(0,), (0,)]
