@@ -283,7 +283,3 @@ CASES: dict[str, dict[str, Callable[[], Case]]] = {
     "hamming_topk": dict(_hamming_topk()),
     "varlen_attention": {**dict(_attention()), **dict(_attention_halves())},
 }
-# Executors that lack some cases, and why.
-LEFT_OUT = {
-    ("varlen_attention", "cpu"): ({"bfloat16", "float16"}, "the CPU kernel is float only"),
-}

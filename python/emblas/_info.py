@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from emblas import _op
-from emblas._load import _C
+from emblas._load import _C, NO_CUDA_KERNELS
 
 
 def info() -> dict[str, Any]:
@@ -21,8 +21,9 @@ def info() -> dict[str, Any]:
         ``emblas``, ``torch``, ``built_with_torch``, ``compiler``: versions. ``isa``: instruction
         set in use; ``isa_supported``, ``isa_compiled``: those that this CPU runs, those in the
         binary. ``threads``: torch's thread count, which the kernels follow. ``cuda``: CUDA version
-        of torch and the GPU's name, or why there is none. ``triton``: its version, or None.
-        ``ops``: the backend of each operator by device, None where it can't run.
+        of torch and the GPU's name, or why there is none. ``cuda_kernels``: "loaded", or why the
+        CUDA C++ kernels are not. ``triton``: its version, or None. ``ops``: the backend of each
+        operator by device, None where it can't run.
     """
     if torch.version.cuda is None:
         cuda = "torch is a CPU build"
@@ -41,6 +42,7 @@ def info() -> dict[str, Any]:
         "isa_compiled": _C.compiled_isas(),
         "threads": torch.get_num_threads(),
         "cuda": cuda,
+        "cuda_kernels": NO_CUDA_KERNELS or "loaded",
         "triton": version("triton") if importlib.util.find_spec("triton") else None,
         "ops": {
             name: {device: op.backend(device) for device in ("cpu", "cuda")}
@@ -58,7 +60,7 @@ def render(facts: dict[str, Any]) -> str:
         f"built {', '.join(facts['isa_compiled'])})"
     )
     lines.append(f"threads     {facts['threads']}")
-    lines.append(f"CUDA        {facts['cuda']}")
+    lines.append(f"CUDA        {facts['cuda']}; CUDA C++ kernels: {facts['cuda_kernels']}")
     lines.append(f"Triton      {facts['triton'] or 'not installed'}")
     lines.append("")
     width = max(map(len, facts["ops"]))
