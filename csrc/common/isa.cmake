@@ -7,7 +7,7 @@
 # intrinsics) and run them on a CPU without AVX-512.
 
 set(EMBLAS_SIMDE_INCLUDE "" CACHE PATH "Folder that holds simde/, for EMBLAS_EMULATE_AVX512")
-set(EMBLAS_OPTIMIZE -O3 CACHE STRING "How kernels are optimized; sanitized and emulated builds lower it")
+set(EMBLAS_OPTIMIZE -O3 CACHE STRING "How kernels are optimized; sanitized builds lower it")
 option(EMBLAS_EMULATE_AVX512 "Compile the AVX-512 kernels to AVX2 through SIMDe (tests only)" OFF)
 
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")

@@ -34,6 +34,11 @@ inline void check(bool condition, const char* message) {
   if (!condition) throw std::runtime_error(std::string(kErrorPrefix) + message);
 }
 
+// Torch's own macro for this has another name in each version.
+inline void check_torch(AOTITorchError code) {
+  if (code != AOTI_TORCH_SUCCESS) throw std::runtime_error("a call into torch failed, see above");
+}
+
 template <class T>
 inline constexpr ScalarType kScalarType = ScalarType::Undefined;
 template <>
@@ -112,9 +117,8 @@ Tensor empty(ScalarType dtype, const std::array<int64_t, n>& sizes, int32_t devi
     stride *= std::max<int64_t>(sizes[i], 1);
   }
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(n, sizes.data(), strides.data(),
-                                                         static_cast<int32_t>(dtype), device_type,
-                                                         device_index, &handle));
+  check_torch(aoti_torch_empty_strided(n, sizes.data(), strides.data(), static_cast<int32_t>(dtype),
+                                       device_type, device_index, &handle));
   return Tensor(handle);
 }
 template <size_t n>

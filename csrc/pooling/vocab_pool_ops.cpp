@@ -15,8 +15,7 @@ using OptionalTensor = std::optional<Tensor>;
 void matmul_out(const Tensor& a, const Tensor& b, Tensor& out) {
   std::array<StableIValue, 3> stack{torch::stable::detail::from(a), torch::stable::detail::from(b),
                                     torch::stable::detail::from(out)};
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
+  check_torch(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
   out = torch::stable::detail::to<Tensor>(stack[0]);
 }
 

@@ -121,6 +121,7 @@ def test_remove_and_update():
 
 
 def test_threshold_and_batches():
+    pytest.importorskip("tqdm", reason="shows a progress bar")
     x = vectors(90) + 0.3
     index = BinaryIndex(DIM, threshold=x.mean(0))
     index.add_batches(x.split(32), progress=True)

@@ -36,7 +36,7 @@ class DeviceCall {
   void* stream() const { return nullptr; }
 #else
       : device_(on_cuda(tensor)), guard_(device_) {
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_, &stream_));
+    check_torch(aoti_torch_get_current_cuda_stream(device_, &stream_));
   }
   bool holds(const Tensor& tensor) const {
     return tensor.is_cuda() && tensor.get_device_index() == device_;

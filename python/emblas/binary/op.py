@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -182,42 +181,38 @@ def sign_tanh(x: Tensor, temperature: float) -> Tensor:
     return _SignTanh.apply(x, temperature)
 
 
-Rotate = Callable[[Tensor, Tensor], Tensor]
+class _HadamardRotate(torch.autograd.Function):
+    """A rotation, whose gradient is its transpose: the inverse rotation."""
 
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, signs: Tensor, inverse: bool) -> Tensor:
+        ctx.save_for_backward(signs)
+        ctx.inverse = inverse
+        return _hadamard_unrotate(x, signs) if inverse else _hadamard_rotate(x, signs)
 
-def _differentiable(forward: Rotate, backward: Rotate) -> Rotate:
-    """Return the rotation ``forward``, whose gradient is its transpose, ``backward``."""
-
-    class Rotation(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, x: Tensor, signs: Tensor) -> Tensor:
-            ctx.save_for_backward(signs)
-            return forward(x, signs)
-
-        @staticmethod
-        def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, None]:
-            (signs,) = ctx.saved_tensors
-            return backward(grad_out.contiguous(), signs), None
-
-    return lambda x, signs: Rotation.apply(x, signs)
-
-
-_rotate_with_grad = _differentiable(_hadamard_rotate, _hadamard_unrotate)
-_unrotate_with_grad = _differentiable(_hadamard_unrotate, _hadamard_rotate)
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, None, None]:
+        (signs,) = ctx.saved_tensors
+        transposed = _hadamard_rotate if ctx.inverse else _hadamard_unrotate
+        return transposed(grad_out.contiguous(), signs), None, None
 
 
 def hadamard_rotate(x: Tensor, signs: Tensor) -> Tensor:
     """Rotate checked arguments; see :class:`emblas.binary.HadamardRotation`."""
     if use_reference():
         return reference.hadamard_rotate(x, signs)
-    return _rotate_with_grad(x, signs) if needs_grad(x) else _hadamard_rotate(x, signs)
+    if needs_grad(x):
+        return _HadamardRotate.apply(x, signs, False)
+    return _hadamard_rotate(x, signs)
 
 
 def hadamard_unrotate(x: Tensor, signs: Tensor) -> Tensor:
     """Undo :func:`hadamard_rotate`."""
     if use_reference():
         return reference.hadamard_unrotate(x, signs)
-    return _unrotate_with_grad(x, signs) if needs_grad(x) else _hadamard_unrotate(x, signs)
+    if needs_grad(x):
+        return _HadamardRotate.apply(x, signs, True)
+    return _hadamard_unrotate(x, signs)
 
 
 def pack_sign(x: Tensor, threshold: Tensor | None) -> Tensor:

@@ -7,6 +7,8 @@ threshold at each dimension's centre, win part of it back.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -87,7 +89,7 @@ class HadamardRotation(nn.Module):
         """Undo the rotation."""
         return self._apply_rounds(x, op.hadamard_unrotate)
 
-    def _apply_rounds(self, x: Tensor, rotate: op.Rotate) -> Tensor:
+    def _apply_rounds(self, x: Tensor, rotate: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         _op.check_tensor("x", x, dtypes=_op.FLOATS, device=self.signs.device)
         dim = self.signs.shape[1]
         if x.dim() == 0 or x.shape[-1] != dim:

@@ -18,6 +18,7 @@ MODES = (*(mode.name for mode in Mode), "max", "gem")
 GEM_EPSILON = 1e-6
 
 Result = Tensor | tuple[Tensor, ...]
+_LINEAR_MODES = tuple(Mode.__members__)
 
 
 def segment_pool(
@@ -121,7 +122,7 @@ def segment_pool(
         starts, ends = _op.offsets("cu_seqlens", cu_seqlens, x.device), None
     else:
         starts, ends, token_weights = padded_segments(x, mask, token_weights)
-    batch = starts.shape[0] - (ends is None)
+    batch = starts.shape[0] - int(ends is None)  # symbolic sizes take no bool
     skip = _skip(skip_prefix, batch, x.device)
     segments = Segments(_op.rows(x), starts, token_weights, ends, skip)
     return _pool(segments, mode, p, normalize, dims, epilogue)
@@ -440,7 +441,7 @@ def _pool(
     dtype = segments.x.dtype
     wide = dims is not None or epilogue is not None or (normalize and len(modes) > 1)
     whole = normalize and dims is None
-    if len(modes) == 1 and modes[0] in Mode.__members__:  # the kernel normalizes by itself
+    if len(modes) == 1 and modes[0] in _LINEAR_MODES:  # the kernel normalizes by itself
         pooled = op.segment_pool(segments, Mode[modes[0]], whole, wide)
     else:
         parts = [_pool_one(segments, one, p, wide) for one in modes]
@@ -469,7 +470,7 @@ def check_modes(mode: str | Sequence[str]) -> tuple[str, ...]:
 
 def _pool_one(segments: Segments, mode: str, p: float | Tensor, wide: bool) -> Tensor:
     x, weights = segments.x, segments.weights
-    if mode in Mode.__members__:
+    if mode in _LINEAR_MODES:
         return op.segment_pool(segments, Mode[mode], False, wide)
     if _op.needs_grad(weights):
         raise ValueError(f"weights get no gradient in mode {mode!r}: detach them")
