@@ -2,8 +2,9 @@
 # make test              install what the tests need into .venv and run them
 # make full              the tests that take longer: every configuration, more examples, emulators
 # make bench             measure every op beside its peers (benchmarks/README.md)
-# make gpu-table         write docs/gpu_kernels.md: what the compiled GPU kernels need
-# make mutate            break the Triton kernels spot by spot: do the tests notice?
+# make gpu-table         write docs/gpu_kernels.md (what the compiled GPU kernels need) and
+#                        docs/gpu_bounds.md (what they can't be faster than)
+# make mutate            break the GPU kernels spot by spot: do the tests notice?
 # make lint              ruff, mypy, clang-format
 # make format            let ruff and clang-format rewrite the sources
 
@@ -40,7 +41,7 @@ test: $(VENV)/installed-dev,demo,bench
 	$(BIN)/python -m pytest
 
 full: $(VENV)/installed-dev,demo,bench
-	HYPOTHESIS_PROFILE=full EMBLAS_ARCHITECTURES="80 90 100 120" $(BIN)/python -m pytest
+	HYPOTHESIS_PROFILE=full EMBLAS_ARCHITECTURES="75 80 86 89 90 100 120" $(BIN)/python -m pytest
 	for isa in $$($(BIN)/python -c 'from emblas._load import _C; print(*_C.supported_isas())'); do \
 	  EMBLAS_ISA=$$isa $(BIN)/python -m pytest || exit 1; done
 	PATH=$(abspath $(BIN)):$$PATH bash .ci/native
@@ -55,9 +56,11 @@ bench: $(VENV)/installed-dev,demo,bench
 
 gpu-table: $(VENV)/installed-dev,demo,bench
 	$(BIN)/python tests/gpu/report.py
+	$(BIN)/python tests/gpu/cost.py
 
 mutate: $(VENV)/installed-dev,demo,bench
-	TRITON_INTERPRET=1 $(BIN)/python tests/mutate_triton.py $(FAMILY)
+	PYTHONPATH=tests:tests/gpu $(BIN)/python -m mutation.run cuda $(KERNELS)
+	PYTHONPATH=tests:tests/gpu TRITON_INTERPRET=1 $(BIN)/python -m mutation.run triton $(KERNELS)
 
 lint: $(VENV)/installed-dev,demo,bench
 	$(BIN)/ruff check $(SOURCES)

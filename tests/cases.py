@@ -256,6 +256,8 @@ def _attention() -> Iterator[tuple[str, Callable[[], Case]]]:
     }.items():
         yield name, lambda a=options: Case(_attention_arguments(lengths, **a), 40)
     yield "more tiles", lambda: Case(_attention_arguments((150,), window=(40, 3)), 150)
+    many = ((90,), (50,))
+    yield "more queries, window", lambda: Case(_attention_arguments(*many, window=(20, 3)), 50)
     for name, q, k in (
         ("more keys", (3, 2, 0, 7), (5, 40, 4, 0)),
         ("more queries", (9, 40), (4, 1)),

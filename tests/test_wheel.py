@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from emblas._load import _C, why_no_cuda_kernels
+from emblas._load import _C, runs_on, why_no_cuda_kernels
 
 BINARY = Path(_C.__file__)
 ROOT = Path(__file__).parents[1]
@@ -173,3 +173,22 @@ def test_isa_objects_share_nothing():
             kind, name = line.split(maxsplit=2)[1:]
             if kind.isupper() and kind not in "U":
                 assert "emblas::table_of<" in name, f"{path.name}: {line}"
+
+
+@pytest.mark.parametrize(
+    ("architectures", "capability", "expected"),
+    [
+        ("80-real 120", (8, 0), True),
+        ("80-real 120", (8, 9), True),  # machine code of its generation
+        ("86-real 120", (8, 0), False),
+        ("80-real 120", (9, 0), False),
+        ("80-real 120", (12, 1), True),
+        ("80-real 120", (13, 0), True),  # PTX
+        ("80-real 120-real", (13, 0), False),
+        ("80-virtual", (7, 5), False),
+        ("80-virtual", (9, 0), True),
+        ("", (9, 0), False),
+    ],
+)
+def test_architectures(architectures, capability, expected):
+    assert runs_on(architectures, capability) is expected

@@ -160,19 +160,35 @@ class _TorchCalls(TorchDispatchMode):
 # --- launches ------------------------------------------------------------------------------------
 
 
+@dataclasses.dataclass(frozen=True)
+class Traffic:
+    """What a launch has read and written, in distinct bytes, and computed by dots."""
+
+    kernel: str
+    read: int
+    written: int
+    tensor_flops: int
+
+
 class _Launch:
     """The launch in progress: where its programs are and what they have touched."""
 
     current: _Launch | None = None
 
-    def __init__(self, kernel: str, buffers: list[_Buffer], garbage: int) -> None:
+    def __init__(self, kernel: str, buffers: list[_Buffer], order: random.Random) -> None:
         self.kernel = kernel
         self.buffers = buffers
         self.bases = np.array([buffer.base for buffer in buffers], np.int64)
-        self.garbage = garbage
+        self.order = order
         self.program = 0
         self.place: tuple[int, ...] = ()
         self.barriers = 0
+        self.tensor_flops = 0
+
+    def traffic(self) -> Traffic:
+        read = sum(int((buffer.reader != _NOBODY).sum()) for buffer in self.buffers)
+        written = sum(int((buffer.writer != _NOBODY).sum()) for buffer in self.buffers)
+        return Traffic(self.kernel, read, written, self.tensor_flops)
 
     def fault(self, message: str) -> NoReturn:
         frame = sys._getframe()
@@ -240,6 +256,7 @@ class _Grid:
 
     memory: _Memory
     order: random.Random
+    launches: list[Traffic]
 
     def __init__(self, fn: Callable, arg_names: Sequence[str], grid: Any, hooks: Any = ()) -> None:
         self.fn = fn
@@ -253,9 +270,7 @@ class _Grid:
         named = {k: v for k, v in kwargs.items() if k in self.types}
         given = inspect.getcallargs(self.fn, *args, **named)
         tensors = {k: v for k, v in given.items() if isinstance(v, torch.Tensor)}
-        launch = _Launch(
-            self.fn.__name__, self.memory.buffers(tensors), self.order.choice(_GARBAGE)
-        )
+        launch = _Launch(self.fn.__name__, self.memory.buffers(tensors), self.order)
         patches = interpreter._patch_lang(self.fn)
         _Launch.current = launch
         try:
@@ -275,6 +290,7 @@ class _Grid:
                     launch.barriers = 0
                     interpreter.interpreter_builder.set_grid_idx(*launch.place)
                     self.fn(**values)
+            self.launches.append(launch.traffic())
         finally:
             _Launch.current = None
             patches.restore()
@@ -296,7 +312,7 @@ def _masked_load(
     numpy_dtype = interpreter._get_np_dtype(dtype)
     if other is None:
         size = ptrs.data.size * numpy_dtype.itemsize
-        garbage = np.full(size, _launch().garbage, np.uint8).view(numpy_dtype)
+        garbage = np.full(size, _launch().order.choice(_GARBAGE), np.uint8).view(numpy_dtype)
         other = TensorHandle(garbage.reshape(ptrs.data.shape), dtype)
     data = interpreter._interpreter.load(ptrs.data, mask.data, other.data, numpy_dtype)
     return TensorHandle(data, dtype)
@@ -401,6 +417,7 @@ def _dot(
 ) -> TensorHandle:
     left, right = (_to_float32(x.data) if x.dtype.scalar == tl.bfloat16 else x.data for x in (a, b))
     accumulator = d.data.dtype
+    _launch().tensor_flops += 2 * d.data.size * left.shape[-1]
     if left.dtype != np.float32 or a.dtype.scalar == tl.bfloat16 or precision.name == "IEEE":
         product = np.matmul(left, right, dtype=accumulator)
     else:
@@ -428,8 +445,11 @@ def _reduce(original: Callable) -> Callable:
 
 
 @contextmanager
-def checked_interpreter(seed: int = 0) -> Iterator[None]:
-    """Interpret Triton kernels launched in this block with all checks; ``seed`` orders programs."""
+def checked_interpreter(seed: int = 0) -> Iterator[list[Traffic]]:
+    """Interpret Triton kernels launched in this block with all checks; ``seed`` orders programs.
+
+    The list that it gives grows by each launch.
+    """
     if triton.__version__ != TRITON_VERSION:
         raise RuntimeError(
             f"triton_check replaces private parts of triton {TRITON_VERSION}, not of "
@@ -452,7 +472,9 @@ def checked_interpreter(seed: int = 0) -> Iterator[None]:
         "unary_op": _in_float32(builder.unary_op),
         "create_fma": _in_float32(builder.create_fma),
     }
-    grid = type("Grid", (_Grid,), {"memory": memory, "order": random.Random(seed)})
+    launches: list[Traffic] = []
+    state = {"memory": memory, "order": random.Random(seed), "launches": launches}
+    grid = type("Grid", (_Grid,), state)
     with (
         mock.patch.multiple(builder, **methods),
         mock.patch.object(interpreter, "GridExecutor", grid),
@@ -464,4 +486,4 @@ def checked_interpreter(seed: int = 0) -> Iterator[None]:
         ),
         _TorchCalls(memory),
     ):
-        yield
+        yield launches

@@ -32,12 +32,12 @@ struct Rows {
 };
 
 __device__ inline int64_t clamp_offset(int64_t offset, int64_t tokens) {
-  return offset < 0 ? 0 : offset > tokens ? tokens : offset;
+  return min(max(offset, int64_t(0)), tokens);
 }
 __device__ inline Rows segment_rows(const int32_t* cu_seqlens, int64_t b, int64_t tokens) {
   const int64_t begin = clamp_offset(cu_seqlens[b], tokens);
   const int64_t end = clamp_offset(cu_seqlens[b + 1], tokens);
-  return {begin, end < begin ? begin : end};
+  return {begin, max(begin, end)};
 }
 __device__ inline int64_t first_slot(int64_t begin, int64_t b) { return begin / kChunkRows + b; }
 
@@ -58,9 +58,9 @@ __device__ inline Chunk chunk_of_slot(const int32_t* cu_seqlens, int64_t batch, 
   }
   const Rows all = segment_rows(cu_seqlens, low, tokens);
   const int64_t skipped = (slot - first_slot(all.begin, low)) * kChunkRows;
-  if (skipped < 0 || skipped >= all.end - all.begin) return {low, {0, 0}};
-  const int64_t begin = all.begin + skipped, end = begin + kChunkRows;
-  return {low, {begin, end < all.end ? end : all.end}};
+  if (skipped < 0) return {low, {0, 0}};  // before the first segment
+  const int64_t begin = min(all.begin + skipped, all.end);
+  return {low, {begin, min(begin + kChunkRows, all.end)}};
 }
 
 template <class A>
@@ -88,7 +88,7 @@ __global__ void __launch_bounds__(kThreads)
 
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int64_t tile = int64_t(blockIdx.y) * kTileColumns<T>;
-  const int64_t columns = args.dim - tile < kTileColumns<T> ? args.dim - tile : kTileColumns<T>;
+  const int64_t columns = min(args.dim - tile, int64_t(kTileColumns<T>));
   // The lane's i-th column in the tile is first + i * step.
   const int first = aligned ? lane * vector : lane, step = aligned ? 1 : 32;
   const bool whole = aligned && first + vector <= columns;
@@ -140,7 +140,7 @@ __global__ void __launch_bounds__(kThreads)
     square = simt::block_sum<kWarps>(square);
     const A norm = sqrt(square) * fabs(factor);
     if (args.norm && threadIdx.x == 0) args.norm[b] = norm;
-    factor /= norm > A(kNormalizeEpsilon) ? norm : A(kNormalizeEpsilon);
+    factor /= max(norm, A(kNormalizeEpsilon));
   }
   for (int64_t c = threadIdx.x; c < args.dim; c += kThreads) {
     const A mean = total == 0 ? A(0) : factor * partial[c];

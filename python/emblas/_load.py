@@ -42,8 +42,30 @@ def why_no_cuda_kernels(toolkit: str, torch_cuda: str | None) -> str | None:
     return None
 
 
+def runs_on(architectures: str, capability: tuple[int, int]) -> bool:
+    """Tell whether a GPU can run what was compiled for these architectures.
+
+    Machine code runs on its own generation, from its own capability on; PTX on all that is newer.
+
+    Parameters
+    ----------
+    architectures : str
+        In CMake's notation: ``80-real`` is machine code, ``80-virtual`` PTX, ``80`` both.
+    capability : tuple of int
+        Compute capability of the GPU.
+    """
+    for architecture in architectures.split():
+        number, _, kind = architecture.partition("-")
+        built = divmod(int(number), 10)
+        if kind != "virtual" and built[0] == capability[0] and built <= capability:
+            return True
+        if kind != "real" and built <= capability:
+            return True
+    return False
+
+
 NO_CUDA_KERNELS = why_no_cuda_kernels(_C.build_info()["cuda"], torch.version.cuda)
 if NO_CUDA_KERNELS is None:
     torch.ops.load_library(Path(__file__).with_name("_cuda.so"))  # registers emblas::<op>_cuda
 
-__all__ = ["NO_CUDA_KERNELS", "_C"]
+__all__ = ["NO_CUDA_KERNELS", "_C", "runs_on"]

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from emblas import _load  # noqa: F401  (registers the operators)
+from emblas._load import _C, runs_on  # loading registers the operators
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _ERROR_PREFIX = "emblas: "  # of errors in values, which the kernels check (csrc/common/tensor.h)
@@ -198,7 +198,7 @@ class Op:
     def serves(self, backend: str, *args: Any) -> bool:
         """Tell whether the kernel for GPUs in ``backend`` exists and serves a call."""
         kernel = self.kernel(backend)
-        if kernel is None:
+        if kernel is None or (backend == "cuda" and not _built_for(args[0].device)):
             return False
         schema = self.overload._schema.arguments
         for value, argument in zip(args[kernel.arity :], schema[kernel.arity :], strict=False):
@@ -218,6 +218,14 @@ class Op:
             return None
         kernels = (backend for backend in _GPU_KERNELS if self.kernel(backend) is not None)
         return next(kernels, "reference")
+
+
+@cache
+def _built_for(device: torch.device) -> bool:
+    """Tell whether the CUDA C++ kernels were compiled for a device's architecture."""
+    if device.type != "cuda":
+        return True  # tests put kernels for other devices in their place
+    return runs_on(_C.build_info()["cuda_architectures"], torch.cuda.get_device_capability(device))
 
 
 def ops() -> dict[str, Op]:

@@ -12,13 +12,17 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
+import nvcc
 import sass
 import triton_kernels
 
 FILE = Path(__file__).parents[2] / "docs" / "gpu_kernels.md"
-ARCHITECTURES = (80, 90, 100, 120)
-# Where the binaries of each section come from. One for CUDA C++ goes here too.
-SOURCES: dict[str, Callable[[int], list[sass.Binary]]] = {"Triton": triton_kernels.binaries}
+# Where the binaries of each section come from, and the architectures that they are made for.
+SOURCES: dict[str, Callable[[int], list[sass.Binary]]] = {
+    "CUDA C++": nvcc.binaries,
+    "Triton": triton_kernels.binaries,
+}
+ARCHITECTURES = {"CUDA C++": nvcc.ARCHITECTURES, "Triton": (80, 90, 100, 120)}
 
 INTRODUCTION = """\
 # What the GPU kernels need
@@ -73,23 +77,27 @@ def rows(section: str, architecture: int) -> list[Row]:
             architecture,
             binary.operator,
             kernel.name,
-            binary.variant,
+            ", ".join(filter(None, (binary.variant, kernel.variant))),
             kernel.registers,
             kernel.local,
             kernel.static_shared + binary.dynamic_shared,
-            kernel.warps_resident(architecture, binary.warps, binary.dynamic_shared),
+            kernel.warps_resident(architecture, binary.dynamic_shared),
             kernel.wide_loads,
             kernel.tensor_core_instructions,
         )
         for binary in SOURCES[section](architecture)
         for kernel in sass.read(binary.cubin, architecture)
     ]
-    return sorted(found, key=lambda row: (row.operator, row.kernel))
+    if section == "CUDA C++":
+        return sorted(found, key=lambda row: (row.operator, row.kernel, row.variant))
+    return sorted(found, key=lambda row: (row.operator, row.kernel))  # else as called
 
 
 def all_rows(architectures: Iterable[int]) -> list[Row]:
     """Compile everything, one process for each section and architecture."""
-    jobs = [(section, architecture) for section in SOURCES for architecture in architectures]
+    jobs = [
+        (section, a) for section in SOURCES for a in architectures if a in ARCHITECTURES[section]
+    ]
     # Not by fork: torch has threads by now.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(len(jobs), os.cpu_count() or 1), context) as pool:
@@ -111,8 +119,8 @@ def table(section: str, architecture: int, found: Iterable[Row]) -> str:
 
 def main() -> None:
     """Write the file."""
-    found = all_rows(ARCHITECTURES)
-    tables = [table(section, a, found) for section in SOURCES for a in ARCHITECTURES]
+    found = all_rows(nvcc.ARCHITECTURES)
+    tables = [table(section, a, found) for section in SOURCES for a in ARCHITECTURES[section]]
     FILE.write_text("\n".join([INTRODUCTION, *tables]))
 
 

@@ -7,6 +7,7 @@ may come from triton or from nvcc.
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 import subprocess
 import tempfile
@@ -41,18 +42,22 @@ _INSTRUCTION = re.compile(
     r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", re.MULTILINE
 )
 _USAGE = re.compile(r"Function (\S+):\s*REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
+_THREADS = re.compile(
+    r"^\.nv\.info\.(\S+)$(?:(?!^\.nv).)*?EIATTR_(?:MAX_THREADS|REQNTID)\s+Format:\s+\S+\s+"
+    r"Value:\s+(0x\w+) (0x\w+) (0x\w+)",
+    re.MULTILINE | re.DOTALL,
+)
 _TENSOR_CORES = ("HMMA", "IMMA", "BMMA", "DMMA", "QMMA", "OMMA", "HGMMA", "IGMMA", "QGMMA", "BGMMA")
 
 
 @dataclasses.dataclass(frozen=True)
 class Binary:
-    """A compiled kernel, and how it is launched."""
+    """What a compiler made of the kernels of an operator, and how they are launched."""
 
     operator: str
-    variant: str  # the call, in words
-    warps: int  # of a block
-    dynamic_shared: int  # bytes
+    variant: str  # the call, in words; empty where the names of the kernels tell
     cubin: bytes
+    dynamic_shared: int = 0  # bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +65,8 @@ class Kernel:
     """One function of a binary."""
 
     name: str
+    variant: str  # template arguments
+    warps: int  # of a block
     registers: int
     local: int  # bytes of stack and local memory for each thread
     static_shared: int  # bytes, without what the system takes
@@ -87,8 +94,9 @@ class Kernel:
         blackwell = sum(n for name, n in self.instructions.items() if re.match(r"UTC\w*MMA", name))
         return self.count(*_TENSOR_CORES) + blackwell
 
-    def warps_resident(self, architecture: int, warps: int, dynamic_shared: int = 0) -> int:
-        """Warps that a multiprocessor can hold at once, for blocks of so many warps."""
+    def warps_resident(self, architecture: int, dynamic_shared: int = 0) -> int:
+        """Warps that a multiprocessor can hold at once."""
+        warps = self.warps
         limits = ARCHITECTURES[architecture]
         registers_per_warp = -(-self.registers * 32 // 256) * 256
         by_registers = _REGISTERS // max(registers_per_warp, 256) // 4 * 4 // warps
@@ -105,6 +113,14 @@ def _run(tool: str, *arguments: str) -> str:
     return subprocess.run([path, *arguments], check=True, capture_output=True, text=True).stdout
 
 
+def _demangled(name: str) -> tuple[str, str]:
+    """Return a kernel's name and its template arguments, without namespaces."""
+    found = subprocess.run(["c++filt", "-p", name], check=True, capture_output=True, text=True)
+    plain = re.sub(r"\w+::", "", found.stdout.strip())
+    short, _, arguments = plain.partition("<")
+    return short, arguments.removesuffix(">")
+
+
 def read(cubin: bytes, architecture: int) -> list[Kernel]:
     """Return the kernels of a binary."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -112,6 +128,11 @@ def read(cubin: bytes, architecture: int) -> list[Kernel]:
         file.flush()
         usage = _run("cuobjdump", "-res-usage", file.name)
         listing = _run("nvdisasm", "-c", file.name)
+        sections = _run("cuobjdump", "-elf", file.name)
+    threads = {
+        name: math.prod(int(size, 16) for size in sizes)
+        for name, *sizes in _THREADS.findall(sections)
+    }
     bodies = re.split(r"^\.text\.([^\s:]+):", listing, flags=re.MULTILINE)
     code = dict(zip(bodies[1::2], bodies[2::2], strict=True))
     kernels = []
@@ -119,7 +140,16 @@ def read(cubin: bytes, architecture: int) -> list[Kernel]:
         # From sm_90 on the figure holds what the system takes.
         static = int(shared) - (_RESERVED if architecture >= 90 else 0)
         instructions = Counter(_INSTRUCTION.findall(code[name]))
+        short, variant = _demangled(name)
         kernels.append(
-            Kernel(name, int(registers), int(stack) + int(local), max(static, 0), instructions)
+            Kernel(
+                short,
+                variant,
+                threads[name] // 32,
+                int(registers),
+                int(stack) + int(local),
+                max(static, 0),
+                instructions,
+            )
         )
     return kernels

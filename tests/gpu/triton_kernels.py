@@ -112,7 +112,7 @@ def binaries(architecture: int) -> list[Binary]:
         facts = kernel.metadata
         found.setdefault(
             (operator, facts.name, kernel.hash),
-            Binary(operator, words, facts.num_warps, facts.shared, kernel.asm["cubin"]),
+            Binary(operator, words, kernel.asm["cubin"], facts.shared),
         )
         return kernel
 

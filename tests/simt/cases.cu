@@ -25,6 +25,7 @@ const Case cases[] = {
     CASE(shared_past_end, 64),
     CASE(shared_uninitialized, 64),
     CASE(dynamic_shared_past_end, 64, 256),
+    CASE(local_past_end, 64),
     CASE(global_uninitialized, 64),
     CASE(misaligned_vector, 64),
     CASE(misaligned_word, 64),

@@ -42,7 +42,8 @@ __global__ void shared_past_end(Arguments a) {
   SIMT_SHARED(float, tile, [64]);
   tile[threadIdx.x] = a.in[thread_in_grid()];
   __syncthreads();
-  a.out[thread_in_grid()] = tile[threadIdx.x + (a.broken && threadIdx.x == 63)];
+  const float* from = tile;
+  a.out[thread_in_grid()] = from[threadIdx.x + (a.broken && threadIdx.x == 63)];
 }
 __global__ void shared_uninitialized(Arguments a) {
   SIMT_SHARED(float, tile, [64]);
@@ -55,6 +56,11 @@ __global__ void dynamic_shared_past_end(Arguments a) {
   tile[threadIdx.x + (a.broken && threadIdx.x == 63)] = a.in[thread_in_grid()];
   __syncthreads();
   a.out[thread_in_grid()] = tile[63 - threadIdx.x];
+}
+__global__ void local_past_end(Arguments a) {
+  float values[4];
+  for (int i = 0; i < 4 + a.broken; ++i) values[i] = a.in[thread_in_grid()];
+  a.out[thread_in_grid()] = values[threadIdx.x % 4];
 }
 __global__ void global_uninitialized(Arguments a) {
   const int i = thread_in_grid();

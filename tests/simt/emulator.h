@@ -216,8 +216,21 @@ T atomicCAS(T* address, std::type_identity_t<T> expected, std::type_identity_t<T
 
 // --- bits and arithmetic ---------------------------------------------------------------------
 
-inline int __popc(unsigned x) { return std::popcount(x); }
-inline int __popcll(unsigned long long x) { return std::popcount(x); }
+template <class T>
+T min(T a, T b) {
+  return b < a ? b : a;
+}
+template <class T>
+T max(T a, T b) {
+  return a < b ? b : a;
+}
+inline int __popc(unsigned x) {
+  emblas::simt::engine::count_operations(emblas::simt::engine::Operation::popcount, 1);
+  return std::popcount(x);
+}
+inline int __popcll(unsigned long long x) {
+  return __popc(unsigned(x)) + __popc(unsigned(x >> 32));
+}
 inline int __clz(int x) { return std::countl_zero(unsigned(x)); }
 inline int __ffs(int x) { return x ? std::countr_zero(unsigned(x)) + 1 : 0; }
 inline unsigned __brev(unsigned x) {
@@ -330,6 +343,7 @@ void mma(const char* name, C (&d)[4], const uint32_t (&a)[4], const uint32_t (&b
   std::copy(a, a + 4, in.a);
   std::copy(b, b + 2, in.b);
   const auto finish = [](const engine::Lane(&lanes)[32], uint32_t) {
+    engine::count_operations(engine::Operation::tensor_flop, 2 * 16 * 8 * K);
     constexpr int packed = 32 / bits;  // elements in a register
     const auto fragments = [&](int lane) -> const Fragments<C>& {
       return *static_cast<const Fragments<C>*>(lanes[lane].in);

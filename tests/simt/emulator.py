@@ -10,6 +10,7 @@ import platform
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -69,6 +70,7 @@ def library() -> ctypes.CDLL:
     path = os.environ.get("EMBLAS_SIMT_LIBRARY") or build(ROOT / "build" / "simt")
     torch.ops.load_library(path)
     loaded = ctypes.CDLL(str(path))
+    loaded.simt_take_launch.restype = ctypes.c_bool
     loaded.simt_configure.argtypes = [
         ctypes.c_int,
         ctypes.c_uint64,
@@ -102,16 +104,28 @@ def schedule(
         configure(0, 0, 0.0, True, True)
 
 
-def take_traffic() -> dict[str, int]:
-    """Bytes that kernels asked for since the last call.
+def take_launches() -> list[tuple[str, dict[str, int]]]:
+    """Kernels launched since the last call (the last 1000), and what each moved and computed.
 
-    ``distinct_*`` count a byte of global memory once in a launch: what has to move at least.
+    In bytes asked for; ``distinct_*`` count a byte of global memory once in a launch: what has to
+    move at least. ``popcounts`` are of 32 bits.
     """
-    counters = (ctypes.c_uint64 * 6)()
-    library().simt_take_traffic(counters)
+    counts = (ctypes.c_uint64 * 8)()
+    name = ctypes.create_string_buffer(1024)
     names = ("global_read", "global_write", "shared_read", "shared_write",
-             "distinct_read", "distinct_write")  # fmt: skip
-    return dict(zip(names, counters, strict=True))
+             "distinct_read", "distinct_write", "popcounts", "tensor_flops")  # fmt: skip
+    launches = []
+    while library().simt_take_launch(name, ctypes.c_size_t(len(name)), counts):
+        launches.append((name.value.decode(), dict(zip(names, counts, strict=True))))
+    return launches
+
+
+def take_traffic() -> dict[str, int]:
+    """Sum :func:`take_launches` over the launches."""
+    total: Counter[str] = Counter()
+    for _, counts in take_launches():
+        total.update(counts)
+    return total
 
 
 def run_case(

@@ -218,6 +218,7 @@ void run(const Kernel& kernel, dim3 grid, dim3 block, size_t dynamic_bytes) {
   self.block_dim = block;
   self.grid_dim = grid;
   launch_stamp = ++stamp;
+  begin_launch_memory(kernel);
   failure.clear();
   in_engine = true;
   std::vector<uint64_t> blocks;

@@ -62,6 +62,10 @@ enum class Kind : uint8_t { read, write, atomic };
 // One access of the running thread; `align` is what the hardware asks for.
 void access(const void* address, size_t bytes, size_t align, Kind kind, const Site& site);
 
+// Adds to what the launch has computed.
+enum class Operation { popcount, tensor_flop };
+void count_operations(Operation operation, uint64_t count);
+
 void copy_async(void* to, const void* from, size_t bytes, size_t valid_bytes, const Site& site);
 void commit_async();
 void wait_async(unsigned pending_groups, const Site& site);

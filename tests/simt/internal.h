@@ -58,6 +58,7 @@ void yield();  // lets other threads run; the caller stays ready
 [[noreturn]] void stop(std::string message, const void* pc, const Site* site);
 
 bool on_fiber_stack(uintptr_t address);
+void begin_launch_memory(const Kernel& kernel);
 void begin_block_memory(size_t dynamic_bytes);
 
 std::string source_of(const void* pc);  // "function at file:line" by addr2line

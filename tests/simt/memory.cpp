@@ -6,6 +6,7 @@
 #include <cinttypes>
 #include <cstdio>
 #include <cstring>
+#include <deque>
 #include <memory>
 #include <unordered_map>
 #include <utility>
@@ -145,10 +146,15 @@ std::string other(const char* what, const Access& access) {
   return text + "thread " + std::to_string(access.thread) + " (linear)";
 }
 
-// Bytes since the last reset. Asked for: global read, global written, shared read, shared written.
-// Distinct in a launch: global read, global written: what has to come from or go to memory at
-// least.
-uint64_t traffic[6];
+// Bytes of one launch. Asked for: global read, global written, shared read, shared written.
+// Distinct: global read, global written: what has to come from or go to memory at least.
+struct Traffic {
+  const void* kernel;
+  uint64_t bytes[6];
+  uint64_t operations[2];  // by Operation
+};
+std::deque<Traffic> launches;  // not yet taken
+uint64_t* traffic;             // of the launch in progress
 
 void count(uintptr_t address, size_t bytes, Kind kind) {
   const int base = in_arena(address) ? 2 : 0;
@@ -226,6 +232,17 @@ void mark(const void* data, const int64_t* sizes, const int64_t* strides, int64_
 }
 
 }  // namespace
+
+void begin_launch_memory(const Kernel& kernel) {
+  constexpr size_t most = 1000;  // nobody may be asking
+  if (launches.size() == most) launches.pop_front();
+  launches.push_back({kernel.address, {}});
+  traffic = launches.back().bytes;
+}
+
+void count_operations(Operation operation, uint64_t count) {
+  launches.back().operations[int(operation)] += count;
+}
 
 void begin_block_memory(size_t dynamic_bytes) {
   for (const Range& array : arrays) clear_cells(array);
@@ -367,6 +384,14 @@ EXPORT void __tsan_func_exit() {}
 EXPORT void __tsan_vptr_update(void**, void*) {}
 EXPORT void __tsan_vptr_read(void**) {}
 
+// Checks of -fsanitize=bounds: arrays of known size, where the address alone says nothing.
+EXPORT void __ubsan_handle_out_of_bounds_abort(void*, void* index) {
+  const std::string text = "out of bounds: index " +
+                           std::to_string(reinterpret_cast<intptr_t>(index)) +
+                           " of an array of fixed size";
+  emblas::simt::engine::stop(text, __builtin_return_address(0), nullptr);
+}
+
 // --- what the tests call ---------------------------------------------------------------------
 
 extern "C" __attribute__((visibility("default"))) void simt_configure(int order, uint64_t seed,
@@ -375,7 +400,18 @@ extern "C" __attribute__((visibility("default"))) void simt_configure(int order,
                                                                       bool check_races) {
   emblas::simt::engine::options = {order, seed, preemption, check_uninitialized, check_races};
 }
-// Copies the six traffic counters (see `traffic`) and sets them to zero.
-extern "C" __attribute__((visibility("default"))) void simt_take_traffic(uint64_t* out) {
-  for (uint64_t& counter : emblas::simt::engine::traffic) *out++ = std::exchange(counter, 0);
+// Name of the kernel, the six byte counts and the two of operations (see `Traffic`) of the first
+// launch that was not yet taken; false if there is none.
+extern "C" __attribute__((visibility("default"))) bool simt_take_launch(char* name, size_t bytes,
+                                                                        uint64_t* counts) {
+  auto& launches = emblas::simt::engine::launches;
+  if (launches.empty()) return false;
+  static std::unordered_map<const void*, std::string> names;  // asking takes a process
+  std::string& kernel = names[launches.front().kernel];
+  if (kernel.empty()) kernel = emblas::simt::engine::function_of(launches.front().kernel);
+  std::snprintf(name, bytes, "%s", kernel.c_str());
+  counts = std::copy_n(launches.front().bytes, 6, counts);
+  std::copy_n(launches.front().operations, 2, counts);
+  launches.pop_front();
+  return true;
 }

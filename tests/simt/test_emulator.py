@@ -37,6 +37,7 @@ CASES = {
         r"out of bounds: 4-byte write of shared .* past the end of the dynamic shared memory",
         REVERSED,
     ),
+    "local_past_end": (r"out of bounds: index 4 of an array of fixed size", X),
     "global_uninitialized": (r"uninitialized: 4-byte read of global memory .* of buffer 2", X),
     "misaligned_vector": (r"misaligned: 16-byte read .* byte \d+ of buffer 1", X),
     "misaligned_word": (r"misaligned: 4-byte read .* byte \d+ of buffer 1", X),
@@ -138,7 +139,9 @@ def test_order_shows_in_results():
 def test_traffic_is_counted():
     emulator.take_traffic()
     emulator.run_case("race_read_after_write", X, N)
-    assert set(emulator.take_traffic().values()) == {4 * N}
+    names = ("global", "shared", "distinct")
+    expected = {f"{name}_{way}": 4 * N for name in names for way in ("read", "write")}
+    assert +emulator.take_traffic() == expected
 
 
 # --- behaviour -------------------------------------------------------------------------------

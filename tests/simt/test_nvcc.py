@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-import shutil
 import subprocess
 
+import nvcc
 import pytest
 from simt.emulator import ROOT
 
-pytestmark = pytest.mark.skipif(not shutil.which("nvcc"), reason="nvcc is not installed")
+pytestmark = pytest.mark.skipif(nvcc.nvcc() is None, reason="nvcc is not installed")
 
 INSTRUCTIONS = (
     "ldmatrix.sync.aligned.m8n8.x4.shared.b16",
@@ -29,7 +29,7 @@ INSTRUCTIONS = (
 def test_test_kernels_compile(architecture, tmp_path):
     source, ptx = tmp_path / "cases.cu", tmp_path / "cases.ptx"
     source.write_text('#include "simt/cases.cuh"\n')
-    command = ["nvcc", "-std=c++20", "-O3", f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests'}",
+    command = [nvcc.nvcc(), "-std=c++20", "-O3", f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests'}",
                "-Werror=all-warnings", "-Xcompiler=-Wall,-Wextra,-Werror", source]  # fmt: skip
     subprocess.run([*command, f"-arch=compute_{architecture}", "-ptx", "-o", ptx], check=True)
     subprocess.run(

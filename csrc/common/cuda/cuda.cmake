@@ -1,10 +1,11 @@
 # The library _cuda: CUDA C++ kernels and their torch adapters, without Python symbols. It carries
 # its CUDA runtime, so only the driver of the machine where it runs matters.
 
-# Machine code for A100 (and 86, 89) and H100; machine code and PTX, for what comes, for RTX 50.
+# Machine code for T4, A100 (and 86, 89), H100 and B200; machine code and PTX, for what comes, for
+# RTX 50. What newer instructions are for is compiled for the architectures that have them only.
 # Known before the language is enabled, which would choose an architecture by itself.
 if(NOT CMAKE_CUDA_ARCHITECTURES)
-  set(CMAKE_CUDA_ARCHITECTURES 80-real 90-real 120)
+  set(CMAKE_CUDA_ARCHITECTURES 75-real 80-real 90-real 100-real 120)
 endif()
 enable_language(CUDA)
 set(CMAKE_CUDA_STANDARD 20)

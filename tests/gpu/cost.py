@@ -1,0 +1,463 @@
+"""What the GPU kernels have to move and compute, as formulas of shapes, and what that bounds.
+
+Bytes are distinct bytes of global memory that a launch reads and writes. The tests hold them, the
+products on tensor cores and the population counts to what the SIMT emulator and the checked
+interpreter count (test_cost.py beside this file, tests/interpreted/test_cost.py). Other arithmetic
+is counted by hand. Run as a script, this writes docs/gpu_bounds.md.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FILE = Path(__file__).parents[2] / "docs" / "gpu_bounds.md"
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What one launch of a kernel reads, writes and computes."""
+
+    read: int
+    written: int
+    flops: int = 0  # additions and multiplications of float32
+    tensor_flops: int = 0  # on tensor cores
+    popcounts: int = 0  # of 32 bits
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """Public figures of a GPU."""
+
+    name: str
+    bandwidth: float  # bytes a second
+    flops: float  # float32, a second
+    tensor_flops: float  # of bfloat16, dense, a second
+    popcounts: float  # a second: 16 a clock and multiprocessor (CUDA C++ Programming Guide)
+
+
+# Data sheets of NVIDIA: A100 80GB SXM, H100 SXM, HGX B200 (one GPU).
+DEVICES = (
+    Device("A100", 2.039e12, 19.5e12, 312e12, 108 * 1.41e9 * 16),
+    Device("H100", 3.35e12, 67e12, 989e12, 132 * 1.98e9 * 16),
+    Device("B200", 8.0e12, 75e12, 2250e12, 148 * 1.965e9 * 16),
+)
+
+
+# --- pooling -------------------------------------------------------------------------------------
+
+_CHUNK = 128  # rows that one block of sum_chunks adds up
+
+
+@dataclasses.dataclass(frozen=True)
+class Pooling:
+    """Mean pooling of sequences of these lengths, none of them empty."""
+
+    lengths: tuple[int, ...]
+    dim: int
+    dtype: torch.dtype
+    weights: bool = False
+    normalize: bool = False
+
+    def __str__(self) -> str:
+        words = f"{len(self.lengths)} x {self.lengths[0]} tokens, dim {self.dim}, "
+        words += str(self.dtype).removeprefix("torch.")
+        return words + ", weights" * self.weights + ", normalize" * self.normalize
+
+    @property
+    def x(self) -> int:
+        return sum(self.lengths) * self.dim * self.dtype.itemsize
+
+    @property
+    def out(self) -> int:
+        return len(self.lengths) * self.dim * self.dtype.itemsize
+
+    @property
+    def wide(self) -> int:  # as `out`, in accumulators
+        return len(self.lengths) * self.dim * 4
+
+    @property
+    def partial(self) -> int:
+        return sum(-(-length // _CHUNK) for length in self.lengths) * self.dim * 4
+
+    @property
+    def per_token(self) -> int:
+        return sum(self.lengths) * 4
+
+    @property
+    def per_sequence(self) -> int:
+        return len(self.lengths) * 4
+
+    @property
+    def offsets(self) -> int:
+        return (len(self.lengths) + 1) * 4
+
+    @property
+    def read_always(self) -> int:
+        return self.offsets + self.per_token * self.weights
+
+    def arguments(self) -> tuple[Any, ...]:
+        x = torch.rand(sum(self.lengths), self.dim).to(self.dtype)
+        offsets = torch.tensor([0, *self.lengths]).cumsum(0).int()
+        return x, offsets, torch.rand(len(x)) + 1 if self.weights else None, self.normalize
+
+
+def _pool_cuda(p: Pooling) -> dict[str, Work]:
+    adds = sum(p.lengths) * p.dim * (2 if p.weights else 1)
+    return {
+        "sum_chunks": Work(p.read_always + p.x, p.partial, adds),
+        "finish_means": Work(
+            p.read_always + p.partial,
+            p.wide + p.out + p.per_sequence * p.normalize,
+            p.partial // 4 + 2 * p.wide // 4 * (1 + p.normalize),
+        ),
+    }
+
+
+def _pool_triton(p: Pooling) -> dict[str, Work]:
+    adds = 2 * sum(p.lengths) * p.dim
+    if not p.normalize:
+        return {"_mean": Work(p.read_always + p.x, p.out, adds)}
+    return {
+        "_mean": Work(p.read_always + p.x, p.wide, adds),
+        "_normalize": Work(p.wide, p.out + p.per_sequence, 3 * p.wide // 4),
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class PoolingBackward(Pooling):
+    """Its gradient with respect to x, and to the weights where there are some."""
+
+    def arguments(self) -> tuple[Any, ...]:
+        x, offsets, weights, normalize = super().arguments()
+        out, norm = torch.ops.emblas.segment_pool(x, offsets, weights, normalize)
+        needs = (normalize, True, self.weights)
+        return torch.rand(out.shape).to(x.dtype), x, out, norm, offsets, weights, *needs
+
+
+def _pool_backward(first: str, second: str, along_mean: bool) -> Callable[..., dict[str, Work]]:
+    def works(p: PoolingBackward) -> dict[str, Work]:
+        passes = 5 + 4 * p.normalize
+        means = Work(
+            p.read_always + 2 * p.out + p.per_sequence * p.normalize,
+            p.wide + 2 * p.per_sequence,
+            p.wide // 4 * passes,
+        )
+        tokens = Work(
+            p.read_always
+            + p.wide
+            + p.per_sequence * (1 + (along_mean or p.weights))
+            + p.x * p.weights,
+            p.x + p.per_token * p.weights,
+            sum(p.lengths) * p.dim * (3 if p.weights else 1),
+        )
+        return {first: means, second: tokens}
+
+    return works
+
+
+# --- tables --------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Hashing:
+    """Row numbers of ids under the first hash family."""
+
+    ids: int
+    hashes: int
+    rows: int
+
+    def __str__(self) -> str:
+        return f"{self.ids} ids, {self.hashes} hashes"
+
+    def arguments(self) -> tuple[Any, ...]:
+        return torch.arange(self.ids) * 977, 0, 5, self.hashes, self.rows
+
+
+@dataclasses.dataclass(frozen=True)
+class Bag(Hashing):
+    """Sums of hashed rows; ``bag`` ids make a bag (0: no bags)."""
+
+    dim: int
+    dtype: torch.dtype
+    bag: int = 0
+
+    def __str__(self) -> str:
+        words = f"{super().__str__()}, {self.rows} rows of {self.dim}, "
+        words += str(self.dtype).removeprefix("torch.")
+        return words + (f", bags of {self.bag}" if self.bag else "")
+
+    @property
+    def outputs(self) -> int:
+        return self.ids // (self.bag or 1)
+
+    @property
+    def row(self) -> int:
+        return self.dim * self.dtype.itemsize
+
+    @property
+    def hit(self) -> int:
+        """Distinct rows: all but those that a random draw misses; exact for few ids."""
+        drawn = self.ids * self.hashes
+        if drawn < 10_000:
+            return len(torch.ops.emblas.hash_keys(*super().arguments()).unique())
+        return round(self.rows * (1 - (1 - 1 / self.rows) ** drawn))
+
+    @property
+    def adds(self) -> int:
+        return self.ids * self.hashes * self.dim
+
+    def offsets(self) -> Tensor | None:
+        if not self.bag:
+            return None
+        return torch.arange(self.outputs + 1, dtype=torch.int32) * self.bag
+
+    def arguments(self) -> tuple[Any, ...]:
+        ids, *hashing, rows = super().arguments()
+        table = torch.rand(rows, self.dim).to(self.dtype)
+        return ids, table, self.offsets(), None, *hashing, None
+
+
+def _hash_keys(kernel: str) -> Callable[[Hashing], dict[str, Work]]:
+    return lambda h: {kernel: Work(8 * h.ids, 8 * h.ids * h.hashes)}
+
+
+def _bag_triton(b: Bag) -> dict[str, Work]:
+    offsets = 4 * (b.outputs + 1) if b.bag else 0
+    work = Work(8 * b.ids + offsets + b.hit * b.row, b.outputs * b.row, b.adds)
+    return {"_bags" if b.bag else "_lookup": work}
+
+
+@dataclasses.dataclass(frozen=True)
+class BagBackward(Bag):
+    """Their gradient with respect to the table."""
+
+    def arguments(self) -> tuple[Any, ...]:
+        return torch.rand(self.outputs, self.dim).to(self.dtype), *super().arguments(), True, False
+
+
+def _bag_backward_triton(b: BagBackward) -> dict[str, Work]:
+    drawn = b.ids * b.hashes
+    bag_of = 8 * b.ids if b.bag else 0
+    return {
+        "_hash_keys": Work(8 * b.ids, 4 * drawn),
+        "_grad_rows": Work(
+            8 * drawn + 8 * (b.rows + 1) + bag_of + b.outputs * b.row, b.rows * b.row, b.adds
+        ),
+    }
+
+
+# --- binary --------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Packing:
+    """Signs of vectors, one bit each."""
+
+    rows: int
+    dim: int
+    dtype: torch.dtype
+
+    def __str__(self) -> str:
+        return f"{self.rows} x {self.dim}, {str(self.dtype).removeprefix('torch.')}"
+
+    def arguments(self) -> tuple[Any, ...]:
+        return (torch.rand(self.rows, self.dim).to(self.dtype),)
+
+
+def _pack(kernel: str) -> Callable[[Packing], dict[str, Work]]:
+    def works(p: Packing) -> dict[str, Work]:
+        return {kernel: Work(p.rows * p.dim * p.dtype.itemsize, p.rows * -(-p.dim // 8))}
+
+    return works
+
+
+@dataclasses.dataclass(frozen=True)
+class Search:
+    """The k nearest of the codes for every query."""
+
+    queries: int
+    codes: int
+    width: int  # bytes of a code
+    k: int
+
+    def __str__(self) -> str:
+        return f"{self.queries} queries, {self.codes} codes of {8 * self.width} bits, k = {self.k}"
+
+    @property
+    def read(self) -> int:
+        return (self.queries + self.codes) * self.width
+
+    @property
+    def popcounts(self) -> int:
+        return self.queries * self.codes * -(-self.width // 4)
+
+    def arguments(self) -> tuple[Any, ...]:
+        queries, codes = (
+            torch.randint(0, 256, (n, self.width), dtype=torch.uint8)
+            for n in (self.queries, self.codes)
+        )
+        return queries, codes, self.k
+
+
+def _search_triton(s: Search) -> dict[str, Work]:
+    kept = next(size for size in (16, 64, 256) if s.k <= size)
+    groups = s.queries if s.queries == 1 or kept > 64 else -(-s.queries // 4)
+    chunks = max(1, min(-(-s.codes // 256), 2048 // groups))
+    # Counted in plain arithmetic by the interpreter, so not held to its count.
+    return {"_nearest_of_chunk": Work(s.read, s.queries * chunks * kept * 8, 0, 0, s.popcounts)}
+
+
+# --- attention -----------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Attention:
+    """Attention of sequences over themselves."""
+
+    lengths: tuple[int, ...]
+    heads: int
+    head_dim: int
+    dtype: torch.dtype
+
+    def __str__(self) -> str:
+        words = f"{len(self.lengths)} x {self.lengths[0]} tokens, {self.heads} heads of "
+        return words + f"{self.head_dim}, {str(self.dtype).removeprefix('torch.')}"
+
+    @property
+    def matrix(self) -> int:
+        return sum(self.lengths) * self.heads * self.head_dim * self.dtype.itemsize
+
+    def arguments(self) -> tuple[Any, ...]:
+        q, k, v = torch.rand(3, sum(self.lengths), self.heads, self.head_dim).to(self.dtype)
+        offsets = torch.tensor([0, *self.lengths]).cumsum(0).int()
+        longest = max(self.lengths)
+        return q, k, v, offsets, offsets, longest, longest, None, -1, -1, False
+
+
+def _attend(a: Attention) -> dict[str, Work]:
+    pairs = sum(length**2 for length in a.lengths) * a.heads
+    read = 3 * a.matrix + 4 * (len(a.lengths) + 1)
+    return {"_attend": Work(read, a.matrix, 0, 4 * pairs * a.head_dim)}
+
+
+# --- all -----------------------------------------------------------------------------------------
+
+_BF16, _F32 = torch.bfloat16, torch.float32
+MODELS: dict[tuple[str, str], Callable[[Any], dict[str, Work]]] = {
+    ("segment_pool", "CUDA C++"): _pool_cuda,
+    ("segment_pool", "Triton"): _pool_triton,
+    ("segment_pool_backward", "CUDA C++"): _pool_backward(
+        "mean_gradients", "token_gradients", True
+    ),
+    ("segment_pool_backward", "Triton"): _pool_backward(
+        "_mean_gradient", "_token_gradients", False
+    ),
+    ("hash_keys", "Triton"): _hash_keys("_hash_keys"),
+    ("hash_bag", "Triton"): _bag_triton,
+    ("hash_bag_backward", "Triton"): _bag_backward_triton,
+    ("pack_sign", "Triton"): _pack("_pack_sign"),
+    ("hamming_topk", "Triton"): _search_triton,
+    ("varlen_attention", "Triton"): _attend,
+}
+# Small enough for the emulators.
+SMALL: dict[str, tuple[Any, ...]] = {
+    "segment_pool": (
+        Pooling((130, 1, 300), 24, _F32),
+        Pooling((130, 1, 300), 24, _BF16, weights=True, normalize=True),
+    ),
+    "segment_pool_backward": (
+        PoolingBackward((130, 1, 300), 24, _F32),
+        PoolingBackward((130, 1, 300), 24, _BF16, weights=True, normalize=True),
+    ),
+    "hash_keys": (Hashing(300, 4, 50), Hashing(70, 3, 1000)),
+    "hash_bag": (Bag(60, 4, 500, 24, _F32), Bag(60, 2, 500, 20, _BF16, bag=6)),
+    "hash_bag_backward": (
+        BagBackward(60, 4, 50, 24, _F32),
+        BagBackward(60, 2, 50, 20, _BF16, bag=6),
+    ),
+    "pack_sign": (Packing(40, 100, _F32), Packing(3, 64, _BF16)),
+    "hamming_topk": (Search(1, 600, 16, 5), Search(6, 300, 32, 20)),
+    "varlen_attention": (Attention((128, 256), 2, 64, _BF16), Attention((64, 32), 1, 64, _F32)),
+}
+# What the bounds are given for.
+LARGE: dict[str, tuple[Any, ...]] = {
+    "segment_pool": (Pooling((512,) * 256, 1024, _BF16, normalize=True),),
+    "segment_pool_backward": (PoolingBackward((512,) * 256, 1024, _BF16, normalize=True),),
+    "hash_keys": (Hashing(1 << 20, 4, 1 << 20),),
+    "hash_bag": (Bag(1 << 18, 4, 1 << 20, 128, _F32), Bag(1 << 20, 2, 1 << 20, 64, _BF16, bag=16)),
+    "hash_bag_backward": (BagBackward(1 << 18, 4, 1 << 20, 128, _F32),),
+    "pack_sign": (Packing(1 << 20, 1024, _BF16),),
+    "hamming_topk": (Search(1, 8_000_000, 128, 100), Search(256, 8_000_000, 128, 100)),
+    "varlen_attention": (Attention((512,) * 64, 12, 64, _BF16), Attention((8192,), 16, 128, _BF16)),
+}
+
+INTRODUCTION = """\
+# What the GPU kernels can't be faster than
+
+Written by `make gpu-table`; not by hand. **These are bounds on paper, not measurements**: what a
+kernel has to move and compute (`tests/gpu/cost.py` has the formulas, which the emulators confirm on
+small shapes), divided by the public figures of a GPU. A kernel that reaches its bound would use all
+of the bandwidth or all of the arithmetic from its first to its last microsecond, without a launch;
+none does. Arithmetic on integers other than population counts (hashing, sorting) is not in it.
+
+Bytes are the distinct bytes that a launch reads and writes. What one kernel of an operator hands to
+the next is small and may be found in the second-level cache, so the second may beat its bound.
+
+| GPU | memory | float32 | bfloat16, tensor cores | population counts |
+|---|---|---|---|---|
+"""
+
+
+def _limit(work: Work, device: Device) -> tuple[float, str]:
+    """Return the least time in seconds, and what sets it."""
+    return max(
+        ((work.read + work.written) / device.bandwidth, "memory"),
+        (work.flops / device.flops, "float32"),
+        (work.tensor_flops / device.tensor_flops, "tensor cores"),
+        (work.popcounts / device.popcounts, "population counts"),
+    )
+
+
+def _number(value: float) -> str:
+    return f"{value:.3g}" if value < 1000 else f"{value:,.0f}"
+
+
+def page() -> str:
+    """Lay out the bounds of all kernels."""
+    lines = [INTRODUCTION.rstrip("\n")]
+    lines += [
+        f"| {d.name} | {d.bandwidth / 1e12:.3g} TB/s | {d.flops / 1e12:.3g} T/s "
+        f"| {d.tensor_flops / 1e12:,.0f} T/s | {d.popcounts / 1e12:.2g} T/s |"
+        for d in DEVICES
+    ]
+    lines += [
+        "",
+        f"| operator, call | kernel | MB read | MB written | G flop | "
+        f"{' | '.join(f'{d.name}, us' for d in DEVICES)} | limit (H100) |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for (operator, backend), model in MODELS.items():
+        for shape in LARGE[operator]:
+            for kernel, work in model(shape).items():
+                times = [_number(1e6 * _limit(work, device)[0]) for device in DEVICES]
+                cells = (
+                    f"{operator}: {shape}",
+                    f"{backend} `{kernel}`",
+                    _number(work.read / 1e6),
+                    _number(work.written / 1e6),
+                    _number((work.flops + work.tensor_flops) / 1e9),
+                    *times,
+                    _limit(work, DEVICES[1])[1],
+                )
+                lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    FILE.write_text(page())

@@ -1,0 +1,56 @@
+"""The formulas of cost.py against what the SIMT emulator counts."""
+
+from __future__ import annotations
+
+import cost
+import pytest
+import torch
+from cost import MODELS, SMALL
+from simt import emulator
+
+pytestmark = pytest.mark.skipif(bool(emulator.why_not()), reason=emulator.why_not() or "")
+
+
+def test_page_is_current():
+    assert cost.FILE.read_text() == cost.page(), "run `make gpu-table`"
+
+
+@pytest.mark.parametrize(
+    ("operator", "shape"),
+    [(name, s) for name, backend in MODELS if backend == "CUDA C++" for s in SMALL[name]],
+    ids=str,
+)
+def test_emulator_counts_the_same(operator, shape):
+    expected = MODELS[operator, "CUDA C++"](shape)
+    arguments = shape.arguments()
+    emulator.library()
+    overload = getattr(torch.ops.emblas_simt, f"{operator}_cuda").default
+    emulator.take_launches()
+    overload(*arguments[: len(overload._schema.arguments)])
+    launches = emulator.take_launches()
+    assert [short(kernel) for kernel, _ in launches] == list(expected)
+    for (kernel, counts), work in zip(launches, expected.values(), strict=True):
+        assert counts["distinct_read"] == work.read, kernel
+        assert counts["distinct_write"] == work.written, kernel
+        assert counts["popcounts"] == work.popcounts, kernel
+        assert counts["tensor_flops"] == work.tensor_flops, kernel
+
+
+def short(kernel):
+    return kernel.partition("<")[0].partition("(")[0].rpartition("::")[2]
+
+
+def test_every_kernel_has_a_formula():
+    emulator.library()
+    names = [name for name in dir(torch.ops.emblas_simt) if name.endswith("_cuda")]
+    covered = {f"{name}_cuda" for name, backend in MODELS if backend == "CUDA C++"}
+    assert set(names) == covered
+
+
+def test_bounds():
+    """Worked out by hand."""
+    device = cost.Device("d", 100.0, 10.0, 1000.0, 1.0)
+    assert cost._limit(cost.Work(150, 50), device) == (2.0, "memory")
+    assert cost._limit(cost.Work(150, 50, flops=30), device) == (3.0, "float32")
+    assert cost._limit(cost.Work(150, 50, tensor_flops=4000), device) == (4.0, "tensor cores")
+    assert cost._limit(cost.Work(150, 50, popcounts=5), device) == (5.0, "population counts")

@@ -1,0 +1,123 @@
+"""Mutants of the Triton kernels: their sources are changed as trees, in the interpreter's hands."""
+
+from __future__ import annotations
+
+import ast
+import copy
+import dataclasses
+import importlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from emblas import _op
+from triton.runtime.interpreter import InterpretedFunction
+
+_COMPARISONS = {
+    ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt,
+    ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
+}  # fmt: skip
+_OPERATORS = {
+    ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Add, ast.Div: ast.Mult,
+    ast.FloorDiv: ast.Add, ast.Mod: ast.FloorDiv, ast.BitAnd: ast.BitOr, ast.BitOr: ast.BitAnd,
+    ast.BitXor: ast.BitOr, ast.LShift: ast.RShift, ast.RShift: ast.LShift,
+}  # fmt: skip
+_CALLS = {"minimum": "maximum", "maximum": "minimum"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Mutant:
+    """One change of one kernel or device function."""
+
+    number: int
+    family: str
+    kernel: str
+    line: str  # as changed
+    function: InterpretedFunction
+    source: str  # as changed
+
+
+def _changes(node: ast.AST) -> Iterator[Callable[[ast.AST], None]]:
+    """Yield functions that change a copy of this node in place."""
+    if isinstance(node, ast.Compare):
+        for i, op in enumerate(node.ops):
+            if type(op) in _COMPARISONS:
+                new = _COMPARISONS[type(op)]()
+                yield lambda n, i=i, new=new: n.ops.__setitem__(i, new)
+    elif isinstance(node, ast.BinOp | ast.AugAssign) and type(node.op) in _OPERATORS:
+        new = _OPERATORS[type(node.op)]()
+        yield lambda n, new=new: setattr(n, "op", new)
+    elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+        if node.func.attr in _CALLS:
+            yield lambda n: setattr(n.func, "attr", _CALLS[n.func.attr])
+        for i, keyword in enumerate(node.keywords):
+            if keyword.arg == "other":
+                yield lambda n, i=i: n.keywords.pop(i)
+            if keyword.arg == "mask":  # all lanes, in the shape of the mask
+                same = ast.Compare(keyword.value, [ast.Eq()], [keyword.value])
+                yield lambda n, i=i, same=same: setattr(n.keywords[i], "value", same)
+    elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
+        yield lambda n: setattr(n, "value", ast.Constant(None))  # a store or barrier less
+
+
+def _mutants(kernel: InterpretedFunction) -> Iterator[tuple[str, str]]:
+    """Yield the changed line and the source of every mutant of a kernel."""
+    source = Path(kernel.fn.__code__.co_filename).read_text()
+    tree = next(
+        node
+        for node in ast.parse(source).body
+        if isinstance(node, ast.FunctionDef) and node.name == kernel.fn.__name__
+    )
+    tree.decorator_list = []
+    original = ast.unparse(tree).splitlines()
+    for index, node in enumerate(ast.walk(tree)):
+        for change in _changes(node):
+            mutant = copy.deepcopy(tree)
+            change(list(ast.walk(mutant))[index])
+            text = ast.unparse(ast.fix_missing_locations(mutant))
+            line = next(
+                new for old, new in zip(original, text.splitlines(), strict=True) if old != new
+            )
+            yield line.strip(), text
+
+
+class TritonMutants:
+    """The mutants of the Triton kernels, one of which can be alive."""
+
+    tests = ("test_executors.py", "interpreted/test_kernels.py")
+
+    def __init__(self) -> None:
+        self.all = list[Mutant]()
+        modules = {"common": "emblas._triton"}
+        modules |= {op.triton.split(".")[1]: op.triton for op in _op.ops().values() if op.triton
+}
+        for family, name in modules.items():
+            for function in vars(importlib.import_module(name)).values():
+                if isinstance(function, InterpretedFunction) and function.fn.__module__ == name:
+                    self._add(family, function)
+        self._alive: Mutant | None = None
+
+    def _add(self, family: str, function: InterpretedFunction) -> None:
+        kernel = function.fn.__name__
+        for line, source in _mutants(function):
+            self.all.append(Mutant(len(self.all), family, kernel, line, function, source))
+
+    def switch(self, mutant: Mutant | None) -> None:
+        """Let a mutant live, or none."""
+        assert mutant is None or self._alive is None  # every mutant has its own process
+        self._alive = mutant
+        if mutant:
+            mutant.function.rewriter._prepare_source = lambda lines: mutant.source
+            InterpretedFunction.rewritten_fn.pop(mutant.function.fn, None)
+
+    def reached(self) -> set[int]:
+        """Return the numbers of the mutants of the kernels that ran since the last call."""
+        ran = set(InterpretedFunction.rewritten_fn)
+        InterpretedFunction.rewritten_fn.clear()
+        return {mutant.number for mutant in self.all if mutant.function.fn in ran
+          }
+
+        @staticmethod
+    def concerns(item: pytest.Item) -> bool:
+        """Say whether a test runs kernels in the interpreter."""
+        return True
