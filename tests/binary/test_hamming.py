@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import executors
 import numpy as np
 import pytest
 import torch
@@ -10,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 LARGEST = np.iinfo(np.int32).max
+executor = executors.fixture("hamming_topk")
 
 
 def random_codes(rows, width, seed=0, distinct=256):
@@ -37,13 +39,13 @@ def check(queries, codes, k):
 
 
 @pytest.mark.parametrize("width", [1, 3, 8, 16, 31, 32, 48, 64, 128, 256, 513])
-def test_equals_oracle(isa, width):
+def test_equals_oracle(executor, width):
     codes = random_codes(777, width)
     for queries in (1, 3, 9):
         check(random_codes(queries, width, seed=1), codes, 10)
 
 
-def test_more_than_one_tile(isa):
+def test_more_than_one_tile(executor):
     check(random_codes(7, 32, seed=1), random_codes(20_000, 32), 100)
     check(random_codes(1, 32, seed=1), random_codes(20_000, 32), 3)
 

@@ -106,6 +106,10 @@ def _maxsim_backward_fake(
     return queries.new_empty(queries.shape), documents.new_empty(documents.shape)
 
 
+def _cuda_searches(queries: Tensor, codes: Tensor, k: int, filter: Tensor | None) -> bool:
+    return codes.shape[1] <= 4095 and k <= 2**28
+
+
 _pack_sign = Op(
     "pack_sign",
     reference=reference.pack_sign,
@@ -126,6 +130,7 @@ _hamming_topk = Op(
     reference=reference.hamming_topk,
     fake=_hamming_topk_fake,
     triton="emblas.binary.triton",
+    cuda_supports=_cuda_searches,
 )
 _hamming_distance = Op(
     "hamming_distance", reference=reference.hamming_distance, fake=_hamming_distance_fake

@@ -1,0 +1,83 @@
+// Bit codes on a GPU: what the .cu files of this folder launch on a stream (a cudaStream_t), never
+// waiting. Codes are laid out as binary.h says; what the kernels do stands in the .cuh files.
+#pragma once
+
+#include <cstdint>
+
+#include "binary/binary.h"
+
+namespace emblas::cuda {
+
+template <class T>
+struct PackSignArgs {
+  const T* x;  // [rows, dim], rows `row_stride` elements apart
+  int64_t row_stride;
+  int64_t rows;
+  int64_t dim;                      // below 2^31
+  const Accumulator<T>* threshold;  // [dim], or null for 0
+  uint8_t* codes;                   // [rows, ceil(dim / 8)]
+};
+template <class T>
+void pack_sign(const PackSignArgs<T>& args, void* stream);
+
+// Rows of codes, `stride` bytes apart.
+struct CodeRows {
+  const uint8_t* data;
+  int64_t stride;
+  int64_t count;
+};
+
+inline constexpr int64_t kMaxCodeBytes = 4095;            // a distance has 15 bits
+inline constexpr int64_t kMaxResults = int64_t(1) << 28;  // k, so that an index has 32 bits
+inline constexpr int kTileRows = 256;                     // rows that a block compares at once
+inline constexpr int kMergedLists = 16;                   // lists that become one
+inline constexpr int kListSlack = 256;                    // a list grows by so much, then shrinks
+
+// Lists of the rows found, one for each query and each range of `rows_per_list` rows.
+struct Lists {
+  int64_t count;     // of each query
+  int keep;          // entries of each that are used in the end
+  int64_t capacity;  // entries from one list to the next
+};
+
+// How a search is cut, from shapes alone.
+struct SearchPlan {
+  int queries_per_block;  // which share a pass over the codes: 1, 4 or 8
+  int64_t tiles_per_list;
+  Lists lists;
+
+  int64_t rows_per_list() const { return tiles_per_list * kTileRows; }
+};
+// `blocks`: how many fill the device.
+SearchPlan plan_search(int64_t queries, int64_t rows, int64_t k, int64_t blocks);
+// The lists that `lists` become in one merge.
+Lists merged_lists(const Lists& lists, int64_t k);
+
+struct Workspaces {  // entries of 8 bytes
+  int64_t lists;     // also the lists after two merges, four merges...
+  int64_t merged;    // the lists after one merge, three merges...
+};
+Workspaces search_workspaces(const SearchPlan& plan, int64_t queries, int64_t k);
+
+// Which rows may be found: all, those whose bit is set, or those that are listed.
+struct RowFilter {
+  const uint8_t* bitmaps;  // bit 7 of byte 0 is row 0; or null
+  int64_t bitmap_stride;   // bytes to the next query's, 0 if all queries share one
+  const int64_t* ids;      // ascending; or null
+  int64_t id_count;
+};
+
+struct HammingTopkArgs {
+  CodeRows queries, codes;
+  int64_t bytes;  // of a code
+  int64_t k;      // at least 1
+  RowFilter filter;
+  SearchPlan plan;  // for codes.count rows, or filter.id_count where there are ids
+  uint64_t* lists;
+  uint64_t* merged;
+  int32_t* distances;  // [queries, k]
+  int64_t* ids;        // [queries, k]
+};
+void hamming_topk(const HammingTopkArgs& args, void* stream);
+
+}  // namespace emblas::cuda

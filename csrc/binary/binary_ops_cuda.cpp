@@ -1,0 +1,97 @@
+// Bit codes as torch operators on CUDA tensors: emblas::<op>_cuda, which the router of the public
+// operator calls.
+#include <optional>
+#include <tuple>
+
+#include "binary/binary_cuda.h"
+#include "common/cuda/device_call.h"
+
+namespace emblas {
+namespace {
+
+Tensor pack_sign_cuda(const Tensor& x, const std::optional<Tensor>& threshold) {
+  const DeviceCall call(x);
+  call.check_rows(x, "x must be a tensor (rows, dim) with a contiguous last dimension");
+  check(x.size(1) < int64_t(1) << 31, "x must have less than 2^31 dimensions");
+  return visit_float(
+      x.scalar_type(), "x must be float32, float64, bfloat16 or float16", [&](auto element) {
+        using T = decltype(element);
+        using A = Accumulator<T>;
+        const int64_t rows = x.size(0), dim = x.size(1);
+        if (threshold) {
+          call.check_vector<A>(*threshold, dim,
+                               "threshold must be a contiguous vector of dim values on the device "
+                               "of x, float64 if x is, float32 otherwise");
+        }
+        const Tensor codes = call.empty<2>(ScalarType::Byte, {rows, (dim + 7) / 8});
+        cuda::pack_sign<T>({call.read<T>(x), x.stride(0), rows, dim, call.read<A>(threshold),
+                            call.write<uint8_t>(codes)},
+                           call.stream());
+        return codes;
+      });
+}
+
+cuda::CodeRows code_rows(const DeviceCall& call, const Tensor& codes, const char* message) {
+  call.check_rows(codes, message);
+  check(has_dtype<uint8_t>(codes), message);
+  check(codes.size(1) <= cuda::kMaxCodeBytes, "codes must not be longer than 4095 bytes");
+  return {call.read<uint8_t>(codes), codes.stride(0), codes.size(0)};
+}
+
+// Ids are not looked at: kernels keep wrong ones inside the codes.
+cuda::RowFilter row_filter(const DeviceCall& call, const std::optional<Tensor>& filter,
+                           int64_t queries, int64_t rows) {
+  if (!filter) return {};
+  check(call.holds(*filter) && filter->is_contiguous(),
+        "filter must be contiguous and on the device of queries");
+  if (has_dtype<uint8_t>(*filter)) {
+    check(filter->dim() == 2 && filter->size(1) == (rows + 7) / 8 &&
+              (filter->size(0) == 1 || filter->size(0) == queries),
+          "filter must be bitmaps (1 or queries, ceil(rows / 8))");
+    return {call.read<uint8_t>(*filter), filter->size(0) == 1 ? 0 : filter->size(1), nullptr, 0};
+  }
+  call.check_vector<int64_t>(*filter, -1, "filter must be uint8 bitmaps or a vector of int64 ids");
+  static constexpr int64_t none = 0;  // an empty list still is a list
+  return {nullptr, 0, filter->size(0) ? call.read<int64_t>(*filter) : &none, filter->size(0)};
+}
+
+// `blocks`, how many fill the device, is for tests.
+std::tuple<Tensor, Tensor> hamming_topk_cuda(const Tensor& queries, const Tensor& codes, int64_t k,
+                                             const std::optional<Tensor>& filter, int64_t blocks) {
+  const DeviceCall call(queries);
+  const auto wanted =
+      code_rows(call, queries, "queries must be uint8 (queries, bytes), rows contiguous");
+  const auto documents =
+      code_rows(call, codes, "codes must be uint8 (rows, bytes), rows contiguous");
+  check(queries.size(1) == codes.size(1), "queries and codes must have the same width in bytes");
+  check(documents.count < int64_t(1) << 48, "codes have too many rows");
+  check(k >= 0 && k <= cuda::kMaxResults, "k must be between 0 and 2^28");
+  const Tensor distances = call.empty<2>(ScalarType::Int, {wanted.count, k});
+  const Tensor ids = call.empty<2>(ScalarType::Long, {wanted.count, k});
+  if (k == 0) return {distances, ids};
+  const cuda::RowFilter allowed = row_filter(call, filter, wanted.count, documents.count);
+  const int64_t places = allowed.ids ? allowed.id_count : documents.count;
+  const cuda::SearchPlan plan = cuda::plan_search(wanted.count, places, k, blocks);
+  const cuda::Workspaces sizes = cuda::search_workspaces(plan, wanted.count, k);
+  const Tensor lists = call.empty<1>(ScalarType::Long, {sizes.lists});
+  const Tensor merged = call.empty<1>(ScalarType::Long, {sizes.merged});
+  cuda::hamming_topk(
+      {wanted, documents, codes.size(1), k, allowed, plan, call.write<uint64_t>(lists),
+       call.write<uint64_t>(merged), call.write<int32_t>(distances), call.write<int64_t>(ids)},
+      call.stream());
+  return {distances, ids};
+}
+
+}  // namespace
+}  // namespace emblas
+
+STABLE_TORCH_LIBRARY_FRAGMENT(EMBLAS_CUDA_NAMESPACE, library) {
+  library.def("pack_sign_cuda(Tensor x, Tensor? threshold=None) -> Tensor");
+  library.def(
+      "hamming_topk_cuda(Tensor queries, Tensor codes, int k, Tensor? filter=None,"
+      " int blocks=1024) -> (Tensor distances, Tensor ids)");
+}
+STABLE_TORCH_LIBRARY_IMPL(EMBLAS_CUDA_NAMESPACE, EMBLAS_CUDA_KEY, library) {
+  library.impl("pack_sign_cuda", TORCH_BOX(&emblas::pack_sign_cuda));
+  library.impl("hamming_topk_cuda", TORCH_BOX(&emblas::hamming_topk_cuda));
+}
