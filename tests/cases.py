@@ -147,6 +147,8 @@ def _hash_bag() -> Iterator[tuple[str, Callable[[], Case]]]:
     }.items():
         yield name, lambda a=options: Case(_bag_arguments(40, **a), 40)
         yield f"bags, {name}", lambda a=options: Case(_bag_arguments(40, lengths=lengths, **a), 80)
+    long = (127, 0, 128, 1, 129, 200)
+    yield "long bags", lambda: Case(_bag_arguments(585, 3, 8, lengths=long, hashes=2), 1200)
     yield "no ids", lambda: Case(_bag_arguments(0))
     yield "empty bags", lambda: Case(_bag_arguments(0, lengths=(0, 0)))
     yield "no bags", lambda: Case(_bag_arguments(0, lengths=()))

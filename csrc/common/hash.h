@@ -8,6 +8,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "common/types.h"
+
 namespace emblas {
 namespace {
 
@@ -17,7 +19,7 @@ struct Hash128 {
 };
 
 template <class U>
-inline U rotate_left(U x, int bits) {
+EMBLAS_HOST_DEVICE inline U rotate_left(U x, int bits) {
   return x << bits | x >> (64 - bits);
 }
 
@@ -27,7 +29,7 @@ inline constexpr uint64_t kMurmur3First = 0x87c37b91114253d5;
 inline constexpr uint64_t kMurmur3Second = 0x4cf5ad432745937f;
 
 template <class U>
-inline U murmur3_mix(U k) {
+EMBLAS_HOST_DEVICE inline U murmur3_mix(U k) {
   k ^= k >> 33;
   k *= 0xff51afd7ed558ccd;
   k ^= k >> 33;
@@ -36,7 +38,7 @@ inline U murmur3_mix(U k) {
 }
 
 template <class U>
-inline Hash128<U> murmur3_finish(U h1, U h2) {
+EMBLAS_HOST_DEVICE inline Hash128<U> murmur3_finish(U h1, U h2) {
   h1 += h2;
   h2 += h1;
   h1 = murmur3_mix(h1);
@@ -49,7 +51,7 @@ inline Hash128<U> murmur3_finish(U h1, U h2) {
 // Of the eight bytes of one id. Seed 8 is degenerate: it cancels the length, which makes h2 start
 // from zero, and then both halves of the result are multiples of one 64-bit value.
 template <class U>
-inline Hash128<U> murmur3(U id, uint32_t seed) {
+EMBLAS_HOST_DEVICE inline Hash128<U> murmur3(U id, uint32_t seed) {
   const uint64_t start = seed ^ 8u;
   const U h1 = rotate_left(id * kMurmur3First, 31) * kMurmur3Second ^ start;
   return murmur3_finish<U>(h1, U{} + start);
@@ -100,7 +102,7 @@ inline uint64_t murmur64a(const void* data, int64_t size, uint64_t seed) {
 inline constexpr uint64_t kSplitmixStep = 0x9e3779b97f4a7c15;
 
 template <class U>
-inline U splitmix64_mix(U x) {
+EMBLAS_HOST_DEVICE inline U splitmix64_mix(U x) {
   x = (x ^ x >> 30) * 0xbf58476d1ce4e5b9;
   x = (x ^ x >> 27) * 0x94d049bb133111eb;
   return x ^ x >> 31;
@@ -112,11 +114,14 @@ inline U splitmix64_mix(U x) {
 // fraction key / divisor in 64 bits, multiplied by the divisor (Lemire, Kaser, Kurz 2019).
 class Modulo {
  public:
-  explicit Modulo(uint64_t divisor)
-      : divisor_(divisor), reciprocal_(UINT64_MAX / divisor + 1) {}  // ceil(2^64 / divisor)
+  explicit Modulo(uint64_t divisor) : Modulo(divisor, reciprocal(divisor)) {}
+  // Where dividing is slow: with the reciprocal of the divisor.
+  EMBLAS_HOST_DEVICE Modulo(uint64_t divisor, uint64_t reciprocal)
+      : divisor_(divisor), reciprocal_(reciprocal) {}
+  static uint64_t reciprocal(uint64_t divisor) { return UINT64_MAX / divisor + 1; }  // rounded up
 
   template <class U>
-  U operator()(U key) const {
+  EMBLAS_HOST_DEVICE U operator()(U key) const {
     const U fraction = key * reciprocal_;
     // The high 64 bits of fraction * divisor, whose low half carries at most 32 bits upward.
     return ((fraction >> 32) * divisor_ + ((fraction & 0xffffffff) * divisor_ >> 32)) >> 32;

@@ -3,6 +3,13 @@
 
 #include <cstdint>
 
+// Before functions that CPU and GPU kernels share.
+#if defined(__CUDACC__)
+#define EMBLAS_HOST_DEVICE __host__ __device__
+#else
+#define EMBLAS_HOST_DEVICE
+#endif
+
 namespace emblas {
 
 struct bfloat16 {

@@ -1,7 +1,6 @@
-// What the kernels of hashed and of composed tables share: keys of ids, prefetching, sums of rows.
+// What the CPU kernels of hashed and of composed tables share: prefetching, sums of rows.
 #pragma once
 
-#include "common/hash.h"
 #include "common/simd.h"
 #include "tables/tables.h"
 
@@ -12,14 +11,6 @@ constexpr int kBlock = 64;                 // ids hashed at once
 constexpr int kPrefetchAhead = 8;          // ids
 constexpr int64_t kCachedBytes = 1 << 20;  // a smaller table needs no prefetching
 constexpr int kCacheLine = 64;
-
-// Keys 4 * group to 4 * group + 3, as the four 32-bit words from low to high.
-template <class U>
-Hash128<U> four_keys(HashFamily family, uint32_t seed, U id, int group) {
-  if (family == HashFamily::murmur3) return murmur3(id, seed + uint32_t(group));
-  const U state = (id ^ splitmix64_mix(uint64_t(seed))) + 2 * group * kSplitmixStep;
-  return {splitmix64_mix(state + kSplitmixStep), splitmix64_mix(state + 2 * kSplitmixStep)};
-}
 
 template <class T>
 void prefetch(const T* row, int64_t dim) {

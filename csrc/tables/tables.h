@@ -22,6 +22,7 @@
 
 #include <cstdint>
 
+#include "common/hash.h"
 #include "common/types.h"
 
 namespace emblas {
@@ -29,6 +30,18 @@ namespace emblas {
 enum class HashFamily : int64_t { murmur3, splitmix64 };
 inline constexpr int64_t kHashFamilies = 2;
 inline constexpr int64_t kMaxHashes = 16;
+
+namespace {
+
+// Keys 4 * group to 4 * group + 3, as the four 32-bit words from low to high.
+template <class U>
+EMBLAS_HOST_DEVICE inline Hash128<U> four_keys(HashFamily family, uint32_t seed, U id, int group) {
+  if (family == HashFamily::murmur3) return murmur3(id, seed + uint32_t(group));
+  const U state = (id ^ splitmix64_mix(uint64_t(seed))) + 2 * group * kSplitmixStep;
+  return {splitmix64_mix(state + kSplitmixStep), splitmix64_mix(state + 2 * kSplitmixStep)};
+}
+
+}  // namespace
 
 struct HashedIds {
   HashFamily family;

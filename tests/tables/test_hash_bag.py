@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 from itertools import pairwise
 
+import executors
 import numpy as np
 import pytest
 import torch
@@ -24,6 +25,9 @@ from hypothesis import strategies as st
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 KERNELS = ("hash_bag", "hash_bag_backward")
 SPEC = TableSpec(50, seed=3)
+
+executor = executors.fixture(*KERNELS)
+kernel_executor = executors.fixture(*KERNELS, without=("reference",))
 
 
 def random_ids(*shape, generator=None):
@@ -85,7 +89,7 @@ def test_any_shape(lengths, dim, rows, num_hashes, hash, seed, wide_offsets):
         assert torch.equal(hash_bag(strided, table, spec, cu), actual)
 
 
-def test_worked_example():
+def test_worked_example(executor):
     spec, table = TableSpec(10, seed=1), torch.arange(40.0).reshape(10, 4).requires_grad_()
     ids = torch.tensor([0, 1, 12345])
     assert hash_keys(ids, spec).tolist() == [[8, 7, 2, 4], [4, 0, 3, 5], [0, 4, 6, 2]]
@@ -111,7 +115,7 @@ def test_shapes():
     assert hash_bag(ids[0, 0, :0], table, SPEC, packed(())).shape == (0, 6)
 
 
-def test_unsigned_ids():
+def test_unsigned_ids(executor):
     big = np.array([0, 2**63, 2**64 - 1, 12345], np.uint64)
     unsigned, signed = torch.from_numpy(big), torch.from_numpy(big.view(np.int64))
     table = torch.randn(50, 8)
@@ -122,7 +126,7 @@ def test_unsigned_ids():
 
 
 @pytest.mark.parametrize("num_hashes", [1, 4, 6])
-def test_gradients(isa, num_hashes):
+def test_gradients(kernel_executor, num_hashes):
     spec = TableSpec(7, num_hashes)  # 7 rows: ids collide, and rows of one id coincide
     ids, offsets = torch.arange(12), packed((3, 0, 1, 8))
     table, weights = torch.randn(7, 5), torch.randn(12)
@@ -141,7 +145,7 @@ def test_gradients(isa, num_hashes):
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("shape", [(1, 1), (7, 37), (600, 16), (40, 300)], ids=str)
-def test_backward_equals_reference(isa, dtype, shape):
+def test_backward_equals_reference(executor, dtype, shape):
     spec = TableSpec(shape[0])
     lengths = (0, 5, 1, 0, 64, 130, 0)
     ids, grad = random_ids(200), torch.randn(len(lengths), shape[1]).to(dtype)
@@ -171,7 +175,7 @@ def test_wide_half_gradient():
     assert torch.equal(half.grad.double(), exact.grad)
 
 
-def test_padding_is_an_id_not_a_row():
+def test_padding_is_an_id_not_a_row(executor):
     spec, table = TableSpec(2, 1), torch.ones(2, 3, requires_grad=True)
     ids = torch.arange(20)
     out = hash_bag(ids, table, spec, padding_id=4)
@@ -180,7 +184,7 @@ def test_padding_is_an_id_not_a_row():
     assert int(table.grad[:, 0].sum()) == 19
 
 
-def test_empty_means_zero():
+def test_empty_means_zero(executor):
     table = torch.full((50, 6), 2.0, requires_grad=True)
     ids, weights = torch.tensor([7, 7]), torch.rand(2, requires_grad=True)
     out = hash_bag(ids, table, SPEC, packed((0, 2, 0)), weights, padding_id=7)
@@ -194,7 +198,7 @@ def test_empty_means_zero():
     assert torch.equal(table.grad, torch.zeros(50, 6))
 
 
-def test_no_neighbour_in_the_bits():
+def test_no_neighbour_in_the_bits(executor):
     ids, table = random_ids(300), torch.randn(50, 48)
     offsets = packed((10, 0, 200, 90))
     whole = hash_bag(ids, table, SPEC, offsets)

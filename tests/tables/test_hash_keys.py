@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import executors
 import numpy as np
 import pytest
 import torch
@@ -12,6 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 RAW = 2**32  # with this many rows, a row number is the key itself
+
+executor = executors.fixture("hash_keys")
 
 # thinc 8.3: four 32-bit keys of an id.
 THINC_KEYS = {
@@ -37,37 +40,33 @@ def signed(*ids):
     return torch.from_numpy(np.array(ids, np.uint64).view(np.int64))
 
 
-@pytest.mark.parametrize("backend", ["auto", "reference"])
-def test_thinc_keys(isa, backend):
-    with use_backend(backend):
-        for (seed, one), expected in THINC_KEYS.items():
-            keys = hash_keys(signed(one), TableSpec(RAW, seed=seed))
-            assert keys.tolist() == [[int(key, 16) for key in expected.split()]]
-        for seed, expected in THINC_ROWS.items():
-            rows = hash_keys(signed(0, 1, 2, 12345, 2**63), TableSpec(1000, seed=seed))
-            assert rows.tolist() == [[int(r) for r in e.split()] for e in expected.split("/")]
-        first = TableSpec(RAW, seed=8, allow_degenerate_seed=True)  # spaCy's first table
-        expected = [[1415810048, 2915517168, 2123715072, 78308456]]
-        assert hash_keys(signed(12345), first).tolist() == expected
-        rows = TableSpec(5000, seed=8, allow_degenerate_seed=True)
-        assert hash_keys(signed(12345), rows).tolist() == [[48, 2168, 72, 3456]]
+def test_thinc_keys(executor):
+    for (seed, one), expected in THINC_KEYS.items():
+        keys = hash_keys(signed(one), TableSpec(RAW, seed=seed))
+        assert keys.tolist() == [[int(key, 16) for key in expected.split()]]
+    for seed, expected in THINC_ROWS.items():
+        rows = hash_keys(signed(0, 1, 2, 12345, 2**63), TableSpec(1000, seed=seed))
+        assert rows.tolist() == [[int(r) for r in e.split()] for e in expected.split("/")]
+    first = TableSpec(RAW, seed=8, allow_degenerate_seed=True)  # spaCy's first table
+    expected = [[1415810048, 2915517168, 2123715072, 78308456]]
+    assert hash_keys(signed(12345), first).tolist() == expected
+    rows = TableSpec(5000, seed=8, allow_degenerate_seed=True)
+    assert hash_keys(signed(12345), rows).tolist() == [[48, 2168, 72, 3456]]
 
 
-@pytest.mark.parametrize("backend", ["auto", "reference"])
-def test_splitmix64(isa, backend):
+def test_splitmix64(executor):
     expected = {0: 0xE220A8397B1DCDAF, 1: 0x910A2DEC89025CC1, 2: 0x975835DE1C9756CE,
                 12345: 0x22118258A9D111A0, 2**63: 0x481EC0A212A9F3DB}  # fmt: skip
-    with use_backend(backend):
-        keys = hash_keys(signed(*expected), TableSpec(RAW, 2, "splitmix64"))
-        assert [low | high << 32 for low, high in keys.tolist()] == list(expected.values())
-        # Successive outputs of one generator are those of generators started a step further on.
-        step = 0x9E3779B97F4A7C15
-        many = hash_keys(signed(7), TableSpec(RAW, 16, "splitmix64"))
-        starts = signed(*((7 + i * step) % 2**64 for i in range(8)))
-        assert many.flatten().equal(hash_keys(starts, TableSpec(RAW, 2, "splitmix64")).flatten())
-        # A seed moves the start by the mixed seed.
-        seeded = hash_keys(signed(7), TableSpec(RAW, 2, "splitmix64", seed=9))
-        assert seeded.equal(hash_keys(signed(7 ^ mix(9)), TableSpec(RAW, 2, "splitmix64")))
+    keys = hash_keys(signed(*expected), TableSpec(RAW, 2, "splitmix64"))
+    assert [low | high << 32 for low, high in keys.tolist()] == list(expected.values())
+    # Successive outputs of one generator are those of generators started a step further on.
+    step = 0x9E3779B97F4A7C15
+    many = hash_keys(signed(7), TableSpec(RAW, 16, "splitmix64"))
+    starts = signed(*((7 + i * step) % 2**64 for i in range(8)))
+    assert many.flatten().equal(hash_keys(starts, TableSpec(RAW, 2, "splitmix64")).flatten())
+    # A seed moves the start by the mixed seed.
+    seeded = hash_keys(signed(7), TableSpec(RAW, 2, "splitmix64", seed=9))
+    assert seeded.equal(hash_keys(signed(7 ^ mix(9)), TableSpec(RAW, 2, "splitmix64")))
 
 
 def mix(x):
@@ -104,7 +103,7 @@ def test_any_key(ids, seed, rows, num_hashes):
     np.testing.assert_array_equal(arrays.hash_keys(tensor.numpy(), spec), actual.numpy())
 
 
-def test_instruction_sets_agree(isa):
+def test_executors_agree(executor):
     ids = torch.randint(-(2**63), 2**63 - 1, (1000,))
     for hash in ("murmur3", "splitmix64"):
         for rows in (1, 5000, 2**32 - 1, 2**32):

@@ -57,6 +57,21 @@ def _check_values(ids: Tensor, table: Tensor, offsets: Tensor | None, *others: A
         check_offsets("offsets", offsets, ids.shape[0], "ids")
 
 
+def _cuda_backward_supports(
+    grad_out: Tensor,
+    ids: Tensor,
+    table: Tensor,
+    offsets: Tensor | None,
+    weights: Tensor | None,
+    family: int,
+    seed: int,
+    num_hashes: int,
+    *others: Any,
+) -> bool:
+    # Rows and lookups are numbered by 32 bits.
+    return table.shape[0] < 2**31 and ids.shape[0] * num_hashes < 2**31
+
+
 _hash_keys = Op(
     "hash_keys",
     reference=reference.hash_keys,
@@ -76,6 +91,7 @@ _hash_bag_backward = Op(
     reference=reference.hash_bag_backward,
     fake=_hash_bag_backward_fake,
     triton="emblas.tables.triton",
+    cuda_supports=_cuda_backward_supports,
 )
 
 

@@ -1,0 +1,119 @@
+// Launches the kernels of hashed tables; shapes alone decide the grids.
+#include "tables/hash_bag_cuda.cuh"
+
+namespace emblas::cuda {
+namespace {
+
+using namespace tables;
+
+unsigned blocks(int64_t items, int64_t per_block) {
+  return unsigned((items + per_block - 1) / per_block);
+}
+
+template <class T>
+unsigned column_tiles(const RowShape& shape) {
+  return blocks(shape.dim, shape.tile<T>());
+}
+
+template <class T>
+bool aligned_rows(const T* data, int64_t row_stride) {
+  return reinterpret_cast<uintptr_t>(data) % 16 == 0 && row_stride * sizeof(T) % 16 == 0;
+}
+
+template <bool aligned, class Source>
+void sum(const Source& source, const Segments& segments, int64_t dim,
+         Accumulator<typename Source::Element>* partial, typename Source::Element* out,
+         void* stream) {
+  using T = typename Source::Element;
+  const auto shape = RowShape::of<T>(dim);
+  const unsigned tiles = column_tiles<T>(shape);
+  simt::launch(sum_segments<Source, aligned>, dim3(blocks(segments.count, kWarps), tiles), kThreads,
+               0, stream, source, segments, shape, out);
+  const int64_t slots = piece_rows(segments.entries);
+  if (slots == 0 || segments.count == 0) return;
+  simt::launch(sum_pieces<Source, aligned>, dim3(blocks(slots, kWarps), tiles), kThreads, 0, stream,
+               source, segments, shape, slots, partial);
+  simt::launch(add_pieces<T, aligned>, dim3(unsigned(slots), tiles), kThreads, 0, stream,
+               Partials<T>{partial, dim}, segments, shape, out);
+}
+
+// Rows of the table, of an array [..., dim] beside it.
+template <class T>
+bool aligned_with(const HashBagArgs<T>& args, const T* rows) {
+  return aligned_rows(args.table, args.row_stride) && aligned_rows(rows, args.dim);
+}
+
+template <class T>
+HashedRows<T> hashed_rows(const HashBagArgs<T>& args) {
+  return {args.hashed, args.table, args.row_stride, args.weights};
+}
+
+}  // namespace
+
+template <class Key>
+void hash_keys(const HashedIds& hashed, const BagNumbers& bags, Key* keys, void* stream) {
+  simt::launch(hash_ids<Key>,
+               dim3(blocks(hashed.count, kThreads), blocks(hashed.num_hashes, kKeys)), kThreads, 0,
+               stream, hashed, bags, keys);
+}
+template void hash_keys<int32_t>(const HashedIds&, const BagNumbers&, int32_t*, void*);
+template void hash_keys<int64_t>(const HashedIds&, const BagNumbers&, int64_t*, void*);
+
+void bag_numbers(const int32_t* offsets, int64_t bags, int64_t ids, int32_t* numbers,
+                 void* stream) {
+  simt::launch(find_bags, blocks(ids, kThreads), kThreads, 0, stream, offsets, bags, ids, numbers);
+}
+
+void row_bounds(const int32_t* keys, int64_t lookups, int64_t rows, int32_t* bounds, void* stream) {
+  simt::launch(find_bounds, blocks(rows + 1, kThreads), kThreads, 0, stream, keys, lookups, rows,
+               bounds);
+}
+
+template <class T>
+void hash_lookup(const HashBagArgs<T>& args, T* out, void* stream) {
+  const auto shape = RowShape::of<T>(args.dim);
+  const auto kernel = aligned_with(args, out) ? look_up<T, true> : look_up<T, false>;
+  simt::launch(kernel, dim3(blocks(args.hashed.count, kWarps * kTileIds), column_tiles<T>(shape)),
+               kThreads, 0, stream, hashed_rows(args), shape, out);
+}
+
+template <class T>
+void hash_bag(const HashBagArgs<T>& args, const int32_t* offsets, int64_t bags,
+              Accumulator<T>* partial, T* out, void* stream) {
+  const Segments segments{offsets, bags, args.hashed.count};
+  const auto run = aligned_with(args, out) ? sum<true, HashedRows<T>> : sum<false, HashedRows<T>>;
+  run(hashed_rows(args), segments, args.dim, partial, out, stream);
+}
+
+template <class T>
+void hash_bag_grad_table(const HashBagTableArgs<T>& args, Accumulator<T>* partial, void* stream) {
+  const Segments segments{args.bounds, args.rows, args.lookups};
+  const bool aligned =
+      aligned_rows(args.grad_out, args.dim) && aligned_rows(args.grad_table, args.dim);
+  const auto run = aligned ? sum<true, SortedGradients<T>> : sum<false, SortedGradients<T>>;
+  run({args}, segments, args.dim, partial, args.grad_table, stream);
+}
+
+template <class T>
+void hash_bag_grad_weights(const HashBagArgs<T>& args, const BagNumbers& bags, const T* grad_out,
+                           Accumulator<T>* grad_weights, void* stream) {
+  HashedRows<T> rows = hashed_rows(args);
+  rows.weights = nullptr;
+  const auto kernel = aligned_with(args, grad_out) ? dot_rows<T, true> : dot_rows<T, false>;
+  simt::launch(kernel, blocks(args.hashed.count, kWarps * kTileIds), kThreads, 0, stream, rows,
+               bags, RowShape::of<T>(args.dim), grad_out, grad_weights);
+}
+
+#define EMBLAS_INSTANTIATE(T)                                                                    \
+  template void hash_lookup<T>(const HashBagArgs<T>&, T*, void*);                                \
+  template void hash_bag<T>(const HashBagArgs<T>&, const int32_t*, int64_t, Accumulator<T>*, T*, \
+                            void*);                                                              \
+  template void hash_bag_grad_table<T>(const HashBagTableArgs<T>&, Accumulator<T>*, void*);      \
+  template void hash_bag_grad_weights<T>(const HashBagArgs<T>&, const BagNumbers&, const T*,     \
+                                         Accumulator<T>*, void*);
+EMBLAS_INSTANTIATE(float)
+EMBLAS_INSTANTIATE(double)
+EMBLAS_INSTANTIATE(bfloat16)
+EMBLAS_INSTANTIATE(float16)
+
+}  // namespace emblas::cuda
