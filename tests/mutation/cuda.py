@@ -17,7 +17,7 @@ import pytest
 from simt import emulator
 
 CSRC = emulator.ROOT / "csrc"
-#What simt.h has for both compilers begins here; above is the twin of the emulator's own.
+# What simt.h has for both compilers begins here; above is the twin of the emulator's own.
 _COMMON = "// --- built on the above"
 
 _OPERATORS = {
@@ -35,7 +35,7 @@ _SWAPPED = r"(?:(?:\w+::)?\b(?P<swapped>min|max)\()"
 _CONDITION = r"(?P<condition>\b(?:if|while) \()"
 _INDEX = r"(?P<index>(?<=[\w)\]])\[)"
 _SPOT = re.compile("|".join([_OPERATOR, _BARRIER, _ATOMIC, _SWAPPED, _CONDITION, _INDEX]))
-#What the compiler has to know, and what declares : not mutated.
+# What the compiler has to know, and what declares: not mutated.
 _FIXED = re.compile(r"\bconstexpr\b|\bstatic_assert\b|\busing\b|SIMT_\w*SHARED")
 _DECLARED_ARRAY = re.compile(r"(?!return|else)(?:const )?[\w:<>, ]*[\w>] \w+(?:\[[^=]*\])*\[")
 
@@ -69,21 +69,27 @@ def _without_comments(text: str) -> str:
 def _functions(code: str) -> list[tuple[str, int, int]]:
     """Return name, begin and end of the body of every device function and struct of such."""
     found = []
-#None of them is indented.
-    block = r"^(?:__global__|__device__|template|struct)[^;{}]*\{$(.*?)^\}"
+    # None of them is indented.
+    block = r"^(?:__global__|__device__|template|struct|class)[^;{}]*\{$(.*?)^\}"
     for body in re.finditer(block, code, re.MULTILINE | re.DOTALL):
         head = code[body.start() : body.start(1)]
         if re.search(r"__(?:global|device)__", body.group()) and not _FIXED.search(head):
-            names = re.findall(r"(\w+)\(|struct (\w+)", head.replace("__launch_bounds__(", ""))
+            head = head.replace("__launch_bounds__(", "")
+            names = re.findall(r"(\w+)\(|(?:struct|class) (\w+) ?\{", head)
             found.append(("".join(names[0]), body.start(1), body.end(1)))
     return found
 
 
-def _statement(code: str, place: int) -> str:
-    """Return the statement around a place, from its beginning."""
+def _before(code: str, place: int) -> str:
+    """Return the part of a statement that comes before a place."""
     begin = max(code.rfind(mark, 0, place) for mark in ";{}")
+    return code[begin + 1 : place].strip()
+
+
+def _statement(code: str, place: int) -> str:
+    """Return the statement around a place."""
     ends = [end for mark in ";{" if (end := code.find(mark, place)) >= 0]
-    return code[begin + 1 : min(ends)].strip()
+    return _before(code, place) + code[place : min(ends)]
 
 
 class _Rewriter:
@@ -141,12 +147,6 @@ class _Rewriter:
             self._insert(closing, f" + mutation::alive({number})")
 
 
-def _before(code: str, place: int) -> str:
-    """Return the part of a statement that comes before a place."""
-    begin = max(code.rfind(mark, 0, place) for mark in ";{}")
-    return code[begin + 1 : place].strip()
-
-
 class CudaMutants:
     """The library of all mutants of the CUDA C++ kernels, one of which can be alive."""
 
@@ -158,11 +158,8 @@ class CudaMutants:
         shutil.copytree(CSRC, csrc, dirs_exist_ok=True)
         self.all = list[Mutant]()
         sources = {CSRC / "common" / "cuda" / "simt.h": "common"}
-        sources |= {
-path: path.parent.name for path in sorted(CSRC.glob("*/*_cuda.cuh"))
-}
-        for
-          path, family in sources.items():
+        sources |= {path: path.parent.name for path in sorted(CSRC.glob("*/*_cuda.cuh"))}
+        for path, family in sources.items():
             above, mark, text = path.read_text().rpartition(_COMMON)
             rewriter = _Rewriter(family, text, 1 + len(self.all))
             include = '#include "mutation/mutant.h"\n' if mark else ""
@@ -180,10 +177,9 @@ path: path.parent.name for path in sorted(CSRC.glob("*/*_cuda.cuh"))
         """Return the numbers of the mutants whose places ran since the last call."""
         flags = (ctypes.c_ubyte * (1 + len(self.all)))()
         self._library.emblas_take_reached(flags, len(flags))
-        return {number for number, flag in enumerate(flags) if flag
-          }
+        return {number for number, flag in enumerate(flags) if flag}
 
-        @staticmethod
+    @staticmethod
     def concerns(item: pytest.Item) -> bool:
         """Say whether a test runs kernels in the emulator."""
         values = item.callspec.params.values() if hasattr(item, "callspec") else ()

@@ -1,46 +1,51 @@
-""
-    "Mutants that no test can tell from the original, and why."
-    ""
+"""Mutants that no test can tell from the original, and why."""
 
-    from __future__ import annotations
+from __future__ import annotations
 
-#(kernel, mutated line) : why no call can tell it from the original.The lines of CUDA C ++ are those
-#of the source with the mutated spot in angles, those of Triton are as changed.
-        _EDGE = "differs only where the length is exactly the epsilon" _MORE_WORK =
-            "the same result by more work" _UNUSED =
-                "the lanes that the mask hides are not used" _FIRST =
-                    "hidden lanes hold index 0, which may be read, and their values are not "
-                    "used" SURVIVORS
-    : dict[tuple[str, str], str] = {
-      ("_normalize", "values = tl.load(mean + row * dim + d, mask=d < dim)") : _UNUSED,
-      ("_hash_keys", "id = tl.load(ids + i * stride, mask=i < count).to(tl.uint64)") : _UNUSED,
-      ("_load_ids", "id = tl.load(ids + i * stride, mask=inside)") : _UNUSED,
-      ("_grad_rows", "i = tl.load(sources + position, mask=inside)") : _UNUSED,
-      ("_grad_rows", "bag = tl.load(bag_of + i, mask=inside)") : _UNUSED,
-      ("_grad_rows", "bag = tl.load(bag_of + i, mask=inside == inside, other=0)") : _FIRST,
-      ("_grad_rows",
-       "gradient *= tl.load(weights + i, mask=inside == inside, other=0.0)[:, None]", ) : _FIRST,
-      ("_mean_gradient", "removed = tl.where(length >= _EPSILON, tl.sum(products, 0), 0.0)") :
-          _EDGE,
-      ("_mean_gradient", "dot = tl.where(length >= _EPSILON, 0.0, dot)") :
-          "m . dm is 0 but for "
-          "rounding, unless the length is at most the epsilon, to which it was raised",
-      ("_nearest_of_chunk",
-       "if tl.max(tl.max((number > limit[:, None]).to(tl.int32), 1), 0) >= 0:", ) : _MORE_WORK,
-      ("_nearest_of_chunk",
-       "if tl.max(tl.max((number >= limit[:, None]).to(tl.int32), 1), 0) > 0:", ) : _MORE_WORK,
-      ("_attend", "if first > queries:") : _MORE_WORK,
-      ("_attend",
-       "highest = tl.minimum(first + BLOCK_M + 1 + (keys - queries) + right, keys - 1)", ) :
-          _MORE_WORK,
-      ("_attend",
-       "highest = tl.minimum(first + BLOCK_M - 1 + (keys + queries) + right, keys - 1)", ) :
-          _MORE_WORK,
-      ("_token_gradients", "weight = tl.load(weights + t, mask=t < end)") : _UNUSED,
-      ("_token_gradients", "weight = (t <= end).to(tl.float32)") : _UNUSED,
-      ("_grad_weights", "bag = tl.load(bag_of + i, mask=i < count)") : _UNUSED,
-      ("sum_chunks", "const bool whole = aligned && first + vector «<=» columns;", ) :
-              "the last columns are read one by one, " + _MORE_WORK,
-      ("sum_chunks", "for (int i = 0; i «<» vector; ++i) {") : "beyond the tile there is no column",
-      ("mean_gradients", "project = args.norm[b] «>» A(kNormalizeEpsilon);") : _EDGE,
-    }
+# (kernel, mutated line): why no call can tell it from the original. The lines of CUDA C++ are those
+# of the source with the mutated spot in angles, those of Triton are as changed.
+_EDGE = "differs only where the length is exactly the epsilon"
+_MORE_WORK = "the same result by more work"
+_UNUSED = "the lanes that the mask hides are not used"
+_FIRST = "hidden lanes hold index 0, which may be read, and their values are not used"
+SURVIVORS: dict[tuple[str, str], str] = {
+    ("_normalize", "values = tl.load(mean + row * dim + d, mask=d < dim)"): _UNUSED,
+    ("_hash_keys", "id = tl.load(ids + i * stride, mask=i < count).to(tl.uint64)"): _UNUSED,
+    ("_load_ids", "id = tl.load(ids + i * stride, mask=inside)"): _UNUSED,
+    ("_grad_rows", "i = tl.load(sources + position, mask=inside)"): _UNUSED,
+    ("_grad_rows", "bag = tl.load(bag_of + i, mask=inside)"): _UNUSED,
+    ("_grad_rows", "bag = tl.load(bag_of + i, mask=inside == inside, other=0)"): _FIRST,
+    (
+        "_grad_rows",
+        "gradient *= tl.load(weights + i, mask=inside == inside, other=0.0)[:, None]",
+    ): _FIRST,
+    ("_mean_gradient", "removed = tl.where(length >= _EPSILON, tl.sum(products, 0), 0.0)"): _EDGE,
+    ("_mean_gradient", "dot = tl.where(length >= _EPSILON, 0.0, dot)"): "m . dm is 0 but for "
+    "rounding, unless the length is at most the epsilon, to which it was raised",
+    (
+        "_nearest_of_chunk",
+        "if tl.max(tl.max((number > limit[:, None]).to(tl.int32), 1), 0) >= 0:",
+    ): _MORE_WORK,
+    (
+        "_nearest_of_chunk",
+        "if tl.max(tl.max((number >= limit[:, None]).to(tl.int32), 1), 0) > 0:",
+    ): _MORE_WORK,
+    ("_attend", "if first > queries:"): _MORE_WORK,
+    (
+        "_attend",
+        "highest = tl.minimum(first + BLOCK_M + 1 + (keys - queries) + right, keys - 1)",
+    ): _MORE_WORK,
+    (
+        "_attend",
+        "highest = tl.minimum(first + BLOCK_M - 1 + (keys + queries) + right, keys - 1)",
+    ): _MORE_WORK,
+    ("_token_gradients", "weight = tl.load(weights + t, mask=t < end)"): _UNUSED,
+    ("_token_gradients", "weight = (t <= end).to(tl.float32)"): _UNUSED,
+    ("_grad_weights", "bag = tl.load(bag_of + i, mask=i < count)"): _UNUSED,
+    (
+        "sum_chunks",
+        "const bool whole = aligned && first + vector «<=» columns;",
+    ): "the last columns are read one by one, " + _MORE_WORK,
+    ("sum_chunks", "for (int i = 0; i «<» vector; ++i) {"): "beyond the tile there is no column",
+    ("mean_gradients", "project = args.norm[b] «>» A(kNormalizeEpsilon);"): _EDGE,
+}

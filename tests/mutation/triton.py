@@ -89,13 +89,11 @@ class TritonMutants:
     def __init__(self) -> None:
         self.all = list[Mutant]()
         modules = {"common": "emblas._triton"}
-        modules |= {op.triton.split(".")[1]: op.triton for op in _op.ops().values() if op.triton
-}
+        modules |= {op.triton.split(".")[1]: op.triton for op in _op.ops().values() if op.triton}
         for family, name in modules.items():
             for function in vars(importlib.import_module(name)).values():
                 if isinstance(function, InterpretedFunction) and function.fn.__module__ == name:
                     self._add(family, function)
-        self._alive: Mutant | None = None
 
     def _add(self, family: str, function: InterpretedFunction) -> None:
         kernel = function.fn.__name__
@@ -103,9 +101,7 @@ class TritonMutants:
             self.all.append(Mutant(len(self.all), family, kernel, line, function, source))
 
     def switch(self, mutant: Mutant | None) -> None:
-        """Let a mutant live, or none."""
-        assert mutant is None or self._alive is None  # every mutant has its own process
-        self._alive = mutant
+        """Let a mutant live; it can't be undone, as each lives in a process of its own."""
         if mutant:
             mutant.function.rewriter._prepare_source = lambda lines: mutant.source
             InterpretedFunction.rewritten_fn.pop(mutant.function.fn, None)
@@ -114,10 +110,9 @@ class TritonMutants:
         """Return the numbers of the mutants of the kernels that ran since the last call."""
         ran = set(InterpretedFunction.rewritten_fn)
         InterpretedFunction.rewritten_fn.clear()
-        return {mutant.number for mutant in self.all if mutant.function.fn in ran
-          }
+        return {mutant.number for mutant in self.all if mutant.function.fn in ran}
 
-        @staticmethod
+    @staticmethod
     def concerns(item: pytest.Item) -> bool:
-        """Say whether a test runs kernels in the interpreter."""
+        """Say whether a test runs kernels in the interpreter: all that are collected do."""
         return True

@@ -236,7 +236,7 @@ void mark(const void* data, const int64_t* sizes, const int64_t* strides, int64_
 void begin_launch_memory(const Kernel& kernel) {
   constexpr size_t most = 1000;  // nobody may be asking
   if (launches.size() == most) launches.pop_front();
-  launches.push_back({kernel.address, {}});
+  launches.push_back({kernel.address, {}, {}});
   traffic = launches.back().bytes;
 }
 
