@@ -28,6 +28,7 @@ class Work:
     flops: int = 0  # additions and multiplications of float32
     tensor_flops: int = 0  # on tensor cores
     popcounts: int = 0  # of 32 bits
+    slack: int = 0  # bytes or population counts more that it may take, depending on the data
 
 
 @dataclasses.dataclass(frozen=True)
@@ -227,6 +228,34 @@ def _hash_keys(kernel: str) -> Callable[[Hashing], dict[str, Work]]:
     return lambda h: {kernel: Work(8 * h.ids, 8 * h.ids * h.hashes)}
 
 
+def _bag_sums(b: Bag, source: str, entries: int, segments: int, read: int) -> dict[str, Work]:
+    """Sums over segments, none of which is so long that it is cut into pieces."""
+    bounds = 4 * (segments + 1)
+    kernels = {f"sum_segments<{source}": Work(read + bounds, segments * b.row, b.adds)}
+    if entries >= 128:  # from here on there may be pieces, for which these look in vain
+        kernels |= {"sum_pieces": Work(0, 0, slack=bounds), "add_pieces": Work(0, 0, slack=bounds)}
+    return kernels
+
+
+def _bag_cuda(b: Bag) -> dict[str, Work]:
+    read = 8 * b.ids + b.hit * b.row
+    if not b.bag:
+        return {"look_up": Work(read, b.outputs * b.row, b.adds)}
+    return _bag_sums(b, "HashedRows", b.ids, b.outputs, read)
+
+
+def _bag_backward_cuda(b: BagBackward) -> dict[str, Work]:
+    drawn = b.ids * b.hashes
+    bag_of = 4 * b.ids if b.bag else 0
+    kernels = {"find_bags": Work(0, bag_of, slack=4 * (b.outputs + 1))} if b.bag else {}
+    return {
+        **kernels,
+        "hash_ids": Work(8 * b.ids + bag_of, 4 * drawn),
+        "find_bounds": Work(0, 4 * (b.rows + 1), slack=4 * drawn),
+        **_bag_sums(b, "SortedGradients", drawn, b.rows, 8 * drawn + bag_of + b.outputs * b.row),
+    }
+
+
 def _bag_triton(b: Bag) -> dict[str, Work]:
     offsets = 4 * (b.outputs + 1) if b.bag else 0
     work = Work(8 * b.ids + offsets + b.hit * b.row, b.outputs * b.row, b.adds)
@@ -305,6 +334,30 @@ class Search:
         return queries, codes, self.k
 
 
+def _search_cuda(s: Search) -> dict[str, Work]:
+    """Lists of the nearest, one for each query and range of codes, are merged 16 to 1."""
+    together = 1 if s.queries == 1 else 4 if s.queries <= 4 else 8
+    groups = -(-s.queries // together)
+    tiles = -(-s.codes // 256)
+    tiles_per_list = -(-tiles // (max(1024 // groups, 1) * (8 // together)))
+    count, keep = -(-tiles // tiles_per_list), min(s.k, 256 * tiles_per_list)
+    offered = s.queries * count * 256 * tiles_per_list
+    kernels = {
+        "scan_codes": Work(
+            s.read, s.queries * count * keep * 8, popcounts=s.popcounts, slack=16 * offered
+        )
+    }
+    while count > 1:
+        entries, more = s.queries * count * keep, min(s.k, 16 * keep)
+        count = -(-count // 16)
+        written = 8 * s.queries * count * more
+        name = "merge_lists" + "'" * (len(kernels) - 1)
+        kernels[name] = Work(8 * entries, written, slack=16 * entries)
+        keep = more
+    kernels["rank_entries"] = Work(8 * s.queries * keep, 12 * s.queries * s.k)
+    return kernels
+
+
 def _search_triton(s: Search) -> dict[str, Work]:
     kept = next(size for size in (16, 64, 256) if s.k <= size)
     groups = s.queries if s.queries == 1 or kept > 64 else -(-s.queries // 4)
@@ -358,10 +411,15 @@ MODELS: dict[tuple[str, str], Callable[[Any], dict[str, Work]]] = {
     ("segment_pool_backward", "Triton"): _pool_backward(
         "_mean_gradient", "_token_gradients", False
     ),
+    ("hash_keys", "CUDA C++"): _hash_keys("hash_ids"),
     ("hash_keys", "Triton"): _hash_keys("_hash_keys"),
+    ("hash_bag", "CUDA C++"): _bag_cuda,
     ("hash_bag", "Triton"): _bag_triton,
+    ("hash_bag_backward", "CUDA C++"): _bag_backward_cuda,
     ("hash_bag_backward", "Triton"): _bag_backward_triton,
+    ("pack_sign", "CUDA C++"): _pack("pack_rows"),
     ("pack_sign", "Triton"): _pack("_pack_sign"),
+    ("hamming_topk", "CUDA C++"): _search_cuda,
     ("hamming_topk", "Triton"): _search_triton,
     ("varlen_attention", "Triton"): _attend,
 }
@@ -376,7 +434,11 @@ SMALL: dict[str, tuple[Any, ...]] = {
         PoolingBackward((130, 1, 300), 24, _BF16, weights=True, normalize=True),
     ),
     "hash_keys": (Hashing(300, 4, 50), Hashing(70, 3, 1000)),
-    "hash_bag": (Bag(60, 4, 500, 24, _F32), Bag(60, 2, 500, 20, _BF16, bag=6)),
+    "hash_bag": (
+        Bag(60, 4, 500, 24, _F32),
+        Bag(60, 2, 500, 20, _BF16, bag=6),
+        Bag(180, 2, 500, 20, _BF16, bag=6),
+    ),
     "hash_bag_backward": (
         BagBackward(60, 4, 50, 24, _F32),
         BagBackward(60, 2, 50, 20, _BF16, bag=6),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import cost
 import pytest
 import torch
@@ -28,16 +30,16 @@ def test_emulator_counts_the_same(operator, shape):
     emulator.take_launches()
     overload(*arguments[: len(overload._schema.arguments)])
     launches = emulator.take_launches()
-    assert [short(kernel) for kernel, _ in launches] == list(expected)
-    for (kernel, counts), work in zip(launches, expected.values(), strict=True):
-        assert counts["distinct_read"] == work.read, kernel
-        assert counts["distinct_write"] == work.written, kernel
-        assert counts["popcounts"] == work.popcounts, kernel
+    assert len(launches) == len(expected)
+    for (launched, counts), (kernel, work) in zip(launches, expected.items(), strict=True):
+        assert kernel.rstrip("'") in re.sub(r"\w+::", "", launched)
+        for count, formula in (
+            ("distinct_read", work.read),
+            ("distinct_write", work.written),
+            ("popcounts", work.popcounts),
+        ):
+            assert formula <= counts[count] <= formula + work.slack, (kernel, count)
         assert counts["tensor_flops"] == work.tensor_flops, kernel
-
-
-def short(kernel):
-    return kernel.partition("<")[0].partition("(")[0].rpartition("::")[2]
 
 
 def test_every_kernel_has_a_formula():

@@ -37,7 +37,9 @@ _INDEX = r"(?P<index>(?<=[\w)\]])\[)"
 _SPOT = re.compile("|".join([_OPERATOR, _BARRIER, _ATOMIC, _SWAPPED, _CONDITION, _INDEX]))
 # What the compiler has to know, and what declares: not mutated.
 _FIXED = re.compile(r"\bconstexpr\b|\bstatic_assert\b|\busing\b|SIMT_\w*SHARED")
-_DECLARED_ARRAY = re.compile(r"(?!return|else)(?:const )?[\w:<>, ]*[\w>] \w+(?:\[[^=]*\])*\[")
+_DECLARED_ARRAY = re.compile(
+    r"(?!return|else)(?:const )?[\w:<>, ]*[\w>] \w+(?:\[[^=]*\])*\[|.*\(&\w+\)\[|, \w+\[", re.DOTALL
+)
 
 
 @dataclasses.dataclass(frozen=True)

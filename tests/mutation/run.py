@@ -136,7 +136,9 @@ def main() -> None:
     plugin = Plugin(Mutants(), kernels)
     os.environ["HYPOTHESIS_PROFILE"] = "mutation"
     tests = [str(TESTS / name) for name in plugin.mutants.tests]
-    code = pytest.main(["-s", "-p", "no:cacheprovider", *tests], plugins=[plugin])
+    code = pytest.main(
+        ["-s", "-p", "no:cacheprovider", "-p", "no:faulthandler", *tests], plugins=[plugin]
+    )
     if code or plugin.survivors:
         sys.exit(f"{len(plugin.survivors)} survivors without a reason")
 
