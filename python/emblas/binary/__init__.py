@@ -12,6 +12,7 @@ from emblas.binary.functions import (
 from emblas.binary.index import BinaryIndex
 from emblas.binary.late_interaction import maxsim, maxsim_topk
 from emblas.binary.modules import SignBinarizer
+from emblas.binary.neighbors import Clusters, binary_kmeans, kmeans, knn_vote
 from emblas.binary.recurrent import RecurrentBinarizer, recurrent_binary_loss
 from emblas.binary.rotation import HadamardRotation, LinearRotation, fit_itq, fit_threshold
 from emblas.binary.search import (
@@ -29,6 +30,7 @@ from emblas.binary.storage import CorruptIndexError
 
 __all__ = [
     "BinaryIndex",
+    "Clusters",
     "CorruptIndexError",
     "HadamardRotation",
     "Int8Quantizer",
@@ -37,6 +39,7 @@ __all__ = [
     "SignBinarizer",
     "arrays",
     "asymmetric_topk",
+    "binary_kmeans",
     "dense_topk",
     "fit_itq",
     "fit_threshold",
@@ -44,6 +47,8 @@ __all__ = [
     "hamming_distance",
     "hamming_topk",
     "inverse_norms",
+    "kmeans",
+    "knn_vote",
     "maxsim",
     "maxsim_topk",
     "near_duplicate_counts",
