@@ -1,6 +1,7 @@
 """Bit codes: packing, straight-through training, exact search."""
 
 from emblas.binary import arrays, formats
+from emblas.binary.csls import csls_topk
 from emblas.binary.dense import Int8Quantizer, dense_topk, rescore, rescored_topk
 from emblas.binary.functions import (
     pack_planes,
@@ -9,6 +10,7 @@ from emblas.binary.functions import (
     unpack_planes,
     unpack_sign,
 )
+from emblas.binary.hyperbolic import lorentz_distance, poincare_distance
 from emblas.binary.index import BinaryIndex
 from emblas.binary.late_interaction import maxsim, maxsim_topk
 from emblas.binary.modules import SignBinarizer
@@ -40,6 +42,7 @@ __all__ = [
     "arrays",
     "asymmetric_topk",
     "binary_kmeans",
+    "csls_topk",
     "dense_topk",
     "fit_itq",
     "fit_threshold",
@@ -49,12 +52,14 @@ __all__ = [
     "inverse_norms",
     "kmeans",
     "knn_vote",
+    "lorentz_distance",
     "maxsim",
     "maxsim_topk",
     "near_duplicate_counts",
     "near_duplicates",
     "pack_planes",
     "pack_sign",
+    "poincare_distance",
     "range_search",
     "range_search_csr",
     "recurrent_binary_loss",
