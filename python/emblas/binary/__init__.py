@@ -1,6 +1,7 @@
 """Bit codes: packing, straight-through training, exact search."""
 
 from emblas.binary import arrays, formats
+from emblas.binary.correction import CorrectedCodes, pack_rabitq
 from emblas.binary.csls import csls_topk
 from emblas.binary.dense import Int8Quantizer, dense_topk, rescore, rescored_topk
 from emblas.binary.functions import (
@@ -33,6 +34,7 @@ from emblas.binary.storage import CorruptIndexError
 __all__ = [
     "BinaryIndex",
     "Clusters",
+    "CorrectedCodes",
     "CorruptIndexError",
     "HadamardRotation",
     "Int8Quantizer",
@@ -58,6 +60,7 @@ __all__ = [
     "near_duplicate_counts",
     "near_duplicates",
     "pack_planes",
+    "pack_rabitq",
     "pack_sign",
     "poincare_distance",
     "range_search",
