@@ -12,9 +12,12 @@ import torch
 from emblas.binary import (
     BinaryIndex,
     CorruptIndexError,
+    HadamardRotation,
     Int8Quantizer,
+    asymmetric_topk,
     dense_topk,
     hamming_topk,
+    pack_rabitq,
     pack_sign,
     range_search_csr,
     rescored_topk,
@@ -67,6 +70,38 @@ def test_search(second_level):
     assert (ids[:, :121].sort(1).values == torch.arange(121)).all()
     assert (ids[:, 121:] == -1).all()
     assert (scores[:, 121:] == -torch.inf).all()
+
+
+@pytest.mark.parametrize("second_level", ["none", "float32"])
+def test_correction(second_level):
+    """Estimates of cosines from codes and one float; candidates by them if there are vectors."""
+    index, x = filled(second_level, correction="rabitq")
+    queries = vectors(6, seed=1) * 3
+    codes, scale, error = pack_rabitq(index.rotation(x))
+    unit = torch.nn.functional.normalize(queries, dim=1)
+    expected = asymmetric_topk(index.rotation(unit), codes, 12, scale=scale)
+    exact = dense_topk(queries, x, 121, metric="cosine")
+    cosines = torch.zeros(6, 121).scatter(1, exact[1], exact[0])
+    scores, ids = index.search(queries, 4, multiplier=3)
+    if second_level == "none":
+        assert torch.equal(ids, expected[1][:, :4])
+        torch.testing.assert_close(scores, expected[0][:, :4])
+        assert ((scores - cosines.gather(1, ids)).abs() < 5 * error[ids]).all()
+    else:
+        best = cosines.gather(1, expected[1]).topk(4, 1).values
+        torch.testing.assert_close(scores, best)
+    index.update(torch.tensor([9]), x[:1])
+    index.remove(torch.tensor([0]))
+    assert index.search(x[:1], 1)[1].item() == 9
+    assert index.search(x[:2], 200)[1].sort(1).values[:, 80:].unique(dim=1).shape[1] == 120
+    allowed = torch.tensor([5, 9, 70])
+    assert index.search(x[:1], 5, filter=allowed)[1][0, :3].sort().values.tolist() == [5, 9, 70]
+    counts = index.range_search(x[1:3], 0)[0].diff()
+    assert (counts >= 1).all()
+    zero = BinaryIndex(DIM, correction="rabitq")
+    zero.add(torch.zeros(2, DIM))
+    assert zero.search(x[:1], 3)[1].tolist() == [[0, 1, -1]]
+    assert zero.search(x[:1], 3)[0][0, :2].abs().max() < 1e-30
 
 
 def test_empty():
@@ -152,10 +187,15 @@ def test_faiss(tmp_path):
 
 
 @pytest.mark.parametrize("second_level", ["none", "float32", "float16", "int8"])
-@pytest.mark.parametrize("verify", ["lazy", "full"])
-def test_save_and_open(tmp_path, second_level, verify):
-    threshold = torch.randn(DIM) * 0.05
-    index, _ = filled(second_level, threshold=threshold)
+@pytest.mark.parametrize(("verify", "correction"), [("lazy", "none"), ("full", "rabitq")])
+def test_save_and_open(tmp_path, second_level, verify, correction):
+    threshold = torch.randn(DIM) * 0.05 if correction == "none" else None
+    index, _ = filled(second_level, threshold=threshold, correction=correction)
+    if index.rotation is not None:  # the signs in the file count, not those of a seed
+        index = BinaryIndex(DIM, second_level=second_level, correction=correction)
+        index.rotation = HadamardRotation(DIM, seed=5)
+        for part in vectors(121).split([50, 1, 70]):
+            index.add(part)
     index.remove(torch.tensor([5, 77]))
     index.save(tmp_path)
     opened = BinaryIndex.open(tmp_path, verify=verify)
@@ -353,6 +393,14 @@ def test_manifest_is_readable(tmp_path):
             lambda index: BinaryIndex(8, quantizer=Int8Quantizer(torch.zeros(8), torch.ones(8))),
         ),
         (ValueError, "threshold must have", lambda index: BinaryIndex(8, threshold=torch.ones(7))),
+        (ValueError, "correction must be", lambda index: BinaryIndex(8, correction="pq")),
+        (
+            ValueError,
+            "threshold must be left out",
+            lambda index: BinaryIndex(8, threshold=torch.ones(8), correction="rabitq"),
+        ),
+        (ValueError, "must be finite", lambda index: CORRECTED.add(torch.ones(2, DIM) / 0)),
+        (ValueError, "where there is a corr", lambda index: CORRECTED.add_codes(CODES)),
         (ValueError, "44 dimensions, got 5", lambda index: index.add(torch.ones(2, 5))),
         (ValueError, "must not contain NaN", lambda index: index.add(torch.ones(2, DIM) / 0 * 0)),
         (ValueError, "one entry for each of 1 rows", lambda index: index.add(vectors(1), IDS)),
@@ -376,4 +424,5 @@ def test_bad_arguments(error, message, call):
     same(index, filled()[0])  # and nothing has changed
 
 
+CORRECTED = BinaryIndex(DIM, correction="rabitq")
 IDS, CODES = torch.tensor([200, 201, 202]), torch.full((1, 6), 255, dtype=torch.uint8)
