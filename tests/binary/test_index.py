@@ -104,6 +104,32 @@ def test_correction(second_level):
     assert zero.search(x[:1], 3)[0][0, :2].abs().max() < 1e-30
 
 
+@pytest.mark.parametrize("second_level", ["none", "float32"])
+@pytest.mark.parametrize("size", [1, 3, 200])
+def test_parts(tmp_path, second_level, size):
+    """Every row is in one part, in memory and on disk, and only its bytes are touched."""
+    index, _ = filled(second_level)
+    index.remove(torch.tensor([4, 100]))
+    index.save(tmp_path)
+    queries = vectors(3, seed=1)
+    for whole in (index, BinaryIndex.open(tmp_path)):
+        found = []
+        for rank in range(size):
+            part = whole.shard(rank, size)
+            scores, ids = part.search(queries, len(part))
+            assert (ids >= 0).all()
+            assert part.add(vectors(1)).item() == 121  # a part is an index of its own
+            found.append((scores, ids))
+        assert len(whole) == 119
+        scores, ids = (torch.cat(values, 1) for values in zip(*found, strict=True))
+        expected = whole.search(queries, 119)
+        order = ids.sort(1)
+        assert torch.equal(order.values, expected[1].sort(1).values)
+        torch.testing.assert_close(
+            scores.gather(1, order.indices), expected[0].gather(1, expected[1].sort(1).indices)
+        )
+
+
 def test_empty():
     index, queries = BinaryIndex(DIM), vectors(2)
     assert len(index) == 0
@@ -414,6 +440,8 @@ def test_manifest_is_readable(tmp_path):
         (ValueError, "44 dimensions, got 5", lambda index: index.search(torch.ones(2, 5), 1)),
         (ValueError, "must be finite", lambda index: index.search(torch.ones(2, DIM) / 0, 1)),
         (ValueError, "multiplier 1", lambda index: index.search(vectors(1), 1, multiplier=0)),
+        (ValueError, "rank must lie", lambda index: index.shard(2, 2)),
+        (ValueError, "rank must lie", lambda index: index.shard(0, 0)),
         (ValueError, "verify must be", lambda index: BinaryIndex.open(".", verify="none")),
     ],
 )

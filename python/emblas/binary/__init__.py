@@ -4,6 +4,7 @@ from emblas.binary import arrays, formats
 from emblas.binary.correction import CorrectedCodes, pack_rabitq
 from emblas.binary.csls import csls_topk
 from emblas.binary.dense import Int8Quantizer, dense_topk, rescore, rescored_topk
+from emblas.binary.distributed import ShardedIndex, merge_topk
 from emblas.binary.functions import (
     pack_planes,
     pack_sign,
@@ -40,6 +41,7 @@ __all__ = [
     "Int8Quantizer",
     "LinearRotation",
     "RecurrentBinarizer",
+    "ShardedIndex",
     "SignBinarizer",
     "arrays",
     "asymmetric_topk",
@@ -57,6 +59,7 @@ __all__ = [
     "lorentz_distance",
     "maxsim",
     "maxsim_topk",
+    "merge_topk",
     "near_duplicate_counts",
     "near_duplicates",
     "pack_planes",

@@ -29,20 +29,27 @@ _INTEGERS = (torch.int64, torch.int32)
 
 @dataclass
 class _Segment:
-    """Rows added together; arrays of a shard are checked when they are first asked for."""
+    """Rows added together; arrays of a file are checked when they are first asked for."""
 
     live: Tensor  # bool [rows]
     arrays: dict[str, Tensor] | None = None
     shard: storage.Shard | None = None
     entry: dict[str, Any] | None = None  # of the manifest, once saved
     folder: Path | None = None
+    first: int = 0  # row of the arrays that is the first of these
 
     def tensor(self, name: str, rows: Tensor | None = None) -> Tensor:
+        end = self.first + len(self.live)
         if self.arrays is not None:
-            return self.arrays[name]
+            return self.arrays[name][self.first : end]
         assert self.shard is not None
-        return torch.from_numpy(
-            self.shard.array(name, None if rows is None else rows.unique().numpy())
+        used = slice(self.first, end) if rows is None else (rows.unique() + self.first).numpy()
+        return torch.from_numpy(self.shard.array(name, used)[self.first : end])
+
+    def part(self, start: int, stop: int) -> _Segment:
+        """Return some of the rows, without copying them."""
+        return _Segment(
+            self.live[start:stop].clone(), self.arrays, self.shard, first=self.first + start
         )
 
 
@@ -113,6 +120,18 @@ class BinaryIndex:
         )
 
     # --- rows ------------------------------------------------------------------------------------
+
+    def _like(self) -> BinaryIndex:
+        """Return an empty index that encodes vectors as this one does."""
+        index = BinaryIndex(
+            self.dim,
+            second_level=self.second_level,
+            threshold=self.threshold,
+            quantizer=self.quantizer,
+            correction=self.correction,
+        )
+        index.rotation = self.rotation
+        return index
 
     def _starts(self) -> list[int]:
         lengths = [len(segment.live) for segment in self._segments]
@@ -249,14 +268,7 @@ class BinaryIndex:
             As :meth:`add`. Nothing is changed by a call that raises.
         """
         ids = self._check_ids(ids, len(vectors))
-        replacement = BinaryIndex(
-            self.dim,
-            second_level=self.second_level,
-            threshold=self.threshold,
-            quantizer=self.quantizer,
-            correction=self.correction,
-        )
-        replacement.rotation = self.rotation
+        replacement = self._like()
         replacement.add(vectors, ids)  # raises before anything has been removed
         self.remove(ids)
         for segment in replacement._segments:
@@ -286,6 +298,11 @@ class BinaryIndex:
             raise ValueError(f"queries must have {self.dim} dimensions, got {queries.shape[1]}")
         if not bool(queries.isfinite().all()):
             raise ValueError("queries must be finite")
+
+    def _check_search(self, queries: Tensor, k: int, multiplier: int) -> None:
+        self._check_queries(queries)
+        if k < 0 or multiplier < 1:
+            raise ValueError(f"k must be at least 0 and multiplier 1, got {k} and {multiplier}")
 
     def _pack(self, x: Tensor) -> Tensor:
         return pack_sign(x, threshold=self.threshold, rotation=self.rotation)
@@ -371,16 +388,20 @@ class BinaryIndex:
         TypeError, ValueError
             If an argument has a wrong type, shape or range.
         """
-        self._check_queries(queries)
-        if k < 0 or multiplier < 1:
-            raise ValueError(f"k must be at least 0 and multiplier 1, got {k} and {multiplier}")
-        allowed = self._check_filter(filter)
-        if self.correction != "none" and self.second_level == "none":
-            scores, rows = self._nearest(queries, k, allowed)
-        else:
-            _, rows = self._nearest(queries, k * multiplier, allowed)
-            scores, rows = best_candidates(self._score(queries, rows), rows, k)
+        self._check_search(queries, k, multiplier)
+        _, fine, rows = self._candidates(queries, k, multiplier, self._check_filter(filter))
+        scores, rows = best_candidates(fine, rows, k)
         return scores, self._ids(rows)
+
+    def _candidates(
+        self, queries: Tensor, k: int, multiplier: int, filter: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Find the rows that the codes choose: scores by their codes, final scores, rows."""
+        if self.correction != "none" and self.second_level == "none":
+            scores, rows = self._nearest(queries, k, filter)
+            return scores, scores, rows
+        coarse, rows = self._nearest(queries, k * multiplier, filter)
+        return coarse, self._score(queries, rows), rows
 
     def range_search(
         self, queries: Tensor, radius: int, *, filter: Tensor | None = None
@@ -412,6 +433,38 @@ class BinaryIndex:
         counts = torch.bincount(queries_, minlength=len(queries))
         offsets = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
         return offsets, distances[order], self._ids(rows[order])
+
+    def shard(self, rank: int, size: int) -> BinaryIndex:
+        """Return one of ``size`` consecutive parts of about the same number of rows.
+
+        Nothing is copied; of a memory-mapped index only the part's own bytes are checked and read.
+        :class:`emblas.binary.ShardedIndex` searches the parts of several processes.
+
+        Parameters
+        ----------
+        rank : int
+            Which part, 0 to ``size - 1``.
+        size : int
+            Number of parts, at least 1.
+
+        Raises
+        ------
+        ValueError
+            If a number is out of range.
+        """
+        if size < 1 or not 0 <= rank < size:
+            raise ValueError(
+                f"rank must lie between 0 and size - 1 and size be above 0, got {rank} and {size}"
+            )
+        part = self._like()
+        part._next_id = self._next_id
+        starts = self._starts()
+        begin, end = (starts[-1] * number // size for number in (rank, rank + 1))
+        for start, segment in zip(starts, self._segments, strict=False):
+            low, high = (min(max(row - start, 0), len(segment.live)) for row in (begin, end))
+            if low < high:
+                part._segments.append(segment.part(low, high))
+        return part
 
     # --- files -----------------------------------------------------------------------------------
 
