@@ -12,9 +12,12 @@ import torch
 from emblas.binary import (
     BinaryIndex,
     CorruptIndexError,
+    HadamardRotation,
     Int8Quantizer,
+    asymmetric_topk,
     dense_topk,
     hamming_topk,
+    pack_rabitq,
     pack_sign,
     range_search_csr,
     rescored_topk,
@@ -67,6 +70,64 @@ def test_search(second_level):
     assert (ids[:, :121].sort(1).values == torch.arange(121)).all()
     assert (ids[:, 121:] == -1).all()
     assert (scores[:, 121:] == -torch.inf).all()
+
+
+@pytest.mark.parametrize("second_level", ["none", "float32"])
+def test_correction(second_level):
+    """Estimates of cosines from codes and one float; candidates by them if there are vectors."""
+    index, x = filled(second_level, correction="rabitq")
+    queries = vectors(6, seed=1) * 3
+    codes, scale, error = pack_rabitq(index.rotation(x))
+    unit = torch.nn.functional.normalize(queries, dim=1)
+    expected = asymmetric_topk(index.rotation(unit), codes, 12, scale=scale)
+    exact = dense_topk(queries, x, 121, metric="cosine")
+    cosines = torch.zeros(6, 121).scatter(1, exact[1], exact[0])
+    scores, ids = index.search(queries, 4, multiplier=3)
+    if second_level == "none":
+        assert torch.equal(ids, expected[1][:, :4])
+        torch.testing.assert_close(scores, expected[0][:, :4])
+        assert ((scores - cosines.gather(1, ids)).abs() < 5 * error[ids]).all()
+    else:
+        best = cosines.gather(1, expected[1]).topk(4, 1).values
+        torch.testing.assert_close(scores, best)
+    index.update(torch.tensor([9]), x[:1])
+    index.remove(torch.tensor([0]))
+    assert index.search(x[:1], 1)[1].item() == 9
+    assert index.search(x[:2], 200)[1].sort(1).values[:, 80:].unique(dim=1).shape[1] == 120
+    allowed = torch.tensor([5, 9, 70])
+    assert index.search(x[:1], 5, filter=allowed)[1][0, :3].sort().values.tolist() == [5, 9, 70]
+    counts = index.range_search(x[1:3], 0)[0].diff()
+    assert (counts >= 1).all()
+    zero = BinaryIndex(DIM, correction="rabitq")
+    zero.add(torch.zeros(2, DIM))
+    assert zero.search(x[:1], 3)[1].tolist() == [[0, 1, -1]]
+    assert zero.search(x[:1], 3)[0][0, :2].abs().max() < 1e-30
+
+
+@pytest.mark.parametrize("second_level", ["none", "float32"])
+@pytest.mark.parametrize("size", [1, 3, 200])
+def test_parts(tmp_path, second_level, size):
+    """Every row is in one part, in memory and on disk, and only its bytes are touched."""
+    index, _ = filled(second_level)
+    index.remove(torch.tensor([4, 100]))
+    index.save(tmp_path)
+    queries = vectors(3, seed=1)
+    for whole in (index, BinaryIndex.open(tmp_path)):
+        found = []
+        for rank in range(size):
+            part = whole.shard(rank, size)
+            scores, ids = part.search(queries, len(part))
+            assert (ids >= 0).all()
+            assert part.add(vectors(1)).item() == 121  # a part is an index of its own
+            found.append((scores, ids))
+        assert len(whole) == 119
+        scores, ids = (torch.cat(values, 1) for values in zip(*found, strict=True))
+        expected = whole.search(queries, 119)
+        order = ids.sort(1)
+        assert torch.equal(order.values, expected[1].sort(1).values)
+        torch.testing.assert_close(
+            scores.gather(1, order.indices), expected[0].gather(1, expected[1].sort(1).indices)
+        )
 
 
 def test_empty():
@@ -152,10 +213,15 @@ def test_faiss(tmp_path):
 
 
 @pytest.mark.parametrize("second_level", ["none", "float32", "float16", "int8"])
-@pytest.mark.parametrize("verify", ["lazy", "full"])
-def test_save_and_open(tmp_path, second_level, verify):
-    threshold = torch.randn(DIM) * 0.05
-    index, _ = filled(second_level, threshold=threshold)
+@pytest.mark.parametrize(("verify", "correction"), [("lazy", "none"), ("full", "rabitq")])
+def test_save_and_open(tmp_path, second_level, verify, correction):
+    threshold = torch.randn(DIM) * 0.05 if correction == "none" else None
+    index, _ = filled(second_level, threshold=threshold, correction=correction)
+    if index.rotation is not None:  # the signs in the file count, not those of a seed
+        index = BinaryIndex(DIM, second_level=second_level, correction=correction)
+        index.rotation = HadamardRotation(DIM, seed=5)
+        for part in vectors(121).split([50, 1, 70]):
+            index.add(part)
     index.remove(torch.tensor([5, 77]))
     index.save(tmp_path)
     opened = BinaryIndex.open(tmp_path, verify=verify)
@@ -353,6 +419,14 @@ def test_manifest_is_readable(tmp_path):
             lambda index: BinaryIndex(8, quantizer=Int8Quantizer(torch.zeros(8), torch.ones(8))),
         ),
         (ValueError, "threshold must have", lambda index: BinaryIndex(8, threshold=torch.ones(7))),
+        (ValueError, "correction must be", lambda index: BinaryIndex(8, correction="pq")),
+        (
+            ValueError,
+            "threshold must be left out",
+            lambda index: BinaryIndex(8, threshold=torch.ones(8), correction="rabitq"),
+        ),
+        (ValueError, "must be finite", lambda index: CORRECTED.add(torch.ones(2, DIM) / 0)),
+        (ValueError, "where there is a corr", lambda index: CORRECTED.add_codes(CODES)),
         (ValueError, "44 dimensions, got 5", lambda index: index.add(torch.ones(2, 5))),
         (ValueError, "must not contain NaN", lambda index: index.add(torch.ones(2, DIM) / 0 * 0)),
         (ValueError, "one entry for each of 1 rows", lambda index: index.add(vectors(1), IDS)),
@@ -366,6 +440,8 @@ def test_manifest_is_readable(tmp_path):
         (ValueError, "44 dimensions, got 5", lambda index: index.search(torch.ones(2, 5), 1)),
         (ValueError, "must be finite", lambda index: index.search(torch.ones(2, DIM) / 0, 1)),
         (ValueError, "multiplier 1", lambda index: index.search(vectors(1), 1, multiplier=0)),
+        (ValueError, "rank must lie", lambda index: index.shard(2, 2)),
+        (ValueError, "rank must lie", lambda index: index.shard(0, 0)),
         (ValueError, "verify must be", lambda index: BinaryIndex.open(".", verify="none")),
     ],
 )
@@ -376,4 +452,5 @@ def test_bad_arguments(error, message, call):
     same(index, filled()[0])  # and nothing has changed
 
 
+CORRECTED = BinaryIndex(DIM, correction="rabitq")
 IDS, CODES = torch.tensor([200, 201, 202]), torch.full((1, 6), 255, dtype=torch.uint8)

@@ -75,16 +75,19 @@ def dense_topk(
     return op.dense_topk(wanted, _op.rows(documents), k, METRICS.index(metric), allowed)
 
 
+def best_order(scores: Tensor, ids: Tensor) -> Tensor:
+    """Return the order of each query's candidates: by score, then by id, those of id -1 last."""
+    by_id = torch.where(ids < 0, torch.iinfo(torch.int64).max, ids).sort(1).indices
+    return by_id.gather(1, scores.gather(1, by_id).sort(dim=1, descending=True, stable=True)[1])
+
+
 def best_candidates(scores: Tensor, ids: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Return the k best candidates of each query by score, then by id; -1 and -inf fill up."""
-    by_id = torch.where(ids < 0, torch.iinfo(torch.int64).max, ids).sort(1)
-    scores = scores.gather(1, by_id.indices)
-    order = scores.sort(dim=1, descending=True, stable=True)
-    ids = ids.gather(1, by_id.indices).gather(1, order.indices)
+    order = best_order(scores, ids)[:, :k]
     pad = (0, max(0, k - ids.shape[1]))
     return (
-        torch.nn.functional.pad(order.values[:, :k], pad, value=-torch.inf),
-        torch.nn.functional.pad(ids[:, :k], pad, value=-1),
+        torch.nn.functional.pad(scores.gather(1, order), pad, value=-torch.inf),
+        torch.nn.functional.pad(ids.gather(1, order), pad, value=-1),
     )
 
 

@@ -16,30 +16,40 @@ from torch import Tensor
 
 from emblas import _op
 from emblas.binary import formats, op, storage
+from emblas.binary.correction import pack_rabitq
 from emblas.binary.dense import Int8Quantizer, best_candidates, bit_scores
 from emblas.binary.functions import pack_sign
-from emblas.binary.search import hamming_topk, range_search_csr
+from emblas.binary.rotation import HadamardRotation
+from emblas.binary.search import asymmetric_topk, hamming_topk, range_search_csr
 
 SECOND_LEVELS = ("none", "float32", "float16", "int8")
+CORRECTIONS = ("none", "rabitq")
 _INTEGERS = (torch.int64, torch.int32)
 
 
 @dataclass
 class _Segment:
-    """Rows added together; arrays of a shard are checked when they are first asked for."""
+    """Rows added together; arrays of a file are checked when they are first asked for."""
 
     live: Tensor  # bool [rows]
     arrays: dict[str, Tensor] | None = None
     shard: storage.Shard | None = None
     entry: dict[str, Any] | None = None  # of the manifest, once saved
     folder: Path | None = None
+    first: int = 0  # row of the arrays that is the first of these
 
     def tensor(self, name: str, rows: Tensor | None = None) -> Tensor:
+        end = self.first + len(self.live)
         if self.arrays is not None:
-            return self.arrays[name]
+            return self.arrays[name][self.first : end]
         assert self.shard is not None
-        return torch.from_numpy(
-            self.shard.array(name, None if rows is None else rows.unique().numpy())
+        used = slice(self.first, end) if rows is None else (rows.unique() + self.first).numpy()
+        return torch.from_numpy(self.shard.array(name, used)[self.first : end])
+
+    def part(self, start: int, stop: int) -> _Segment:
+        """Return some of the rows, without copying them."""
+        return _Segment(
+            self.live[start:stop].clone(), self.arrays, self.shard, first=self.first + start
         )
 
 
@@ -56,6 +66,10 @@ class BinaryIndex:
         ``(dim,)`` threshold of the bits; see :func:`emblas.binary.pack_sign`.
     quantizer : Int8Quantizer, optional
         Of second level "int8"; by default it is fitted to the first vectors added.
+    correction : {"none", "rabitq"}, default "none"
+        "rabitq" rotates vectors and queries before bits are taken, keeps 4 bytes more for each row
+        (:func:`emblas.binary.pack_rabitq`) and ranks codes by the estimated cosine with the query's
+        real values in place of the Hamming distance. Goes without a threshold.
 
     Raises
     ------
@@ -64,7 +78,8 @@ class BinaryIndex:
 
     Notes
     -----
-    Search is exact over the codes: Hamming distance, then id order of insertion among equals. One
+    Search is exact over the codes: Hamming distance, or the estimate of the correction, then order
+    of insertion among equals. One
     process may add to and save an index while others have it open; they keep what they opened.
     """
 
@@ -75,6 +90,7 @@ class BinaryIndex:
         second_level: str = "none",
         threshold: Tensor | None = None,
         quantizer: Int8Quantizer | None = None,
+        correction: str = "none",
     ) -> None:
         if dim < 1:
             raise ValueError(f"dim must be at least 1, got {dim}")
@@ -84,8 +100,12 @@ class BinaryIndex:
             raise ValueError("quantizer must be left out unless second_level is 'int8'")
         if threshold is not None and threshold.shape != (dim,):
             raise ValueError(f"threshold must have shape ({dim},), got {tuple(threshold.shape)}")
+        self.correction = _op.check_choice("correction", correction, CORRECTIONS)
+        if threshold is not None and correction != "none":
+            raise ValueError("threshold must be left out where there is a correction")
         self.threshold = None if threshold is None else threshold.float()
         self.quantizer = quantizer
+        self.rotation = None if correction == "none" else HadamardRotation(dim)
         self._segments: list[_Segment] = []
         self._next_id = 0
         self._row_of: dict[int, int] | None = None  # of live ids; built when first needed
@@ -94,9 +114,24 @@ class BinaryIndex:
         return sum(int(segment.live.sum()) for segment in self._segments)
 
     def __repr__(self) -> str:
-        return f"BinaryIndex(dim={self.dim}, second_level={self.second_level!r}, rows={len(self)})"
+        return (
+            f"BinaryIndex(dim={self.dim}, second_level={self.second_level!r}, "
+            f"correction={self.correction!r}, rows={len(self)})"
+        )
 
     # --- rows ------------------------------------------------------------------------------------
+
+    def _like(self) -> BinaryIndex:
+        """Return an empty index that encodes vectors as this one does."""
+        index = BinaryIndex(
+            self.dim,
+            second_level=self.second_level,
+            threshold=self.threshold,
+            quantizer=self.quantizer,
+            correction=self.correction,
+        )
+        index.rotation = self.rotation
+        return index
 
     def _starts(self) -> list[int]:
         lengths = [len(segment.live) for segment in self._segments]
@@ -134,14 +169,22 @@ class BinaryIndex:
         TypeError
             If an argument has a wrong type.
         ValueError
-            If shapes don't fit, vectors contain NaN or an id is taken.
+            If shapes don't fit, vectors contain NaN, or infinity where there is a correction, or
+            an id is taken.
         """
         _op.check_tensor("vectors", vectors, ndim=2, dtypes=_op.FLOATS)
         if vectors.shape[1] != self.dim:
             raise ValueError(f"vectors must have {self.dim} dimensions, got {vectors.shape[1]}")
         if bool(vectors.isnan().any()):
             raise ValueError("vectors must not contain NaN")
-        arrays = {"codes": pack_sign(vectors, threshold=self.threshold)}
+        if self.rotation is None:
+            arrays = {"codes": self._pack(vectors)}
+        else:
+            if bool(vectors.isinf().any()):
+                raise ValueError("vectors must be finite where there is a correction")
+            unit = torch.nn.functional.normalize(vectors.float(), dim=1)
+            codes, scale, _ = pack_rabitq(self.rotation(unit))
+            arrays = {"codes": codes, "scale": scale}
         if self.second_level == "int8" and len(vectors):
             if self.quantizer is None:
                 self.quantizer = Int8Quantizer.fit(vectors)
@@ -155,6 +198,8 @@ class BinaryIndex:
         _op.check_tensor("codes", codes, ndim=2, dtypes=(torch.uint8,))
         if self.second_level != "none":
             raise ValueError("codes need vectors beside them unless second_level is 'none'")
+        if self.correction != "none":
+            raise ValueError("codes need vectors beside them where there is a correction")
         width = (self.dim + 7) // 8
         if codes.shape[1] != width:
             raise ValueError(f"codes must be {width} bytes wide, got {codes.shape[1]}")
@@ -223,12 +268,7 @@ class BinaryIndex:
             As :meth:`add`. Nothing is changed by a call that raises.
         """
         ids = self._check_ids(ids, len(vectors))
-        replacement = BinaryIndex(
-            self.dim,
-            second_level=self.second_level,
-            threshold=self.threshold,
-            quantizer=self.quantizer,
-        )
+        replacement = self._like()
         replacement.add(vectors, ids)  # raises before anything has been removed
         self.remove(ids)
         for segment in replacement._segments:
@@ -259,18 +299,34 @@ class BinaryIndex:
         if not bool(queries.isfinite().all()):
             raise ValueError("queries must be finite")
 
+    def _check_search(self, queries: Tensor, k: int, multiplier: int) -> None:
+        self._check_queries(queries)
+        if k < 0 or multiplier < 1:
+            raise ValueError(f"k must be at least 0 and multiplier 1, got {k} and {multiplier}")
+
+    def _pack(self, x: Tensor) -> Tensor:
+        return pack_sign(x, threshold=self.threshold, rotation=self.rotation)
+
     def _nearest(self, queries: Tensor, k: int, filter: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Find the k nearest rows by Hamming distance, then by row."""
-        wanted = pack_sign(queries, threshold=self.threshold)
-        distances = [torch.empty(len(queries), 0)]
+        """Find the k best rows by their codes, then by row, with their scores."""
+        if self.rotation is None:
+            wanted = self._pack(queries)
+        else:
+            wanted = self.rotation(torch.nn.functional.normalize(queries.float(), dim=1))
+        scores = [torch.empty(len(queries), 0)]
         rows = [torch.empty(len(queries), 0, dtype=torch.int64)]
         for start, segment in zip(self._starts(), self._segments, strict=False):
-            allowed = self._allowed(segment, filter)
-            found, local = hamming_topk(wanted, segment.tensor("codes"), k, filter=allowed)
-            distances.append(found.float().masked_fill(local < 0, torch.inf))
+            allowed, codes = self._allowed(segment, filter), segment.tensor("codes")
+            if self.rotation is None:
+                distances, local = hamming_topk(wanted, codes, k, filter=allowed)
+                found = -distances.float()
+            else:
+                found, local = asymmetric_topk(
+                    wanted, codes, k, filter=allowed, scale=segment.tensor("scale")
+                )
+            scores.append(found.masked_fill(local < 0, -torch.inf))
             rows.append(torch.where(local < 0, -1, local + start))
-        scores, best = best_candidates(-torch.cat(distances, 1), torch.cat(rows, 1), k)
-        return -scores, best
+        return best_candidates(torch.cat(scores, 1), torch.cat(rows, 1), k)
 
     def _score(self, queries: Tensor, rows: Tensor) -> Tensor:
         """Cosines of queries with the best that is known of each row; -inf for row -1."""
@@ -313,7 +369,8 @@ class BinaryIndex:
             Number of results per query, at least 0.
         multiplier : int, default 4
             Candidates per result that are rescored, with the second level or, without one, with
-            the query's real values against the bits. At least 1.
+            the query's real values against the bits. At least 1; not used by a correction without
+            a second level, whose estimates are final.
         filter : Tensor, optional
             int64 ids that may be returned.
 
@@ -331,12 +388,20 @@ class BinaryIndex:
         TypeError, ValueError
             If an argument has a wrong type, shape or range.
         """
-        self._check_queries(queries)
-        if k < 0 or multiplier < 1:
-            raise ValueError(f"k must be at least 0 and multiplier 1, got {k} and {multiplier}")
-        _, rows = self._nearest(queries, k * multiplier, self._check_filter(filter))
-        scores, rows = best_candidates(self._score(queries, rows), rows, k)
+        self._check_search(queries, k, multiplier)
+        _, fine, rows = self._candidates(queries, k, multiplier, self._check_filter(filter))
+        scores, rows = best_candidates(fine, rows, k)
         return scores, self._ids(rows)
+
+    def _candidates(
+        self, queries: Tensor, k: int, multiplier: int, filter: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Find the rows that the codes choose: scores by their codes, final scores, rows."""
+        if self.correction != "none" and self.second_level == "none":
+            scores, rows = self._nearest(queries, k, filter)
+            return scores, scores, rows
+        coarse, rows = self._nearest(queries, k * multiplier, filter)
+        return coarse, self._score(queries, rows), rows
 
     def range_search(
         self, queries: Tensor, radius: int, *, filter: Tensor | None = None
@@ -351,7 +416,7 @@ class BinaryIndex:
         """
         self._check_queries(queries)
         filter = self._check_filter(filter)
-        wanted = pack_sign(queries, threshold=self.threshold)
+        wanted = self._pack(queries)
         query, distance, row = [], [], []
         for start, segment in zip(self._starts(), self._segments, strict=False):
             offsets, distances, rows = range_search_csr(
@@ -369,6 +434,38 @@ class BinaryIndex:
         offsets = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
         return offsets, distances[order], self._ids(rows[order])
 
+    def shard(self, rank: int, size: int) -> BinaryIndex:
+        """Return one of ``size`` consecutive parts of about the same number of rows.
+
+        Nothing is copied; of a memory-mapped index only the part's own bytes are checked and read.
+        :class:`emblas.binary.ShardedIndex` searches the parts of several processes.
+
+        Parameters
+        ----------
+        rank : int
+            Which part, 0 to ``size - 1``.
+        size : int
+            Number of parts, at least 1.
+
+        Raises
+        ------
+        ValueError
+            If a number is out of range.
+        """
+        if size < 1 or not 0 <= rank < size:
+            raise ValueError(
+                f"rank must lie between 0 and size - 1 and size be above 0, got {rank} and {size}"
+            )
+        part = self._like()
+        part._next_id = self._next_id
+        starts = self._starts()
+        begin, end = (starts[-1] * number // size for number in (rank, rank + 1))
+        for start, segment in zip(starts, self._segments, strict=False):
+            low, high = (min(max(row - start, 0), len(segment.live)) for row in (begin, end))
+            if low < high:
+                part._segments.append(segment.part(low, high))
+        return part
+
     # --- files -----------------------------------------------------------------------------------
 
     def save(self, folder: str | os.PathLike[str]) -> None:
@@ -382,7 +479,9 @@ class BinaryIndex:
         entries = []
         for segment in self._segments:
             if segment.entry is None or segment.folder != path.resolve():
-                names = ["ids", "codes", *(["vectors"] if self.second_level != "none" else [])]
+                names = ["ids", "codes"]
+                names += ["vectors"] if self.second_level != "none" else []
+                names += ["scale"] if self.correction != "none" else []
                 tensors = {name: segment.tensor(name).numpy() for name in names}
                 segment.entry = storage.write_shard(path, tensors)
                 segment.folder = path.resolve()
@@ -395,7 +494,7 @@ class BinaryIndex:
                     else base64.b64encode(zlib.compress(removed)).decode(),
                 }
             )
-        quantizer = self.quantizer
+        quantizer, rotation = self.quantizer, self.rotation
         storage.write_manifest(
             path,
             {
@@ -405,6 +504,8 @@ class BinaryIndex:
                 "threshold": None if self.threshold is None else self.threshold.tolist(),
                 "quantizer": quantizer
                 and {"start": quantizer.start.tolist(), "step": quantizer.step.tolist()},
+                "correction": self.correction,
+                "rotation": rotation and rotation.signs.tolist(),
                 "next_id": self._next_id,
                 "shards": entries,
             },
@@ -441,7 +542,10 @@ class BinaryIndex:
             threshold=None if threshold is None else torch.tensor(threshold),
             quantizer=quantizer
             and Int8Quantizer(torch.tensor(quantizer["start"]), torch.tensor(quantizer["step"])),
+            correction=manifest["correction"],
         )
+        if index.rotation is not None:  # its signs, whatever a generator gives by now
+            index.rotation.signs = torch.tensor(manifest["rotation"], dtype=torch.int8)
         for entry in manifest["shards"]:
             removed = entry.pop("removed")
             live = np.ones(entry["rows"], bool)
@@ -471,6 +575,8 @@ class BinaryIndex:
 
     def to_faiss(self) -> Any:
         """Return a ``faiss.IndexBinaryFlat`` of the rows in the order of insertion.
+
+        The codes of a corrected index are those of vectors turned by its ``rotation``.
 
         Raises
         ------

@@ -86,8 +86,7 @@ def write_shard(folder: Path, tensors: Mapping[str, Array]) -> dict[str, Any]:
 class Shard:
     """An open shard: memory-mapped arrays whose bytes are checked before they are used.
 
-    Opening reads the header only. :meth:`array` checks every chunk that holds the array or, with
-    ``rows``, those rows, once.
+    Opening reads the header only. :meth:`array` checks every chunk with one of the rows, once.
     """
 
     def __init__(self, folder: Path, entry: Mapping[str, Any]) -> None:
@@ -109,17 +108,18 @@ class Shard:
         self._header: dict[str, Any] = json.loads(head[8:])
         self._checked = np.zeros(len(self._crcs), bool)
 
-    def array(self, name: str, rows: Array | None = None) -> Array:
-        """Return a tensor of the shard after its bytes have been checked."""
+    def array(self, name: str, rows: Array | slice) -> Array:
+        """Return a tensor of the shard after the bytes of the rows have been checked."""
         array, begin = self._view(name)
         width = array.nbytes // max(len(array), 1)
-        if rows is None:
-            chunks = np.arange(begin // CHUNK, -(-(begin + array.nbytes) // CHUNK))
+        if isinstance(rows, slice):
+            first, last = begin + rows.start * width, begin + rows.stop * width
+            chunks = np.arange(first // CHUNK, -(-last // CHUNK))
         else:
-            first, last = begin + rows * width, begin + (rows + 1) * width - 1
+            starts, ends = begin + rows * width, begin + (rows + 1) * width - 1
             span = np.arange((width - 1) // CHUNK + 2)
-            chunks = np.minimum(first[:, None] // CHUNK + span, last[:, None] // CHUNK)
-        self._check(np.unique(chunks))
+            chunks = np.unique(np.minimum(starts[:, None] // CHUNK + span, ends[:, None] // CHUNK))
+        self._check(chunks)
         return array
 
     def check_all(self) -> None:
