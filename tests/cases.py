@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -207,6 +208,33 @@ def _hamming_topk() -> Iterator[tuple[str, Callable[[], Case]]]:
     yield "strided words", lambda: Case((_codes(4, 8), _codes(300, 24)[:, 4:12], 16))
 
 
+def _hamming_distance() -> Iterator[tuple[str, Callable[[], Case]]]:
+    for a, b, width in ((0, 5, 4), (5, 0, 4), (3, 3, 0), (1, 1, 1), (1, 300, 16), (9, 300, 13)):
+        yield (
+            f"{a} x {b} x {width}",
+            lambda c=(a, b, width): Case((_codes(c[0], c[2]), _codes(c[1], c[2]))),
+        )
+    yield "strided", lambda: Case((_codes(4, 8), _codes(70, 24)[:, 3:11]))
+
+
+def _range_search() -> Iterator[tuple[str, Callable[[], Case]]]:
+    codes = functools.partial(_codes, 300, 4, 4)
+    bitmap = functools.partial(_codes, width=38)
+    for name, options in {
+        "radius 0": (0, 9),
+        "some": (5, 9),
+        "count": (8, 0),
+        "all": (32, 400),
+        "later": (6, 20, None, True),
+    }.items():
+        yield name, lambda a=options: Case((_codes(5, 4, 4), codes(), *a))
+    yield "bitmap", lambda: Case((_codes(5, 4, 4), codes(), 9, 20, bitmap(1)))
+    yield "bitmaps", lambda: Case((_codes(5, 4, 4), codes(), 9, 20, bitmap(5), True))
+    yield "ids", lambda: Case((_codes(5, 4, 4), codes(), 9, 20, torch.arange(0, 300, 7)))
+    yield "no code", lambda: Case((_codes(5, 4), _codes(0, 4), 3, 2))
+    yield "no query", lambda: Case((_codes(0, 4), _codes(9, 4), 3, 2))
+
+
 def _codes_k(queries: int, rows: int, width: int, k: int) -> tuple[Tensor, int]:
     return _codes(rows, width), k
 
@@ -285,5 +313,7 @@ CASES: dict[str, dict[str, Callable[[], Case]]] = {
     "hash_bag_backward": dict(_hash_bag_backward()),
     "pack_sign": dict(_pack_sign()),
     "hamming_topk": dict(_hamming_topk()),
+    "hamming_distance": dict(_hamming_distance()),
+    "range_search": dict(_range_search()),
     "varlen_attention": {**dict(_attention()), **dict(_attention_halves())},
 }

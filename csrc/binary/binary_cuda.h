@@ -42,14 +42,16 @@ struct Lists {
 
 // How a search is cut, from shapes alone.
 struct SearchPlan {
-  int queries_per_block;  // which share a pass over the codes: 1, 4 or 8
+  int queries_per_block;  // which share a pass over the codes: 1, 4, or 32 on tensor cores
   int64_t tiles_per_list;
   Lists lists;
 
   int64_t rows_per_list() const { return tiles_per_list * kTileRows; }
+  // A warp of a block takes one query and one list at a time.
+  int lists_per_block() const { return queries_per_block < 8 ? 8 / queries_per_block : 1; }
 };
-// `blocks`: how many fill the device.
-SearchPlan plan_search(int64_t queries, int64_t rows, int64_t k, int64_t blocks);
+// `blocks`: how many fill the device. `tensor_cores`: use them where the device has them.
+SearchPlan plan_search(int64_t queries, int64_t rows, int64_t k, int64_t blocks, bool tensor_cores);
 // The lists that `lists` become in one merge.
 Lists merged_lists(const Lists& lists, int64_t k);
 
@@ -67,17 +69,25 @@ struct RowFilter {
   int64_t id_count;
 };
 
-struct HammingTopkArgs {
+struct SearchArgs {
   CodeRows queries, codes;
-  int64_t bytes;  // of a code
-  int64_t k;      // at least 1
+  int64_t bytes;    // of a code
+  int64_t k;        // 0 only counts
+  int64_t radius;   // only distances up to it are found
+  bool later_only;  // only rows after the query's own number
   RowFilter filter;
   SearchPlan plan;  // for codes.count rows, or filter.id_count where there are ids
   uint64_t* lists;
   uint64_t* merged;
-  int32_t* distances;  // [queries, k]
-  int64_t* ids;        // [queries, k]
+  int64_t* list_counts;  // workspace [queries, plan.lists.count], or null
+  int32_t* distances;    // [queries, k]
+  int64_t* ids;          // [queries, k]
+  int64_t* counts;       // [queries], where there are list_counts
 };
-void hamming_topk(const HammingTopkArgs& args, void* stream);
+void hamming_search(const SearchArgs& args, void* stream);
+
+// out: [queries, codes].
+void hamming_distance(const CodeRows& queries, const CodeRows& codes, int64_t bytes,
+                      const SearchPlan& plan, int32_t* out, void* stream);
 
 }  // namespace emblas::cuda

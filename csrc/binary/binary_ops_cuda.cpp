@@ -55,9 +55,13 @@ cuda::RowFilter row_filter(const DeviceCall& call, const std::optional<Tensor>& 
   return {nullptr, 0, filter->size(0) ? call.read<int64_t>(*filter) : &none, filter->size(0)};
 }
 
-// `blocks`, how many fill the device, is for tests.
-std::tuple<Tensor, Tensor> hamming_topk_cuda(const Tensor& queries, const Tensor& codes, int64_t k,
-                                             const std::optional<Tensor>& filter, int64_t blocks) {
+struct Found {
+  Tensor distances, ids, counts;
+};
+// `blocks`, how many fill the device, and `tensor_cores` are for tests.
+Found search(const Tensor& queries, const Tensor& codes, int64_t k, int64_t radius,
+             const std::optional<Tensor>& filter, bool later_only, bool count, int64_t blocks,
+             bool tensor_cores) {
   const DeviceCall call(queries);
   const auto wanted =
       code_rows(call, queries, "queries must be uint8 (queries, bytes), rows contiguous");
@@ -65,21 +69,58 @@ std::tuple<Tensor, Tensor> hamming_topk_cuda(const Tensor& queries, const Tensor
       code_rows(call, codes, "codes must be uint8 (rows, bytes), rows contiguous");
   check(queries.size(1) == codes.size(1), "queries and codes must have the same width in bytes");
   check(documents.count < int64_t(1) << 48, "codes have too many rows");
-  check(k >= 0 && k <= cuda::kMaxResults, "k must be between 0 and 2^28");
-  const Tensor distances = call.empty<2>(ScalarType::Int, {wanted.count, k});
-  const Tensor ids = call.empty<2>(ScalarType::Long, {wanted.count, k});
-  if (k == 0) return {distances, ids};
   const cuda::RowFilter allowed = row_filter(call, filter, wanted.count, documents.count);
   const int64_t places = allowed.ids ? allowed.id_count : documents.count;
-  const cuda::SearchPlan plan = cuda::plan_search(wanted.count, places, k, blocks);
+  const cuda::SearchPlan plan = cuda::plan_search(wanted.count, places, k, blocks, tensor_cores);
   const cuda::Workspaces sizes = cuda::search_workspaces(plan, wanted.count, k);
   const Tensor lists = call.empty<1>(ScalarType::Long, {sizes.lists});
   const Tensor merged = call.empty<1>(ScalarType::Long, {sizes.merged});
-  cuda::hamming_topk(
-      {wanted, documents, codes.size(1), k, allowed, plan, call.write<uint64_t>(lists),
-       call.write<uint64_t>(merged), call.write<int32_t>(distances), call.write<int64_t>(ids)},
+  const Tensor list_counts =
+      call.empty<1>(ScalarType::Long, {count ? wanted.count * plan.lists.count : 0});
+  Found found{call.empty<2>(ScalarType::Int, {wanted.count, k}),
+              call.empty<2>(ScalarType::Long, {wanted.count, k}),
+              call.empty<1>(ScalarType::Long, {count ? wanted.count : 0})};
+  cuda::hamming_search(
+      {wanted, documents, codes.size(1), k, radius, later_only, allowed, plan,
+       call.write<uint64_t>(lists), call.write<uint64_t>(merged),
+       count ? call.write<int64_t>(list_counts) : nullptr, call.write<int32_t>(found.distances),
+       call.write<int64_t>(found.ids), call.write<int64_t>(found.counts)},
       call.stream());
-  return {distances, ids};
+  return found;
+}
+
+std::tuple<Tensor, Tensor> hamming_topk_cuda(const Tensor& queries, const Tensor& codes, int64_t k,
+                                             const std::optional<Tensor>& filter, int64_t blocks,
+                                             bool tensor_cores) {
+  check(k >= 0 && k <= cuda::kMaxResults, "k must be between 0 and 2^28");
+  const Found found = search(queries, codes, k, 8 * cuda::kMaxCodeBytes, filter, false, false,
+                             blocks, tensor_cores);
+  return {found.distances, found.ids};
+}
+
+std::tuple<Tensor, Tensor, Tensor> range_search_cuda(const Tensor& queries, const Tensor& codes,
+                                                     int64_t radius, int64_t max_results,
+                                                     const std::optional<Tensor>& filter,
+                                                     bool later_only, int64_t blocks,
+                                                     bool tensor_cores) {
+  check(radius >= 0, "radius must not be negative");
+  check(max_results >= 0 && max_results <= cuda::kMaxResults,
+        "max_results must be between 0 and 2^28");
+  const Found found =
+      search(queries, codes, max_results, radius, filter, later_only, true, blocks, tensor_cores);
+  return {found.counts, found.distances, found.ids};
+}
+
+Tensor hamming_distance_cuda(const Tensor& a, const Tensor& b, int64_t blocks, bool tensor_cores) {
+  const DeviceCall call(a);
+  const auto left = code_rows(call, a, "a must be uint8 (rows, bytes), rows contiguous");
+  const auto right = code_rows(call, b, "b must be uint8 (rows, bytes), rows contiguous");
+  check(a.size(1) == b.size(1), "a and b must have the same width in bytes");
+  const Tensor distances = call.empty<2>(ScalarType::Int, {left.count, right.count});
+  cuda::hamming_distance(left, right, a.size(1),
+                         cuda::plan_search(left.count, right.count, 0, blocks, tensor_cores),
+                         call.write<int32_t>(distances), call.stream());
+  return distances;
 }
 
 }  // namespace
@@ -89,9 +130,18 @@ STABLE_TORCH_LIBRARY_FRAGMENT(EMBLAS_CUDA_NAMESPACE, library) {
   library.def("pack_sign_cuda(Tensor x, Tensor? threshold=None) -> Tensor");
   library.def(
       "hamming_topk_cuda(Tensor queries, Tensor codes, int k, Tensor? filter=None,"
-      " int blocks=1024) -> (Tensor distances, Tensor ids)");
+      " int blocks=1024, bool tensor_cores=True) -> (Tensor distances, Tensor ids)");
+  library.def(
+      "range_search_cuda(Tensor queries, Tensor codes, int radius, int max_results,"
+      " Tensor? filter=None, bool later_only=False, int blocks=1024, bool tensor_cores=True)"
+      " -> (Tensor counts, Tensor distances, Tensor ids)");
+  library.def(
+      "hamming_distance_cuda(Tensor a, Tensor b, int blocks=1024, bool tensor_cores=True)"
+      " -> Tensor");
 }
 STABLE_TORCH_LIBRARY_IMPL(EMBLAS_CUDA_NAMESPACE, EMBLAS_CUDA_KEY, library) {
   library.impl("pack_sign_cuda", TORCH_BOX(&emblas::pack_sign_cuda));
   library.impl("hamming_topk_cuda", TORCH_BOX(&emblas::hamming_topk_cuda));
+  library.impl("range_search_cuda", TORCH_BOX(&emblas::range_search_cuda));
+  library.impl("hamming_distance_cuda", TORCH_BOX(&emblas::hamming_distance_cuda));
 }

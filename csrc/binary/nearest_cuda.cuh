@@ -35,9 +35,19 @@ __device__ inline uint64_t entry_of(unsigned distance, int64_t row) {
 // A list and its state, held by the 32 lanes of a warp, which call everything together.
 class Nearest {
  public:
-  // Only distances below `limit` are found. `bins` is shared memory of this warp.
-  __device__ Nearest(uint64_t* list, int keep, unsigned limit, unsigned (&bins)[32])
-      : list_(list), bins_(bins), keep_(keep), limit_(limit), lane_(threadIdx.x % 32) {}
+  struct State {
+    int count;
+    unsigned limit;  // only distances below are found
+  };
+  // `bins` is shared memory of this warp.
+  __device__ Nearest(uint64_t* list, int keep, State state, unsigned (&bins)[32])
+      : list_(list),
+        bins_(bins),
+        keep_(keep),
+        count_(state.count),
+        limit_(state.limit),
+        lane_(threadIdx.x % 32) {}
+  __device__ State state() const { return {count_, limit_}; }
 
   // Each lane offers one entry; entries come in ascending order of rows, over lanes and calls. The
   // last call leaves `keep` entries in this order, kNothing at the end if they are too few.
@@ -105,10 +115,97 @@ class Nearest {
 
   uint64_t* list_;
   unsigned (&bins_)[32];
-  int keep_, count_ = 0;
+  int keep_, count_;
   unsigned limit_;
   int lane_;
 };
+
+// The rows that are searched, by place: all of them, or those that are listed.
+struct Places {
+  RowFilter filter;
+  int64_t count;
+  int64_t rows;
+  bool later_only;  // only rows after the query's own number
+
+  // The row at a place; beyond the end another row stands in.
+  __device__ int64_t row(int64_t place) const {
+    place = place < count ? place : count - 1;
+    if (!filter.ids) return place;
+    const int64_t id = filter.ids[place];
+    return id < 0 ? 0 : id < rows ? id : rows - 1;
+  }
+  __device__ bool hold(int64_t query, int64_t place) const {
+    if (place >= count || (later_only && row(place) <= query)) return false;
+    if (!filter.bitmaps) return true;
+    const uint8_t byte = filter.bitmaps[query * filter.bitmap_stride + place / 8];
+    return byte >> (7 - place % 8) & 1;
+  }
+};
+
+// Takes distances of a tile, for one query and one list of `tiles_per_list` tiles: keeps the
+// nearest and counts.
+struct KeepNearest {
+  Lists lists;
+  unsigned limit;   // only distances below count
+  uint64_t* found;  // [queries, lists.count, lists.capacity]
+  int64_t* counts;  // [queries, lists.count], or null
+
+  struct State {
+    Nearest::State nearest;
+    int64_t within;
+  };
+  template <class ScanArgs>
+  __device__ void take(const ScanArgs& args, int64_t query, int64_t list, int64_t t,
+                       const uint16_t* distances, State& state) const {
+    SIMT_SHARED(unsigned, bins, [kSearchWarps][32]);
+    const int lane = threadIdx.x % 32;
+    const int64_t own = query * lists.count + list;
+    const State before = t ? state : State{{0, lists.keep ? limit : 0}, 0};
+    const bool last = t + 1 == args.tiles_per_list;
+    Nearest nearest(found + own * lists.capacity, lists.keep, before.nearest,
+                    bins[threadIdx.x / 32]);
+    int64_t within = before.within;
+#pragma unroll 1  // an offer is long
+    for (int i = 0; i < kTileRows; i += 32) {
+      const int64_t place = (list * args.tiles_per_list + t) * kTileRows + i + lane;
+      const unsigned distance = distances[i + lane];
+      const bool wanted = distance < limit && args.places.hold(query, place);
+      if (counts) within += __popc(__ballot_sync(simt::kAllLanes, wanted));
+      nearest.offer(entry_of(wanted ? distance : kNoDistance, place), last && i + 32 == kTileRows);
+    }
+    __syncwarp();
+    if (lane == 0) {
+      state = {nearest.state(), within};
+      if (last && counts) counts[own] = within;
+    }
+  }
+};
+
+// Takes distances of a tile: writes them all.
+struct WriteDistances {
+  int32_t* out;  // [queries, rows]
+
+  struct State {};
+  template <class ScanArgs>
+  __device__ void take(const ScanArgs& args, int64_t query, int64_t list, int64_t t,
+                       const uint16_t* distances, State&) const {
+    const int64_t first = (list * args.tiles_per_list + t) * kTileRows;
+    for (int i = threadIdx.x % 32; i < kTileRows; i += 32) {
+      if (first + i < args.codes.count) out[query * args.codes.count + first + i] = distances[i];
+    }
+  }
+};
+
+// A warp adds up the counts of a query's lists. Grid (ceil(queries / kSearchWarps)).
+__global__ void __launch_bounds__(kSearchThreads)
+    sum_counts(const int64_t* of_lists, int64_t lists, int64_t queries, int64_t* counts) {
+  const int64_t query = int64_t(blockIdx.x) * kSearchWarps + threadIdx.x / 32;
+  if (query >= queries) return;
+  int64_t total = 0;
+  for (int64_t i = threadIdx.x % 32; i < lists; i += 32) total += of_lists[query * lists + i];
+  total = simt::warp_sum(total);
+  if (threadIdx.x % 32 == 0) counts[query] = total;
+}
 
 // A warp merges up to kMergedLists lists of a query. Grid (ceil(queries * to.count /
 // kSearchWarps)).
@@ -123,7 +220,7 @@ __global__ void __launch_bounds__(kSearchThreads, 4)
   const unsigned keep = unsigned(from.keep);
   const unsigned count = unsigned(left < kMergedLists ? left : kMergedLists) * keep;
   entries += (query * from.count + first) * from.capacity;
-  Nearest nearest(merged + own * to.capacity, to.keep, kNoDistance, bins[warp]);
+  Nearest nearest(merged + own * to.capacity, to.keep, {0, kNoDistance}, bins[warp]);
   constexpr int ahead = 4;  // loads under way
   for (unsigned at = 0; at < count; at += 32 * ahead) {
     uint64_t entry[ahead];

@@ -59,6 +59,8 @@ void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t dynamic_shared_b
               dynamic_shared_bytes);
 }
 
+inline bool has_sm_80() { return true; }
+
 // --- warp collectives ------------------------------------------------------------------------
 
 namespace emulated {

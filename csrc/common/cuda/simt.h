@@ -69,6 +69,14 @@ void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t dynamic_shared_b
       values);
 }
 
+// Whether the current device has what sm_80 brought: cp.async, mma.sync on bits, redux.
+inline bool has_sm_80() {
+  int device, major;
+  check_cuda(cudaGetDevice(&device));
+  check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+  return major >= 8;
+}
+
 // --- conversions (round to nearest even) -----------------------------------------------------
 
 __device__ inline float to_float(bfloat16 x) {

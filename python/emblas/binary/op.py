@@ -106,8 +106,27 @@ def _maxsim_backward_fake(
     return queries.new_empty(queries.shape), documents.new_empty(documents.shape)
 
 
-def _cuda_searches(queries: Tensor, codes: Tensor, k: int, filter: Tensor | None) -> bool:
-    return codes.shape[1] <= 4095 and k <= 2**28
+_CUDA_BYTES = 4095  # of a code, so that a distance has 15 bits
+_CUDA_RESULTS = 2**28
+
+
+def _cuda_distances(a: Tensor, b: Tensor) -> bool:
+    return a.shape[1] <= _CUDA_BYTES
+
+
+def _cuda_topk(queries: Tensor, codes: Tensor, k: int, filter: Tensor | None = None) -> bool:
+    return _cuda_distances(queries, codes) and k <= _CUDA_RESULTS
+
+
+def _cuda_range(
+    queries: Tensor,
+    codes: Tensor,
+    radius: int,
+    max_results: int,
+    filter: Tensor | None = None,
+    later_only: bool = False,
+) -> bool:
+    return _cuda_topk(queries, codes, max_results)
 
 
 _pack_sign = Op(
@@ -130,12 +149,20 @@ _hamming_topk = Op(
     reference=reference.hamming_topk,
     fake=_hamming_topk_fake,
     triton="emblas.binary.triton",
-    cuda_supports=_cuda_searches,
+    cuda_supports=_cuda_topk,
 )
 _hamming_distance = Op(
-    "hamming_distance", reference=reference.hamming_distance, fake=_hamming_distance_fake
+    "hamming_distance",
+    reference=reference.hamming_distance,
+    fake=_hamming_distance_fake,
+    cuda_supports=_cuda_distances,
 )
-_range_search = Op("range_search", reference=reference.range_search, fake=_range_search_fake)
+_range_search = Op(
+    "range_search",
+    reference=reference.range_search,
+    fake=_range_search_fake,
+    cuda_supports=_cuda_range,
+)
 _range_search_csr = Op(
     "range_search_csr", reference=reference.range_search_csr, fake=_range_search_csr_fake
 )
