@@ -128,6 +128,8 @@ def _checks(family: str) -> Iterator[Callable[[], None]]:
     if family == "binary":
         for nearest in ("first", "last"):
             yield lambda n=nearest: _with_patches(module.check_hamming_topk, 16, 1, n)
+        for programs, later_only in ((1, True), (2048, False)):
+            yield lambda a=(programs, later_only): _with_patches(module.check_range_search, *a)
 
 
 def _with_patches(check: Callable[..., None], *args: Any) -> None:
@@ -146,6 +148,18 @@ def _killed(checks: list[Callable[[], None]]) -> bool:
     return False
 
 
+def _kernels(module: str) -> list[InterpretedFunction]:
+    """All kernels of a module, or of a package's modules."""
+    importlib.import_module(module)
+    names = [name for name in sys.modules if name == module or name.startswith(f"{module}.")]
+    return [
+        value
+        for name in names
+        for value in vars(sys.modules[name]).values()
+        if isinstance(value, InterpretedFunction) and value.fn.__module__ == name
+    ]
+
+
 def main() -> None:
     """Mutate the kernels of the families named, or of all."""
     modules = {"common": "emblas._triton"}
@@ -153,13 +167,7 @@ def main() -> None:
     unexplained = []
     for family in sys.argv[1:] or modules:
         checks = list(_checks(family))
-        module: Any = importlib.import_module(modules[family])
-        for kernel in [*vars(module).values()]:
-            if (
-                not isinstance(kernel, InterpretedFunction)
-                or kernel.fn.__module__ != module.__name__
-            ):
-                continue
+        for kernel in _kernels(modules[family]):
             total = killed = 0
             for line, text in mutants(kernel):
                 kernel.rewriter._prepare_source = lambda lines, text=text: text
