@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -184,6 +183,17 @@ def _pack_sign() -> Iterator[tuple[str, Callable[[], Case]]]:
     for rows, dim in ((0, 5), (3, 0), (1, 1), (5, 8), (2, 127), (70, 9)):
         yield f"{rows} x {dim}", lambda a=(rows, dim): Case((_signs(*a),))
     yield "strided", lambda: Case((_strided(_signs(20, 40)),))
+    for dtype in _op.FLOATS:
+        yield f"threshold, {_short(dtype)}", lambda a=dtype: Case(_thresholds(a))
+
+
+def _thresholds(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Values above, below and just at the threshold of their dimension, one of which is NaN."""
+    threshold = torch.randn(21).to(dtype)
+    x = threshold.repeat(5, 1)
+    x[1:3] += torch.tensor([[1.0], [-1.0]]).to(dtype)
+    threshold[3] = torch.nan
+    return x, threshold.to(torch.float64 if dtype == torch.float64 else torch.float32)
 
 
 def _codes(rows: int, width: int, values: int = 256) -> Tensor:
@@ -206,33 +216,73 @@ def _hamming_topk() -> Iterator[tuple[str, Callable[[], Case]]]:
     yield "ties", lambda: Case((_codes(4, 4, 2), _codes(700, 4, 2), 64))
     yield "strided", lambda: Case((_codes(4, 8), _codes(300, 24)[:, 3:11], 16))
     yield "strided words", lambda: Case((_codes(4, 8), _codes(300, 24)[:, 4:12], 16))
+    yield "longer than any list", lambda: Case((_codes(2, 4, 4), _codes(300, 4, 4), 270))
+    for name, filter in _filters(2, 300):
+        yield f"filter, {name}", lambda a=filter: Case((_codes(2, 4, 4), _codes(300, 4, 4), 9, a()))
+
+
+def _filters(queries: int, rows: int) -> Iterator[tuple[str, Callable[[], Tensor]]]:
+    """Filters of all forms that the operators take; rows is no multiple of 8."""
+    width = (rows + 7) // 8
+    yield "for all", lambda: _codes(1, width)
+    yield "for each query", lambda: _codes(queries, width)
+    yield "nothing", lambda: torch.zeros(1, width, dtype=torch.uint8)
+    yield "last rows", lambda: (torch.arange(width) == width - 1).to(torch.uint8)[None] * 255
+    yield "ids", lambda: torch.arange(rows)[torch.rand(rows) < 0.9]
+    yield "no ids", lambda: torch.zeros(0, dtype=torch.int64)
 
 
 def _hamming_distance() -> Iterator[tuple[str, Callable[[], Case]]]:
-    for a, b, width in ((0, 5, 4), (5, 0, 4), (3, 3, 0), (1, 1, 1), (1, 300, 16), (9, 300, 13)):
-        yield (
-            f"{a} x {b} x {width}",
-            lambda c=(a, b, width): Case((_codes(c[0], c[2]), _codes(c[1], c[2]))),
-        )
-    yield "strided", lambda: Case((_codes(4, 8), _codes(70, 24)[:, 3:11]))
+    for name, queries, rows, width in (
+        ("no query", 0, 9, 8),
+        ("no code", 3, 0, 8),
+        ("no byte", 3, 9, 0),
+        ("one code", 1, 1, 1),
+        ("one query", 1, 300, 32),
+        ("odd width", 9, 300, 13),
+        ("wide", 2, 40, 77),
+    ):
+        yield name, lambda a=(queries, rows, width): Case((_codes(a[0], a[2]), _codes(a[1], a[2])))
+    yield "strided", lambda: Case((_codes(9, 8), _codes(300, 24)[:, 3:11]))
 
 
 def _range_search() -> Iterator[tuple[str, Callable[[], Case]]]:
-    codes = functools.partial(_codes, 300, 4, 4)
-    bitmap = functools.partial(_codes, width=38)
-    for name, options in {
-        "radius 0": (0, 9),
-        "some": (5, 9),
-        "count": (8, 0),
-        "all": (32, 400),
-        "later": (6, 20, None, True),
-    }.items():
-        yield name, lambda a=options: Case((_codes(5, 4, 4), codes(), *a))
-    yield "bitmap", lambda: Case((_codes(5, 4, 4), codes(), 9, 20, bitmap(1)))
-    yield "bitmaps", lambda: Case((_codes(5, 4, 4), codes(), 9, 20, bitmap(5), True))
-    yield "ids", lambda: Case((_codes(5, 4, 4), codes(), 9, 20, torch.arange(0, 300, 7)))
-    yield "no code", lambda: Case((_codes(5, 4), _codes(0, 4), 3, 2))
-    yield "no query", lambda: Case((_codes(0, 4), _codes(9, 4), 3, 2))
+    for name, queries, rows, width, radius, kept in (
+        ("no query", 0, 9, 8, 3, 4),
+        ("no code", 3, 0, 8, 3, 4),
+        ("no byte", 3, 9, 0, 0, 4),
+        ("radius 0", 3, 300, 1, 0, 4),
+        ("only counts", 3, 300, 1, 2, 0),
+        ("all", 2, 300, 3, 2**40, 301),
+        ("cut among ties", 5, 600, 1, 3, 100),
+        ("odd width", 1, 300, 13, 50, 300),
+        ("nothing", 2, 40, 77, 9, 3),
+    ):
+        yield (
+            name,
+            lambda a=(queries, rows, width, radius, kept): Case(
+                (_codes(a[0], a[2]), _codes(a[1], a[2]), a[3], a[4], None, False)
+            ),
+        )
+    for name, filter in _filters(2, 300):
+        yield (
+            f"filter, {name}",
+            lambda a=filter: Case((_codes(2, 1), _codes(300, 1), 2, 30, a(), False)),
+        )
+    yield "later rows only", lambda: Case((*[_codes(30, 1)] * 2, 2, 5, None, True))
+    yield (
+        "later, bitmaps",
+        lambda: Case((_codes(5, 4, 4), _codes(300, 4, 4), 9, 20, _codes(5, 38), True)),
+    )
+    yield (
+        "later ids only",
+        lambda: Case((*[_codes(20, 1)] * 2, 2, 9, torch.arange(0, 20, 3), True)),
+    )
+
+
+def _range_search_csr() -> Iterator[tuple[str, Callable[[], Case]]]:
+    for name, make in _range_search():
+        yield name, lambda make=make: Case((*make().args[:3], *make().args[4:]))
 
 
 def _codes_k(queries: int, rows: int, width: int, k: int) -> tuple[Tensor, int]:
@@ -312,8 +362,9 @@ CASES: dict[str, dict[str, Callable[[], Case]]] = {
     "hash_bag": dict(_hash_bag()),
     "hash_bag_backward": dict(_hash_bag_backward()),
     "pack_sign": dict(_pack_sign()),
-    "hamming_topk": dict(_hamming_topk()),
     "hamming_distance": dict(_hamming_distance()),
+    "hamming_topk": dict(_hamming_topk()),
     "range_search": dict(_range_search()),
+    "range_search_csr": dict(_range_search_csr()),
     "varlen_attention": {**dict(_attention()), **dict(_attention_halves())},
 }

@@ -29,9 +29,11 @@ LOCAL_MEMORY = {
     ("_grad_weights", ""): (8, "ptxas spills two words to get by with 32 or 40 registers"),
     ("_nearest_of_chunk", "16 queries, k = 64"): (8, "two words, once in a list of 2800"),
 }
+_ODD = "rows of odd width are read by bytes"
 NO_WIDE_LOADS = {
+    ("_all_distances", "16 queries, odd width"): _ODD,
     ("_hash_keys", ""): "reads nothing but 8-byte ids, one for each thread",
-    ("_nearest_of_chunk", "16 queries, k = 16, odd width"): "rows of odd width are read by bytes",
+    ("_nearest_of_chunk", "16 queries, k = 16, odd width"): _ODD,
 }
 # Files of CUDA C++ without any.
 NO_WIDE_LOADS_IN_FILE: dict[str, str] = {}

@@ -61,13 +61,28 @@ def _tables() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
 
 def _binary() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
     for dtype in _op.FLOATS:
-        yield "pack_sign", _short(dtype), (torch.empty(64, 384, dtype=dtype),)
+        x = torch.empty(64, 384, dtype=dtype)
+        yield "pack_sign", _short(dtype), (x, None)
+        threshold = x[0] if dtype == torch.float64 else x[0].float()
+        yield "pack_sign", f"{_short(dtype)}, threshold", (x, threshold)
     codes = torch.empty(4096, 128, dtype=torch.uint8)
     for queries in (1, 16):
         for k in (16, 64, 256):
-            yield "hamming_topk", f"{queries} queries, k = {k}", (codes[:queries], codes, k)
+            yield "hamming_topk", f"{queries} queries, k = {k}", (codes[:queries], codes, k, None)
     odd = torch.empty(4096, 127, dtype=torch.uint8)
-    yield "hamming_topk", "16 queries, k = 16, odd width", (odd[:16], odd, 16)
+    yield "hamming_topk", "16 queries, k = 16, odd width", (odd[:16], odd, 16, None)
+    bitmaps, ids = torch.empty(16, 512, dtype=torch.uint8), torch.empty(512, dtype=torch.int64)
+    for words, filter in (("bitmaps", bitmaps), ("ids", ids)):
+        yield "hamming_topk", f"16 queries, k = 64, {words}", (codes[:16], codes, 64, filter)
+        args = (codes[:16], codes, 99, 100, filter, False)
+        yield "range_search", f"16 queries, {words}", args
+    for queries in (1, 16):
+        yield "hamming_distance", f"{queries} queries", (codes[:queries], codes)
+        yield "range_search", f"{queries} queries", (codes[:queries], codes, 99, 100, None, False)
+    yield "hamming_distance", "16 queries, odd width", (odd[:16], odd)
+    yield "range_search", "self join", (codes, codes, 99, 100, None, True)
+    # Its kernels are those of range_search.
+    yield "range_search_csr", "16 queries", (codes[:16], codes, 99, None, False)
 
 
 def _attention() -> Iterator[tuple[str, str, tuple[Any, ...]]]:

@@ -10,7 +10,7 @@ import torch
 from contract import packed
 from emblas import _op, use_backend
 from emblas.attention import varlen_attention
-from emblas.binary import hamming_topk, pack_sign
+from emblas.binary import pack_sign
 from emblas.pooling import segment_pool
 from emblas.tables import TableSpec, hash_bag
 from executors import executors
@@ -87,11 +87,10 @@ def test_what_is_not_supported_is_said():
         lambda: segment_pool(double, CU),
         lambda: varlen_attention(*[torch.zeros(73, 1, 16).double()] * 3, CU, CU, 70, 70),
         lambda: hash_bag(torch.arange(3), double, TableSpec(73)),
-        lambda: hamming_topk(codes, codes, 257),
     ):
         with pytest.raises(RuntimeError, match=r"'triton' can't run this call of emblas::"):
             interpreted(call)
-    assert _op.ops()["hamming_topk"].serves("triton", codes, codes, 256)
+    assert _op.ops()["hamming_topk"].serves("triton", codes, codes, 2**20)
 
 
 @pytest.mark.parametrize("nearest", ["first", "last"])
@@ -107,7 +106,7 @@ def test_hamming_topk_with_the_longest_list(monkeypatch):
 
 
 def check_hamming_topk(monkeypatch, k, programs, nearest):
-    monkeypatch.setattr("emblas.binary.triton._PROGRAMS", programs)
+    monkeypatch.setattr("emblas.binary.triton.select._PROGRAMS", programs)
     rows = 600
     bits = torch.arange(rows)[:, None] * 32 // rows
     codes = pack_sign((torch.arange(32) < bits).float())
@@ -116,3 +115,23 @@ def check_hamming_topk(monkeypatch, k, programs, nearest):
     expected = _op.ops()["hamming_topk"].reference(queries, codes, k)
     for actual, e in zip(run("hamming_topk", queries, codes, k), expected, strict=True):
         assert torch.equal(actual, e)
+
+
+@pytest.mark.parametrize("later_only", [False, True])
+@pytest.mark.parametrize("programs", [1, 2048])
+def test_range_search_over_many_tiles(monkeypatch, programs, later_only):
+    check_range_search(monkeypatch, programs, later_only)
+
+
+def check_range_search(monkeypatch, programs, later_only):
+    """Results and ties begin and end in the middle of tiles and chunks."""
+    monkeypatch.setattr("emblas.binary.triton.select._PROGRAMS", programs)
+    monkeypatch.setattr("emblas.binary.triton.hamming._BLOCK_CODES", 8)
+    codes = torch.randint(0, 8, (28, 1), dtype=torch.uint8)
+    for name, args in (
+        ("range_search", (codes, codes, 2, 9, None, later_only)),
+        ("range_search_csr", (codes, codes, 1, None, later_only)),
+    ):
+        expected = _op.ops()[name].reference(*args)
+        for actual, e in zip(run(name, *args), expected, strict=True):
+            assert torch.equal(actual, e)

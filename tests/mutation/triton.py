@@ -6,6 +6,7 @@ import ast
 import copy
 import dataclasses
 import importlib
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -81,6 +82,16 @@ def _mutants(kernel: InterpretedFunction) -> Iterator[tuple[str, str]]:
             yield line.strip(), text
 
 
+def _kernels(module: str) -> Iterator[InterpretedFunction]:
+    """Yield the kernels of a module, or of a package's modules."""
+    importlib.import_module(module)
+    for name in sorted(sys.modules):
+        if name == module or name.startswith(f"{module}."):
+            for value in vars(sys.modules[name]).values():
+                if isinstance(value, InterpretedFunction) and value.fn.__module__ == name:
+                    yield value
+
+
 class TritonMutants:
     """The mutants of the Triton kernels, one of which can be alive."""
 
@@ -91,9 +102,8 @@ class TritonMutants:
         modules = {"common": "emblas._triton"}
         modules |= {op.triton.split(".")[1]: op.triton for op in _op.ops().values() if op.triton}
         for family, name in modules.items():
-            for function in vars(importlib.import_module(name)).values():
-                if isinstance(function, InterpretedFunction) and function.fn.__module__ == name:
-                    self._add(family, function)
+            for function in _kernels(name):
+                self._add(family, function)
 
     def _add(self, family: str, function: InterpretedFunction) -> None:
         kernel = function.fn.__name__

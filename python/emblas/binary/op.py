@@ -155,16 +155,21 @@ _hamming_distance = Op(
     "hamming_distance",
     reference=reference.hamming_distance,
     fake=_hamming_distance_fake,
+    triton="emblas.binary.triton",
     cuda_supports=_cuda_distances,
 )
 _range_search = Op(
     "range_search",
     reference=reference.range_search,
     fake=_range_search_fake,
+    triton="emblas.binary.triton",
     cuda_supports=_cuda_range,
 )
 _range_search_csr = Op(
-    "range_search_csr", reference=reference.range_search_csr, fake=_range_search_csr_fake
+    "range_search_csr",
+    reference=reference.range_search_csr,
+    fake=_range_search_csr_fake,
+    triton="emblas.binary.triton",
 )
 _asymmetric_topk = Op(
     "asymmetric_topk", reference=reference.asymmetric_topk, fake=_asymmetric_topk_fake

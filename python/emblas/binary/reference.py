@@ -107,7 +107,7 @@ def _within(
 ) -> tuple[Tensor, Tensor]:
     distances = hamming_distance(queries, codes)
     found = allowed(filter, queries.shape[0], codes.shape[0], codes.device)
-    found = found & (distances <= radius)
+    found = found & (distances <= min(radius, NO_DISTANCE))
     return distances, found.triu(1) if later_only else found
 
 
