@@ -9,6 +9,7 @@ is counted by hand. Run as a script, this writes docs/gpu_bounds.md.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ class Work:
     written: int
     flops: int = 0  # additions and multiplications of float32
     tensor_flops: int = 0  # on tensor cores
+    binary_flops: int = 0  # the same, of single bits
     popcounts: int = 0  # of 32 bits
     slack: int = 0  # bytes or population counts more that it may take, depending on the data
 
@@ -39,14 +41,15 @@ class Device:
     bandwidth: float  # bytes a second
     flops: float  # float32, a second
     tensor_flops: float  # of bfloat16, dense, a second
+    binary_flops: float  # of single bits, a second; infinite where nothing is published
     popcounts: float  # a second: 16 a clock and multiprocessor (CUDA C++ Programming Guide)
 
 
 # Data sheets of NVIDIA: A100 80GB SXM, H100 SXM, HGX B200 (one GPU).
 DEVICES = (
-    Device("A100", 2.039e12, 19.5e12, 312e12, 108 * 1.41e9 * 16),
-    Device("H100", 3.35e12, 67e12, 989e12, 132 * 1.98e9 * 16),
-    Device("B200", 8.0e12, 75e12, 2250e12, 148 * 1.965e9 * 16),
+    Device("A100", 2.039e12, 19.5e12, 312e12, 4992e12, 108 * 1.41e9 * 16),
+    Device("H100", 3.35e12, 67e12, 989e12, math.inf, 132 * 1.98e9 * 16),
+    Device("B200", 8.0e12, 75e12, 2250e12, math.inf, 148 * 1.965e9 * 16),
 )
 
 
@@ -307,63 +310,138 @@ def _pack(kernel: str) -> Callable[[Packing], dict[str, Work]]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Search:
-    """The k nearest of the codes for every query."""
+class Distances:
+    """Hamming distances of all queries from all codes."""
 
     queries: int
     codes: int
     width: int  # bytes of a code
-    k: int
 
     def __str__(self) -> str:
-        return f"{self.queries} queries, {self.codes} codes of {8 * self.width} bits, k = {self.k}"
+        return f"{self.queries} queries, {self.codes} codes of {8 * self.width} bits"
 
     @property
     def read(self) -> int:
         return (self.queries + self.codes) * self.width
 
     @property
+    def words(self) -> int:
+        return -(-self.width // 4)
+
+    @property
     def popcounts(self) -> int:
-        return self.queries * self.codes * -(-self.width // 4)
+        return self.queries * self.codes * self.words
 
     def arguments(self) -> tuple[Any, ...]:
-        queries, codes = (
+        return tuple(
             torch.randint(0, 256, (n, self.width), dtype=torch.uint8)
             for n in (self.queries, self.codes)
         )
-        return queries, codes, self.k
+
+
+@dataclasses.dataclass(frozen=True)
+class Search(Distances):
+    """The k nearest of the codes for every query."""
+
+    k: int
+
+    def __str__(self) -> str:
+        return f"{super().__str__()}, k = {self.k}"
+
+    def arguments(self) -> tuple[Any, ...]:
+        return *super().arguments(), self.k
+
+
+@dataclasses.dataclass(frozen=True)
+class RangeSearch(Search):
+    """Up to k of the codes within a radius of every query, and how many there are."""
+
+    radius: int
+
+    def __str__(self) -> str:
+        return f"{super().__str__()}, radius {self.radius}"
+
+    @property
+    def bins(self) -> int:
+        return min(self.radius, 8 * self.width) + 1
+
+    def arguments(self) -> tuple[Any, ...]:
+        queries, codes, k = super().arguments()
+        return queries, codes, self.radius, k, None, False
+
+
+@dataclasses.dataclass(frozen=True)
+class AllInRange(RangeSearch):
+    """All of the codes within a radius of every query; k of them is a guess."""
+
+    def arguments(self) -> tuple[Any, ...]:
+        return *Distances.arguments(self), self.radius, None, False
+
+
+def _scan_cuda(d: Distances, written: int, slack: int = 0) -> dict[str, Work]:
+    """One pass over the codes, on tensor cores from 5 queries on."""
+    if d.queries <= 4:
+        return {"scan_codes": Work(d.read, written, popcounts=d.popcounts, slack=slack)}
+    # |a xor b| = |a| + |b| - 2 |a and b|, once more for each 32 queries and each 256 codes.
+    norms = d.words * (-(-d.queries // 32) * d.codes + -(-d.codes // 256) * d.queries)
+    products = 2 * 8 * d.queries * d.codes * d.width
+    scan = Work(d.read, written, popcounts=norms, binary_flops=products, slack=slack)
+    return {"scan_codes_by_mma": scan}
+
+
+def _distances_cuda(d: Distances) -> dict[str, Work]:
+    return _scan_cuda(d, 4 * d.queries * d.codes)
 
 
 def _search_cuda(s: Search) -> dict[str, Work]:
     """Lists of the nearest, one for each query and range of codes, are merged 16 to 1."""
-    together = 1 if s.queries == 1 else 4 if s.queries <= 4 else 8
+    together = 1 if s.queries == 1 else 4 if s.queries <= 4 else 32
     groups = -(-s.queries // together)
     tiles = -(-s.codes // 256)
-    tiles_per_list = -(-tiles // (max(1024 // groups, 1) * (8 // together)))
+    tiles_per_list = -(-tiles // (max(1024 // groups, 1) * max(8 // together, 1)))
     count, keep = -(-tiles // tiles_per_list), min(s.k, 256 * tiles_per_list)
+    counts = 8 * s.queries * count if isinstance(s, RangeSearch) else 0
     offered = s.queries * count * 256 * tiles_per_list
-    kernels = {
-        "scan_codes": Work(
-            s.read, s.queries * count * keep * 8, popcounts=s.popcounts, slack=16 * offered
-        )
-    }
+    kernels = _scan_cuda(s, 8 * s.queries * count * keep + counts, slack=16 * offered)
+    if counts:
+        kernels["sum_counts"] = Work(counts, 8 * s.queries)
+    merges = 0
     while count > 1:
         entries, more = s.queries * count * keep, min(s.k, 16 * keep)
         count = -(-count // 16)
-        written = 8 * s.queries * count * more
-        name = "merge_lists" + "'" * (len(kernels) - 1)
-        kernels[name] = Work(8 * entries, written, slack=16 * entries)
+        merges += 1
+        work = Work(8 * entries, 8 * s.queries * count * more, slack=16 * entries)
+        kernels[f"merge_lists #{merges}"] = work
         keep = more
-    kernels["rank_entries"] = Work(8 * s.queries * keep, 12 * s.queries * s.k)
-    return kernels
+    return kernels | {"rank_entries": Work(8 * s.queries * keep, 12 * s.queries * s.k)}
+
+
+def _programs_triton(s: Distances, together: int) -> int:
+    groups = -(-s.queries // together)
+    return max(1, min(-(-s.codes // 256), 2048 // groups))
+
+
+# The interpreter doesn't count the bits that the Triton kernels count: it knows no such operation.
+def _distances_triton(d: Distances) -> dict[str, Work]:
+    return {"_all_distances": Work(d.read, 4 * d.queries * d.codes, popcounts=d.popcounts)}
 
 
 def _search_triton(s: Search) -> dict[str, Work]:
     kept = next(size for size in (16, 64, 256) if s.k <= size)
-    groups = s.queries if s.queries == 1 or kept > 64 else -(-s.queries // 4)
-    chunks = max(1, min(-(-s.codes // 256), 2048 // groups))
-    # Counted in plain arithmetic by the interpreter, so not held to its count.
-    return {"_nearest_of_chunk": Work(s.read, s.queries * chunks * kept * 8, 0, 0, s.popcounts)}
+    chunks = _programs_triton(s, 1 if s.queries == 1 or kept > 64 else 4)
+    found = 8 * s.queries * chunks * kept
+    return {"_nearest_of_chunk": Work(s.read, found, popcounts=s.popcounts)}
+
+
+def _range_triton(s: RangeSearch) -> dict[str, Work]:
+    chunks = _programs_triton(s, 1 if s.queries == 1 else 4)
+    chunks = min(chunks, max(1, 2**24 // (s.queries * s.bins)))
+    counters = s.queries * chunks * 4 * s.bins  # of which only some are touched
+    read = s.read + 8 * s.queries + 16 * s.queries * chunks
+    return {
+        "_count_of_chunk": Work(s.read, 0, popcounts=s.popcounts, slack=counters),
+        "_collect_chunk": Work(read, 0, popcounts=s.popcounts, slack=8 * s.queries * s.k),
+    }
 
 
 # --- attention -----------------------------------------------------------------------------------
@@ -419,8 +497,13 @@ MODELS: dict[tuple[str, str], Callable[[Any], dict[str, Work]]] = {
     ("hash_bag_backward", "Triton"): _bag_backward_triton,
     ("pack_sign", "CUDA C++"): _pack("pack_rows"),
     ("pack_sign", "Triton"): _pack("_pack_sign"),
+    ("hamming_distance", "CUDA C++"): _distances_cuda,
+    ("hamming_distance", "Triton"): _distances_triton,
     ("hamming_topk", "CUDA C++"): _search_cuda,
     ("hamming_topk", "Triton"): _search_triton,
+    ("range_search", "CUDA C++"): _search_cuda,
+    ("range_search", "Triton"): _range_triton,
+    ("range_search_csr", "Triton"): _range_triton,
     ("varlen_attention", "Triton"): _attend,
 }
 # Small enough for the emulators.
@@ -444,7 +527,10 @@ SMALL: dict[str, tuple[Any, ...]] = {
         BagBackward(60, 2, 50, 20, _BF16, bag=6),
     ),
     "pack_sign": (Packing(40, 100, _F32), Packing(3, 64, _BF16)),
-    "hamming_topk": (Search(1, 600, 16, 5), Search(6, 300, 32, 20)),
+    "hamming_distance": (Distances(4, 512, 16), Distances(32, 256, 32)),
+    "hamming_topk": (Search(1, 600, 16, 5), Search(4, 300, 16, 20), Search(32, 512, 32, 9)),
+    "range_search": (RangeSearch(1, 600, 16, 5, 60), RangeSearch(32, 512, 32, 20, 110)),
+    "range_search_csr": (AllInRange(3, 600, 16, 600, 60),),
     "varlen_attention": (Attention((128, 256), 2, 64, _BF16), Attention((64, 32), 1, 64, _F32)),
 }
 # What the bounds are given for.
@@ -455,7 +541,10 @@ LARGE: dict[str, tuple[Any, ...]] = {
     "hash_bag": (Bag(1 << 18, 4, 1 << 20, 128, _F32), Bag(1 << 20, 2, 1 << 20, 64, _BF16, bag=16)),
     "hash_bag_backward": (BagBackward(1 << 18, 4, 1 << 20, 128, _F32),),
     "pack_sign": (Packing(1 << 20, 1024, _BF16),),
+    "hamming_distance": (Distances(1024, 100_000, 128),),
     "hamming_topk": (Search(1, 8_000_000, 128, 100), Search(256, 8_000_000, 128, 100)),
+    "range_search": (RangeSearch(256, 8_000_000, 128, 100, 300),),
+    "range_search_csr": (AllInRange(256, 8_000_000, 128, 100, 300),),
     "varlen_attention": (Attention((512,) * 64, 12, 64, _BF16), Attention((8192,), 16, 128, _BF16)),
 }
 
@@ -482,6 +571,7 @@ def _limit(work: Work, device: Device) -> tuple[float, str]:
         ((work.read + work.written) / device.bandwidth, "memory"),
         (work.flops / device.flops, "float32"),
         (work.tensor_flops / device.tensor_flops, "tensor cores"),
+        (work.binary_flops / device.binary_flops, "tensor cores"),
         (work.popcounts / device.popcounts, "population counts"),
     )
 
@@ -513,7 +603,7 @@ def page() -> str:
                     f"{backend} `{kernel}`",
                     _number(work.read / 1e6),
                     _number(work.written / 1e6),
-                    _number((work.flops + work.tensor_flops) / 1e9),
+                    _number((work.flops + work.tensor_flops + work.binary_flops) / 1e9),
                     *times,
                     _limit(work, DEVICES[1])[1],
                 )

@@ -21,7 +21,8 @@ def test_interpreter_counts_the_same(operator, shape):
         kernel.run(*arguments)
     assert [launch.kernel for launch in launches] == list(expected)
     for launch, work in zip(launches, expected.values(), strict=True):
-        assert (launch.read, launch.written) == (work.read, work.written), launch.kernel
+        assert work.read <= launch.read <= work.read + work.slack, launch.kernel
+        assert work.written <= launch.written <= work.written + work.slack, launch.kernel
         assert launch.tensor_flops == work.tensor_flops, launch.kernel
 
 
