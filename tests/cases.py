@@ -285,6 +285,37 @@ def _range_search_csr() -> Iterator[tuple[str, Callable[[], Case]]]:
         yield name, lambda make=make: Case((*make().args[:3], *make().args[4:]))
 
 
+def _asymmetric_topk() -> Iterator[tuple[str, Callable[[], Case]]]:
+    def case(queries: int, rows: int, dim: int, k: int, *, planes: int = 1, **options: Any) -> Case:
+        # Whole numbers: sums are exact, and ties are ties everywhere.
+        wanted = torch.randint(-9, 10, (queries, dim)).float()
+        codes = _codes(rows, planes * ((dim + 7) // 8), 4)
+        if options.get("ids"):
+            filter = torch.arange(0, rows, 7)
+        else:
+            bitmaps = options.get("bitmaps")
+            filter = _codes(bitmaps, (rows + 7) // 8) if bitmaps else None
+        scale = 0.5 ** torch.randint(0, 3, (rows,)) if options.get("scale") else None
+        return Case((wanted, codes, k, filter, scale), dim)
+
+    for name, options in {
+        "one query": {"queries": 1},
+        "3 queries": {"queries": 3},
+        "no query": {"queries": 0},
+        "no code": {"rows": 0},
+        "k > rows": {"rows": 9},
+        "one dimension": {"dim": 1},
+        "2 planes": {"planes": 2},
+        "4 planes, odd dim": {"planes": 4, "dim": 77},
+        "scale": {"scale": True},
+        "bitmap": {"bitmaps": 1},
+        "bitmaps": {"bitmaps": 3, "queries": 3, "scale": True},
+        "ids": {"ids": True, "scale": True},
+    }.items():
+        shape = {"queries": 2, "rows": 300, "dim": 40, "k": 20}
+        yield name, lambda a={**shape, **options}: case(**a)
+
+
 def _codes_k(queries: int, rows: int, width: int, k: int) -> tuple[Tensor, int]:
     return _codes(rows, width), k
 
@@ -366,5 +397,6 @@ CASES: dict[str, dict[str, Callable[[], Case]]] = {
     "hamming_topk": dict(_hamming_topk()),
     "range_search": dict(_range_search()),
     "range_search_csr": dict(_range_search_csr()),
+    "asymmetric_topk": dict(_asymmetric_topk()),
     "varlen_attention": {**dict(_attention()), **dict(_attention_halves())},
 }

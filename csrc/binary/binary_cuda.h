@@ -27,11 +27,12 @@ struct CodeRows {
   int64_t count;
 };
 
-inline constexpr int64_t kMaxCodeBytes = 4095;            // a distance has 15 bits
-inline constexpr int64_t kMaxResults = int64_t(1) << 28;  // k, so that an index has 32 bits
-inline constexpr int kTileRows = 256;                     // rows that a block compares at once
-inline constexpr int kMergedLists = 16;                   // lists that become one
-inline constexpr int kListSlack = 256;                    // a list grows by so much, then shrinks
+inline constexpr int64_t kMaxCodeBytes = 4095;               // a distance has 15 bits
+inline constexpr int64_t kMaxResults = int64_t(1) << 28;     // k, so that an index has 32 bits
+inline constexpr int64_t kMaxRows = (int64_t(1) << 32) - 1;  // a row has 32 bits
+inline constexpr int kTileRows = 256;                        // rows that a block compares at once
+inline constexpr int kMergedLists = 16;                      // lists that become one
+inline constexpr int kListSlack = 256;  // a list grows by so much, then shrinks
 
 // Lists of the rows found, one for each query and each range of `rows_per_list` rows.
 struct Lists {
@@ -42,7 +43,7 @@ struct Lists {
 
 // How a search is cut, from shapes alone.
 struct SearchPlan {
-  int queries_per_block;  // which share a pass over the codes: 1, 4, or 32 on tensor cores
+  int queries_per_block;  // which share a pass over the codes: 1 to 4, or 32 on tensor cores
   int64_t tiles_per_list;
   Lists lists;
 
@@ -50,8 +51,12 @@ struct SearchPlan {
   // A warp of a block takes one query and one list at a time.
   int lists_per_block() const { return queries_per_block < 8 ? 8 / queries_per_block : 1; }
 };
-// `blocks`: how many fill the device. `tensor_cores`: use them where the device has them.
-SearchPlan plan_search(int64_t queries, int64_t rows, int64_t k, int64_t blocks, bool tensor_cores);
+// `blocks`: how many fill the device.
+SearchPlan plan_search(int64_t queries, int64_t rows, int64_t k, int64_t blocks,
+                       int queries_per_block);
+// `tensor_cores`: use them where the device has them.
+int hamming_queries_per_block(int64_t queries, bool tensor_cores);
+inline int score_queries_per_block(int64_t queries) { return queries == 1 ? 1 : 2; }
 // The lists that `lists` become in one merge.
 Lists merged_lists(const Lists& lists, int64_t k);
 
@@ -69,25 +74,46 @@ struct RowFilter {
   int64_t id_count;
 };
 
-struct SearchArgs {
-  CodeRows queries, codes;
-  int64_t bytes;    // of a code
+// What all searches share.
+struct Search {
+  int64_t queries;
+  int64_t rows;
   int64_t k;        // 0 only counts
-  int64_t radius;   // only distances up to it are found
   bool later_only;  // only rows after the query's own number
   RowFilter filter;
-  SearchPlan plan;  // for codes.count rows, or filter.id_count where there are ids
+  SearchPlan plan;  // for as many rows as there are places
   uint64_t* lists;
   uint64_t* merged;
   int64_t* list_counts;  // workspace [queries, plan.lists.count], or null
-  int32_t* distances;    // [queries, k]
   int64_t* ids;          // [queries, k]
   int64_t* counts;       // [queries], where there are list_counts
+
+  int64_t places() const { return filter.ids ? filter.id_count : rows; }
 };
-void hamming_search(const SearchArgs& args, void* stream);
+// From the lists that a scan has filled to results; values are distances of `bits` or scores.
+template <int bits, class Value>
+void finish_search(const Search& search, Value* values, void* stream);
+
+// Distances up to the radius.
+void hamming_search(const Search& search, const CodeRows& queries, const CodeRows& codes,
+                    int64_t bytes, int64_t radius, int32_t* distances, void* stream);
 
 // out: [queries, codes].
 void hamming_distance(const CodeRows& queries, const CodeRows& codes, int64_t bytes,
                       const SearchPlan& plan, int32_t* out, void* stream);
+
+inline constexpr int64_t kScoreQueries = 256;  // that have tables at the same time
+
+struct ScoreArgs {
+  const float* queries;  // [queries, dim], rows `query_stride` elements apart
+  int64_t query_stride;
+  int64_t dim;
+  CodeRows codes;
+  int64_t bytes;       // of a code, a multiple of ceil(dim / 8)
+  const float* scale;  // [rows], or null for 1
+  float* tables;       // workspace [min(queries, kScoreQueries), bytes, 32]
+};
+// The plan and the workspaces are for up to kScoreQueries queries, the first ones.
+void asymmetric_search(const Search& search, const ScoreArgs& args, float* scores, void* stream);
 
 }  // namespace emblas::cuda

@@ -1,5 +1,6 @@
 // Bit codes as torch operators on CUDA tensors: emblas::<op>_cuda, which the router of the public
 // operator calls.
+#include <algorithm>
 #include <optional>
 #include <tuple>
 
@@ -35,6 +36,7 @@ cuda::CodeRows code_rows(const DeviceCall& call, const Tensor& codes, const char
   call.check_rows(codes, message);
   check(has_dtype<uint8_t>(codes), message);
   check(codes.size(1) <= cuda::kMaxCodeBytes, "codes must not be longer than 4095 bytes");
+  check(codes.size(0) <= cuda::kMaxRows, "codes must have less than 2^32 rows");
   return {call.read<uint8_t>(codes), codes.stride(0), codes.size(0)};
 }
 
@@ -55,47 +57,67 @@ cuda::RowFilter row_filter(const DeviceCall& call, const std::optional<Tensor>& 
   return {nullptr, 0, filter->size(0) ? call.read<int64_t>(*filter) : &none, filter->size(0)};
 }
 
-struct Found {
-  Tensor distances, ids, counts;
+// A search, with its workspaces and the results that don't depend on what is searched. `queries`:
+// for how many the workspaces are; `blocks`: how many fill the device.
+struct Prepared {
+  Tensor lists, merged, list_counts, ids, counts;
+  cuda::Search search;
 };
-// `blocks`, how many fill the device, and `tensor_cores` are for tests.
-Found search(const Tensor& queries, const Tensor& codes, int64_t k, int64_t radius,
-             const std::optional<Tensor>& filter, bool later_only, bool count, int64_t blocks,
-             bool tensor_cores) {
+Prepared prepare(const DeviceCall& call, int64_t queries, const Tensor& codes, int64_t k,
+                 const std::optional<Tensor>& filter, bool count, int64_t blocks,
+                 int queries_per_block, int64_t queries_at_once) {
+  check(k >= 0 && k <= cuda::kMaxResults, "the number of results must be between 0 and 2^28");
+  check(blocks >= 1, "blocks must be at least 1");
+  const int64_t rows = codes.size(0);
+  cuda::Search search{};
+  search.queries = queries;
+  search.rows = rows;
+  search.k = k;
+  search.filter = row_filter(call, filter, queries, rows);
+  search.plan = cuda::plan_search(queries_at_once, search.places(), k, blocks, queries_per_block);
+  const cuda::Workspaces sizes = cuda::search_workspaces(search.plan, queries_at_once, k);
+  Prepared out{call.empty<1>(ScalarType::Long, {sizes.lists}),
+               call.empty<1>(ScalarType::Long, {sizes.merged}),
+               call.empty<2>(ScalarType::Long, {count ? queries : 0, search.plan.lists.count}),
+               call.empty<2>(ScalarType::Long, {queries, k}),
+               call.empty<1>(ScalarType::Long, {count ? queries : 0}),
+               search};
+  out.search.lists = call.write<uint64_t>(out.lists);
+  out.search.merged = call.write<uint64_t>(out.merged);
+  out.search.list_counts = count ? call.write<int64_t>(out.list_counts) : nullptr;
+  out.search.ids = call.write<int64_t>(out.ids);
+  out.search.counts = call.write<int64_t>(out.counts);
+  return out;
+}
+
+// counts, distances, ids. `blocks` and `tensor_cores` are for tests.
+std::tuple<Tensor, Tensor, Tensor> search_codes(const Tensor& queries, const Tensor& codes,
+                                                int64_t k, int64_t radius,
+                                                const std::optional<Tensor>& filter,
+                                                bool later_only, bool count, int64_t blocks,
+                                                bool tensor_cores) {
   const DeviceCall call(queries);
   const auto wanted =
       code_rows(call, queries, "queries must be uint8 (queries, bytes), rows contiguous");
   const auto documents =
       code_rows(call, codes, "codes must be uint8 (rows, bytes), rows contiguous");
   check(queries.size(1) == codes.size(1), "queries and codes must have the same width in bytes");
-  check(documents.count < int64_t(1) << 48, "codes have too many rows");
-  const cuda::RowFilter allowed = row_filter(call, filter, wanted.count, documents.count);
-  const int64_t places = allowed.ids ? allowed.id_count : documents.count;
-  const cuda::SearchPlan plan = cuda::plan_search(wanted.count, places, k, blocks, tensor_cores);
-  const cuda::Workspaces sizes = cuda::search_workspaces(plan, wanted.count, k);
-  const Tensor lists = call.empty<1>(ScalarType::Long, {sizes.lists});
-  const Tensor merged = call.empty<1>(ScalarType::Long, {sizes.merged});
-  const Tensor list_counts =
-      call.empty<1>(ScalarType::Long, {count ? wanted.count * plan.lists.count : 0});
-  Found found{call.empty<2>(ScalarType::Int, {wanted.count, k}),
-              call.empty<2>(ScalarType::Long, {wanted.count, k}),
-              call.empty<1>(ScalarType::Long, {count ? wanted.count : 0})};
-  cuda::hamming_search(
-      {wanted, documents, codes.size(1), k, radius, later_only, allowed, plan,
-       call.write<uint64_t>(lists), call.write<uint64_t>(merged),
-       count ? call.write<int64_t>(list_counts) : nullptr, call.write<int32_t>(found.distances),
-       call.write<int64_t>(found.ids), call.write<int64_t>(found.counts)},
-      call.stream());
-  return found;
+  Prepared prepared =
+      prepare(call, wanted.count, codes, k, filter, count, blocks,
+              cuda::hamming_queries_per_block(wanted.count, tensor_cores), wanted.count);
+  prepared.search.later_only = later_only;
+  const Tensor distances = call.empty<2>(ScalarType::Int, {wanted.count, k});
+  cuda::hamming_search(prepared.search, wanted, documents, codes.size(1), radius,
+                       call.write<int32_t>(distances), call.stream());
+  return {prepared.counts, distances, prepared.ids};
 }
 
 std::tuple<Tensor, Tensor> hamming_topk_cuda(const Tensor& queries, const Tensor& codes, int64_t k,
                                              const std::optional<Tensor>& filter, int64_t blocks,
                                              bool tensor_cores) {
-  check(k >= 0 && k <= cuda::kMaxResults, "k must be between 0 and 2^28");
-  const Found found = search(queries, codes, k, 8 * cuda::kMaxCodeBytes, filter, false, false,
-                             blocks, tensor_cores);
-  return {found.distances, found.ids};
+  const auto [counts, distances, ids] = search_codes(queries, codes, k, 8 * cuda::kMaxCodeBytes,
+                                                     filter, false, false, blocks, tensor_cores);
+  return {distances, ids};
 }
 
 std::tuple<Tensor, Tensor, Tensor> range_search_cuda(const Tensor& queries, const Tensor& codes,
@@ -104,11 +126,36 @@ std::tuple<Tensor, Tensor, Tensor> range_search_cuda(const Tensor& queries, cons
                                                      bool later_only, int64_t blocks,
                                                      bool tensor_cores) {
   check(radius >= 0, "radius must not be negative");
-  check(max_results >= 0 && max_results <= cuda::kMaxResults,
-        "max_results must be between 0 and 2^28");
-  const Found found =
-      search(queries, codes, max_results, radius, filter, later_only, true, blocks, tensor_cores);
-  return {found.counts, found.distances, found.ids};
+  return search_codes(queries, codes, max_results, radius, filter, later_only, true, blocks,
+                      tensor_cores);
+}
+
+std::tuple<Tensor, Tensor> asymmetric_topk_cuda(const Tensor& queries, const Tensor& codes,
+                                                int64_t k, const std::optional<Tensor>& filter,
+                                                const std::optional<Tensor>& scale,
+                                                int64_t blocks) {
+  const DeviceCall call(queries);
+  call.check_rows(queries, "queries must be float32 (queries, dim), rows contiguous");
+  check(has_dtype<float>(queries), "queries must be float32 (queries, dim), rows contiguous");
+  const auto documents =
+      code_rows(call, codes, "codes must be uint8 (rows, bytes), rows contiguous");
+  const int64_t count = queries.size(0), dim = queries.size(1), width = (dim + 7) / 8;
+  const int64_t bytes = codes.size(1), at_once = std::min(count, cuda::kScoreQueries);
+  check(dim > 0 && bytes > 0 && bytes % width == 0,
+        "codes must hold one or more planes of ceil(dim / 8) bytes");
+  if (scale) {
+    call.check_vector<float>(*scale, documents.count,
+                             "scale must be a float32 vector, one per code");
+  }
+  const Prepared prepared = prepare(call, count, codes, k, filter, false, blocks,
+                                    cuda::score_queries_per_block(count), at_once);
+  const Tensor scores = call.empty<2>(ScalarType::Float, {count, k});
+  const Tensor tables = call.empty<1>(ScalarType::Float, {at_once * bytes * 32});
+  cuda::asymmetric_search(prepared.search,
+                          {call.read<float>(queries), queries.stride(0), dim, documents, bytes,
+                           call.read<float>(scale), call.write<float>(tables)},
+                          call.write<float>(scores), call.stream());
+  return {scores, prepared.ids};
 }
 
 Tensor hamming_distance_cuda(const Tensor& a, const Tensor& b, int64_t blocks, bool tensor_cores) {
@@ -117,9 +164,11 @@ Tensor hamming_distance_cuda(const Tensor& a, const Tensor& b, int64_t blocks, b
   const auto right = code_rows(call, b, "b must be uint8 (rows, bytes), rows contiguous");
   check(a.size(1) == b.size(1), "a and b must have the same width in bytes");
   const Tensor distances = call.empty<2>(ScalarType::Int, {left.count, right.count});
-  cuda::hamming_distance(left, right, a.size(1),
-                         cuda::plan_search(left.count, right.count, 0, blocks, tensor_cores),
-                         call.write<int32_t>(distances), call.stream());
+  cuda::hamming_distance(
+      left, right, a.size(1),
+      cuda::plan_search(left.count, right.count, 0, blocks,
+                        cuda::hamming_queries_per_block(left.count, tensor_cores)),
+      call.write<int32_t>(distances), call.stream());
   return distances;
 }
 
@@ -138,10 +187,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(EMBLAS_CUDA_NAMESPACE, library) {
   library.def(
       "hamming_distance_cuda(Tensor a, Tensor b, int blocks=1024, bool tensor_cores=True)"
       " -> Tensor");
+  library.def(
+      "asymmetric_topk_cuda(Tensor queries, Tensor codes, int k, Tensor? filter=None,"
+      " Tensor? scale=None, int blocks=1024) -> (Tensor scores, Tensor ids)");
 }
 STABLE_TORCH_LIBRARY_IMPL(EMBLAS_CUDA_NAMESPACE, EMBLAS_CUDA_KEY, library) {
   library.impl("pack_sign_cuda", TORCH_BOX(&emblas::pack_sign_cuda));
   library.impl("hamming_topk_cuda", TORCH_BOX(&emblas::hamming_topk_cuda));
   library.impl("range_search_cuda", TORCH_BOX(&emblas::range_search_cuda));
+  library.impl("asymmetric_topk_cuda", TORCH_BOX(&emblas::asymmetric_topk_cuda));
   library.impl("hamming_distance_cuda", TORCH_BOX(&emblas::hamming_distance_cuda));
 }

@@ -19,6 +19,7 @@
 // meanwhile, once for 32 queries.
 #pragma once
 
+#include "binary/codes_cuda.cuh"
 #include "binary/nearest_cuda.cuh"
 
 namespace emblas::cuda {
@@ -36,29 +37,6 @@ struct ScanArgs {
   Places places;
 };
 
-using CodeTile = uint4[kTileRows][kSlabPieces + 1];
-
-// `valid` bytes of a code, filled up with zeros to 16. `unit`: what address, stride and width are
-// multiples of, 16, 4 or 1.
-template <int unit>
-__device__ inline uint4 load_piece(const uint8_t* from, int valid) {
-  if constexpr (unit == 16) {
-    return valid > 0 ? simt::load_16_bytes(from) : uint4{};
-  } else {
-    uint32_t words[4] = {};
-    if constexpr (unit == 4) {
-      for (int i = 0; i < 4; ++i) {
-        if (4 * i < valid) words[i] = reinterpret_cast<const uint32_t*>(from)[i];
-      }
-    } else {
-      for (int i = 0; i < 16; ++i) {
-        if (i < valid) words[i / 4] |= uint32_t(from[i]) << i % 4 * 8;
-      }
-    }
-    return {words[0], words[1], words[2], words[3]};
-  }
-}
-
 __device__ inline int bits_set(const uint4& a) {
   return __popc(a.x) + __popc(a.y) + __popc(a.z) + __popc(a.w);
 }
@@ -66,27 +44,8 @@ __device__ inline int differing_bits(const uint4& a, const uint4& b) {
   return bits_set({a.x ^ b.x, a.y ^ b.y, a.z ^ b.z, a.w ^ b.w});
 }
 
-// Copies `pieces` times 16 bytes of each code of a tile to shared memory.
-template <int unit>
-__device__ inline void load_codes(const ScanArgs& args, int64_t first_place, int offset, int pieces,
-                                  CodeTile& tile) {
-  static_assert(kTileRows == kSearchThreads);
-  uint4 piece[kSlabPieces];  // all on their way at once
-  for (int j = 0; j < kSlabPieces; ++j) {
-    if (j >= pieces) continue;
-    const int at = threadIdx.x + j * kSearchThreads, byte = offset + at % pieces * 16;
-    const int64_t row = args.places.row(first_place + at / pieces);
-    piece[j] =
-        load_piece<unit>(args.codes.data + row * args.codes.stride + byte, args.bytes - byte);
-  }
-  for (int j = 0; j < kSlabPieces; ++j) {
-    if (j >= pieces) continue;
-    const int at = threadIdx.x + j * kSearchThreads;
-    simt::store_16_bytes(&tile[at / pieces][at % pieces], piece[j]);
-  }
-}
-
-// The same of the block's queries; beyond the end the last one stands in.
+// Copies `pieces` times 16 bytes of each of the block's queries to shared memory; beyond the end
+// the last one stands in.
 template <int unit, int queries, int width>
 __device__ inline void load_queries(const ScanArgs& args, int64_t first_query, int offset,
                                     int pieces, uint4 (&wanted)[queries][width]) {
@@ -120,7 +79,7 @@ __global__ void __launch_bounds__(kSearchThreads, 3) scan_codes(ScanArgs args, S
       do {
         const int left = args.bytes - offset;
         const int pieces = left < kSlabBytes ? (left + 15) / 16 : kSlabPieces;
-        load_codes<unit>(args, first_place, offset, pieces, tile);
+        load_codes<unit>(args.codes, args.places, first_place, args.bytes, offset, pieces, tile);
         load_queries<unit>(args, first_query, offset, pieces, wanted);
         __syncthreads();
 #pragma unroll 1  // registers
@@ -169,7 +128,7 @@ __global__ void __launch_bounds__(kSearchThreads, 2) scan_codes_by_mma(ScanArgs 
     do {
       const int left = args.bytes - offset;
       const int pieces = left < kSlabBytes ? (left + kMmaBytes - 1) / kMmaBytes * 2 : kSlabPieces;
-      load_codes<unit>(args, first_place, offset, pieces, tile);
+      load_codes<unit>(args.codes, args.places, first_place, args.bytes, offset, pieces, tile);
       load_queries<unit>(args, first_query, offset, pieces, wanted);
       __syncthreads();
 #pragma unroll 1  // registers

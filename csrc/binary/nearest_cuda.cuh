@@ -1,18 +1,14 @@
-// The nearest rows on a GPU: lists that one warp each fills, merges, and puts in order.
+// The nearest rows on a GPU: lists that one warp each fills.
 //
-// Distances are whole numbers below 2^15 and results are ordered by distance, then by row, so one
-// number says it all: an entry is the distance above 48 bits of row. A list is offered rows in
-// ascending order. It appends those that are nearer than its limit, and when it has grown by
-// kListSlack it shrinks to the `keep` nearest: three histograms, of five bits each, give the
-// distance of the last one kept, which is the new limit (a later row at that distance comes after
-// `keep` others). After the first few hundred rows hardly any row passes the
+// Results are ordered by distance, a number of up to 32 bits, and then by row, so one number says
+// it all: an entry is the distance above 32 bits of row. Scores become distances that order the
+// same. A list is offered rows in ascending order. It appends those that are nearer than its limit,
+// and when it has grown by kListSlack it shrinks to the `keep` nearest: histograms of five bits at
+// a time give the distance of the last one kept, which is the new limit (a later row at that
+// distance comes after `keep` others). After the first few hundred rows hardly any row passes the
 // limit, so a row costs one comparison. Nothing depends on the order in which threads run.
 //
-// Lists of neighbouring ranges are merged the same way, 16 to 1, until each query has one. Ranking
-// counts for each entry how many are smaller: k^2 comparisons, all independent.
-//
-// Bytes: 8 for each entry kept, written and read once in a merge; list memory stays in the L2
-// cache.
+// Bytes: 8 for each entry kept, written once; list memory stays in the L2 cache.
 #pragma once
 
 #include "binary/binary_cuda.h"
@@ -20,34 +16,39 @@
 
 namespace emblas::cuda {
 
+inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+inline constexpr int kHammingBits = 15;  // of distances of codes up to kMaxCodeBytes
+inline constexpr int kScoreBits = 32;
 inline constexpr int kSearchWarps = 8;
 inline constexpr int kSearchThreads = 32 * kSearchWarps;
-inline constexpr int kRowBits = 48;
-inline constexpr int kDistanceBits = 15;
 inline constexpr uint64_t kNothing = ~uint64_t(0);  // fills a list that found too few
-inline constexpr unsigned kNoDistance = 0xffff;     // of a row that is not to be found
+inline constexpr unsigned kNoDistance = ~0u;        // of a row that is not to be found
 
-__device__ inline unsigned distance_of(uint64_t entry) { return unsigned(entry >> kRowBits); }
+__device__ inline unsigned distance_of(uint64_t entry) { return unsigned(entry >> 32); }
 __device__ inline uint64_t entry_of(unsigned distance, int64_t row) {
-  return uint64_t(distance) << kRowBits | uint64_t(row);
+  return uint64_t(distance) << 32 | uint64_t(row);
 }
 
-// A list and its state, held by the 32 lanes of a warp, which call everything together.
+struct ListState {
+  int count;
+  unsigned limit;  // only distances below are found
+};
+
+// A list and its state, held by the 32 lanes of a warp, which call everything together. Distances
+// have `bits`.
+template <int bits>
 class Nearest {
  public:
-  struct State {
-    int count;
-    unsigned limit;  // only distances below are found
-  };
   // `bins` is shared memory of this warp.
-  __device__ Nearest(uint64_t* list, int keep, State state, unsigned (&bins)[32])
+  __device__ Nearest(uint64_t* list, int keep, ListState state, unsigned (&bins)[32])
       : list_(list),
         bins_(bins),
         keep_(keep),
         count_(state.count),
         limit_(state.limit),
         lane_(threadIdx.x % 32) {}
-  __device__ State state() const { return {count_, limit_}; }
+  __device__ ListState state() const { return {count_, limit_}; }
 
   // Each lane offers one entry; entries come in ascending order of rows, over lanes and calls. The
   // last call leaves `keep` entries in this order, kNothing at the end if they are too few.
@@ -69,12 +70,12 @@ class Nearest {
   __device__ __forceinline__ void shrink() {
     // The keep-th smallest distance, five bits at a time; `ties` of the entries at it are kept.
     unsigned last = 0, ties = unsigned(keep_);
-    for (int shift = kDistanceBits - 5; shift >= 0; shift -= 5) {
+    for (int shift = (bits - 1) / 5 * 5; shift >= 0; shift -= 5) {
       bins_[lane_] = 0;
       __syncwarp();
       for (int i = lane_; i < count_; i += 32) {
         const unsigned distance = distance_of(list_[i]);
-        if (distance >> (shift + 5) == last) atomicAdd(&bins_[distance >> shift & 31], 1u);
+        if (distance >> shift >> 5 == last) atomicAdd(&bins_[distance >> shift & 31], 1u);
       }
       __syncwarp();
       last = last << 5 | bin_of(ties);
@@ -144,6 +145,7 @@ struct Places {
 
 // Takes distances of a tile, for one query and one list of `tiles_per_list` tiles: keeps the
 // nearest and counts.
+template <int bits>
 struct KeepNearest {
   Lists lists;
   unsigned limit;   // only distances below count
@@ -151,19 +153,19 @@ struct KeepNearest {
   int64_t* counts;  // [queries, lists.count], or null
 
   struct State {
-    Nearest::State nearest;
+    ListState nearest;
     int64_t within;
   };
-  template <class ScanArgs>
+  template <class ScanArgs, class Distance>
   __device__ void take(const ScanArgs& args, int64_t query, int64_t list, int64_t t,
-                       const uint16_t* distances, State& state) const {
+                       const Distance* distances, State& state) const {
     SIMT_SHARED(unsigned, bins, [kSearchWarps][32]);
     const int lane = threadIdx.x % 32;
     const int64_t own = query * lists.count + list;
     const State before = t ? state : State{{0, lists.keep ? limit : 0}, 0};
     const bool last = t + 1 == args.tiles_per_list;
-    Nearest nearest(found + own * lists.capacity, lists.keep, before.nearest,
-                    bins[threadIdx.x / 32]);
+    Nearest<bits> nearest(found + own * lists.capacity, lists.keep, before.nearest,
+                          bins[threadIdx.x / 32]);
     int64_t within = before.within;
 #pragma unroll 1  // an offer is long
     for (int i = 0; i < kTileRows; i += 32) {
@@ -196,73 +198,27 @@ struct WriteDistances {
   }
 };
 
-// A warp adds up the counts of a query's lists. Grid (ceil(queries / kSearchWarps)).
-__global__ void __launch_bounds__(kSearchThreads)
-    sum_counts(const int64_t* of_lists, int64_t lists, int64_t queries, int64_t* counts) {
-  const int64_t query = int64_t(blockIdx.x) * kSearchWarps + threadIdx.x / 32;
-  if (query >= queries) return;
-  int64_t total = 0;
-  for (int64_t i = threadIdx.x % 32; i < lists; i += 32) total += of_lists[query * lists + i];
-  total = simt::warp_sum(total);
-  if (threadIdx.x % 32 == 0) counts[query] = total;
+// A distance, or the score that `distance_of_score` made one.
+template <class Value>
+__device__ inline Value value_of(unsigned distance);
+template <>
+__device__ inline int32_t value_of<int32_t>(unsigned distance) {
+  return distance == kNoDistance ? INT32_MAX : int32_t(distance);
 }
-
-// A warp merges up to kMergedLists lists of a query. Grid (ceil(queries * to.count /
-// kSearchWarps)).
-__global__ void __launch_bounds__(kSearchThreads, 4)
-    merge_lists(const uint64_t* entries, Lists from, uint64_t* merged, Lists to, int64_t queries) {
-  SIMT_SHARED(unsigned, bins, [kSearchWarps][32]);
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int64_t own = int64_t(blockIdx.x) * kSearchWarps + warp;
-  if (own >= queries * to.count) return;
-  const int64_t query = own / to.count, first = own % to.count * kMergedLists;
-  const int64_t left = from.count - first;
-  const unsigned keep = unsigned(from.keep);
-  const unsigned count = unsigned(left < kMergedLists ? left : kMergedLists) * keep;
-  entries += (query * from.count + first) * from.capacity;
-  Nearest nearest(merged + own * to.capacity, to.keep, {0, kNoDistance}, bins[warp]);
-  constexpr int ahead = 4;  // loads under way
-  for (unsigned at = 0; at < count; at += 32 * ahead) {
-    uint64_t entry[ahead];
-#pragma unroll
-    for (int j = 0; j < ahead; ++j) {
-      const unsigned i = at + 32 * j + lane;
-      entry[j] = i < count ? entries[i / keep * from.capacity + i % keep] : kNothing;
-    }
-#pragma unroll
-    for (int j = 0; j < ahead; ++j) {
-      nearest.offer(entry[j], j == ahead - 1 && at + 32 * ahead >= count);
-    }
-  }
+template <>
+__device__ inline float value_of<float>(unsigned distance) {
+  if (distance == kNoDistance) return -INFINITY;
+  const uint32_t bits = distance >> 31 ? distance : ~distance & 0x7fffffffu;
+  float score;
+  memcpy(&score, &bits, 4);
+  return score;
 }
-
-// A thread places one entry of a query's last list; `rows` translates if given. Grid (queries *
-// ceil(k / kSearchThreads)).
-__global__ void __launch_bounds__(kSearchThreads)
-    rank_entries(const uint64_t* entries, Lists list, int64_t k, const int64_t* rows,
-                 int32_t* distances, int64_t* ids) {
-  SIMT_SHARED(uint64_t, others, [kSearchThreads]);
-  const int64_t blocks = (k + kSearchThreads - 1) / kSearchThreads;  // of a query
-  const int64_t query = blockIdx.x / blocks;
-  const int64_t i = blockIdx.x % blocks * kSearchThreads + threadIdx.x;
-  entries += query * list.capacity;
-  const uint64_t own = i < list.keep ? entries[i] : kNothing;
-  int64_t rank = 0;
-  for (int64_t first = 0; first < list.keep; first += kSearchThreads) {
-    const int64_t left = list.keep - first;
-    const int count = int(left < kSearchThreads ? left : kSearchThreads);
-    if (threadIdx.x < unsigned(count)) others[threadIdx.x] = entries[first + threadIdx.x];
-    __syncthreads();
-    for (int o = 0; o < count; ++o) rank += others[o] < own;
-    __syncthreads();
-  }
-  if (i >= k) return;
-  // Only the end of the list and what is beyond can hold nothing: place i is free then.
-  const bool found = own != kNothing;
-  const int64_t at = query * k + (found ? rank : i);
-  distances[at] = found ? int32_t(distance_of(own)) : INT32_MAX;
-  const int64_t row = int64_t(own & ((uint64_t(1) << kRowBits) - 1));
-  ids[at] = !found ? -1 : rows ? rows[row] : row;
+// Ascending where scores descend; NaN comes last, -0 ties with 0.
+__device__ inline unsigned distance_of_score(float score) {
+  score = score == score ? score + 0.0f : -INFINITY;
+  uint32_t bits;
+  memcpy(&bits, &score, 4);
+  return bits >> 31 ? bits : ~bits & 0x7fffffffu;
 }
 
 }  // namespace emblas::cuda

@@ -20,8 +20,10 @@ add_library(torch_cuda SHARED ${CMAKE_BINARY_DIR}/empty.cpp)
 add_library(
   _cuda MODULE
   # One line per kernel family.
+  csrc/binary/asymmetric_cuda.cu
   csrc/binary/binary_ops_cuda.cpp
   csrc/binary/hamming_cuda.cu
+  csrc/binary/merge_cuda.cu
   csrc/binary/pack_sign_cuda.cu
   csrc/pooling/pooling_ops_cuda.cpp
   csrc/pooling/segment_pool_cuda.cu

@@ -129,6 +129,16 @@ def _cuda_range(
     return _cuda_topk(queries, codes, max_results)
 
 
+def _cuda_scores(
+    queries: Tensor,
+    codes: Tensor,
+    k: int,
+    filter: Tensor | None = None,
+    scale: Tensor | None = None,
+) -> bool:
+    return _cuda_topk(codes, codes, k)
+
+
 _pack_sign = Op(
     "pack_sign",
     reference=reference.pack_sign,
@@ -172,7 +182,10 @@ _range_search_csr = Op(
     triton="emblas.binary.triton",
 )
 _asymmetric_topk = Op(
-    "asymmetric_topk", reference=reference.asymmetric_topk, fake=_asymmetric_topk_fake
+    "asymmetric_topk",
+    reference=reference.asymmetric_topk,
+    fake=_asymmetric_topk_fake,
+    cuda_supports=_cuda_scores,
 )
 _dense_topk = Op("dense_topk", reference=reference.dense_topk, fake=_dense_topk_fake)
 _gather_scores = Op("gather_scores", reference=reference.gather_scores, fake=_gather_scores_fake)
