@@ -11,6 +11,7 @@ import torch
 from emblas import _op, use_backend
 from emblas._op import Kernel
 from emblas.pooling import segment_pool
+from emblas.tables import Composition, Part
 
 X, CU = torch.ones(4, 3), torch.tensor([0, 1, 4], dtype=torch.int32)
 
@@ -95,9 +96,11 @@ def test_value_checks_agree_with_the_cpu_kernels(name):
     if op.check_values is None:
         return
     q, ids = torch.zeros(4, 1, 16), torch.arange(4)
+    parts = Composition((Part(*X.shape),)).fields
     calls = {
         "segment_pool": lambda cu: (X, cu, None, False),
         "hash_bag": lambda cu: (ids, X, cu, None, 0, 0, 4, None),
+        "compose_bag": lambda cu: (ids, X.flatten(), cu, None, parts, 0, 0, None),
         "varlen_attention": lambda cu: (q, q, q, CU, cu, 4, 4, None, -1, -1, False),
     }
     for wrong in ([1, 1, 4], [0, 5, 4], [0, 1, 3]):

@@ -27,6 +27,7 @@ LOCAL_MEMORY = {
         "rows of 1 KiB: the smallest tile that tensor cores take, 16 x 32, spills a few words",
     ),
     ("_grad_weights", ""): (8, "ptxas spills two words to get by with 32 or 40 registers"),
+    ("_compose_bags", "product, float32, bags, max"): (8, "two words, to get by with 72 registers"),
 }
 _ODD = "rows of odd width are read by bytes"
 NO_WIDE_LOADS = {

@@ -13,6 +13,9 @@ from unittest import mock
 
 import torch
 from emblas import _op
+from emblas.tables import Composition, Part
+from emblas.tables.compose_op import MODES
+from emblas.tables.composition import COMBINES
 from sass import Binary
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
@@ -59,6 +62,32 @@ def _tables() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
                 yield "hash_bag_backward", f"{name}, {_short(dtype)}{words}", args
 
 
+def _compositions() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
+    ids, offsets = torch.zeros(64, dtype=torch.int64), torch.zeros(9).int()
+    parts = Composition((Part(1008, 128, a=1), Part(1008, 128, "linear", a=1, b=1))).fields
+    per_id, per_part = torch.empty(64), torch.empty(64, 2)
+    # Dtypes, ways to combine, modes of bags and weights don't meet: each is tried alone.
+    for dtype, combine, mode, weights in (
+        *((dtype, "sum", None, None) for dtype in DTYPES),
+        *((dtype, "sum", "sum", None) for dtype in DTYPES),
+        (torch.float32, "sum", None, per_part),
+        (torch.float32, "mean", "mean", None),
+        (torch.float32, "product", "max", None),
+        (torch.float32, "product", None, per_id),
+    ):
+        table = torch.empty(1008 * 128, dtype=dtype)
+        grad = torch.empty(8 if mode else 64, 128, dtype=dtype)
+        how = (parts, COMBINES.index(combine), MODES.index(mode or "sum"), None if mode else 2)
+        words = f"{combine}, {_short(dtype)}{f', bags, {mode}' if mode else ''}"
+        if weights is not None:
+            words += f", {weights[0].numel()} weights"
+        args = (ids, table, offsets if mode else None, weights)
+        yield "compose_bag", words, (*args, *how)
+        winners = torch.zeros(8, 128, dtype=torch.int32) if mode == "max" else None
+        wanted = (True, weights is not None)
+        yield "compose_bag_backward", words, (grad, *args, winners, *how, *wanted)
+
+
 def _binary() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
     for dtype in _op.FLOATS:
         x = torch.empty(64, 384, dtype=dtype)
@@ -96,7 +125,7 @@ def _attention() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
 
 def calls() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
     """Operator, words and arguments of calls that take every configuration of every kernel."""
-    for family in (_pooling, _tables, _binary, _attention):
+    for family in (_pooling, _tables, _compositions, _binary, _attention):
         yield from family()
 
 

@@ -12,7 +12,7 @@ from emblas import _op, use_backend
 from emblas.attention import varlen_attention
 from emblas.binary import pack_sign
 from emblas.pooling import segment_pool
-from emblas.tables import TableSpec, hash_bag
+from emblas.tables import Composition, Part, TableSpec, compose_bag, hash_bag
 from executors import executors
 from triton_check import checked_interpreter
 
@@ -63,6 +63,14 @@ def test_wrong_offsets_stay_in_bounds(offsets):
     run("varlen_attention", q, q, q, cu, cu, 73, 73, None, -1, -1, True)
     run("hash_bag", ids, x, cu, None, 0, 0, 4, None)
     run("hash_bag_backward", grad, ids, x, cu, torch.rand(73), 0, 0, 4, None, True, True)
+    parts = Composition((Part(5, 9, a=1), Part(20, 9, "radix", a=3, base=45))).fields
+    table, weights = x.flatten(), torch.rand(73)
+    for mode in range(3):
+        run("compose_bag", ids, table, cu, None, parts, 0, mode, None)
+        winners = torch.full((3, 9), 2**31 - 1, dtype=torch.int32)
+        run("compose_bag_backward", grad, ids, table, cu, None, winners, parts, 2, mode, None, True,
+            False)  # fmt: skip
+    run("compose_bag_backward", grad, ids, table, cu, weights, None, parts, 2, 0, None, True, True)
 
 
 def test_bits_depend_on_the_own_sequence_only():
@@ -83,10 +91,27 @@ def test_bits_depend_on_the_own_sequence_only():
 def test_what_is_not_supported_is_said():
     double = torch.randn(73, 9, dtype=torch.float64)
     codes = torch.zeros(3, 4, dtype=torch.uint8)
+    overlapping = Composition((Part(73, 9, stride=1),)).fields
     for call in (
         lambda: segment_pool(double, CU),
         lambda: varlen_attention(*[torch.zeros(73, 1, 16).double()] * 3, CU, CU, 70, 70),
         lambda: hash_bag(torch.arange(3), double, TableSpec(73)),
+        lambda: compose_bag(torch.arange(3), double, Composition((Part(73, 9),))),
+        lambda: run(
+            "compose_bag_backward",
+            double.float(),
+            torch.arange(73),
+            torch.zeros(81),
+            None,
+            None,
+            None,
+            overlapping,
+            0,
+            0,
+            None,
+            True,
+            False,
+        ),
     ):
         with pytest.raises(RuntimeError, match=r"'triton' can't run this call of emblas::"):
             interpreted(call)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from emblas._op import Op, needs_grad, use_reference
+from emblas._op import Op, check_offsets, needs_grad, use_reference
 from emblas.tables import compose_reference as reference
 from emblas.tables.composition import COMBINES, Composition
 
@@ -93,14 +93,34 @@ def _update_fake(*args: Any) -> None:
     return None
 
 
+def _check_values(
+    ids: Tensor,
+    table: Tensor,
+    offsets: Tensor | None,
+    weights: Tensor | None,
+    parts: list[int],
+    combine: int,
+    bag_mode: int,
+    padding_id: int | None,
+) -> None:
+    if offsets is not None:
+        check_offsets("offsets", offsets, ids.shape[0], "ids")
+    reference.check_limits(ids, offsets, parts, padding_id)
+
+
 _compose_bag = Op(
     "compose_bag",
     reference=reference.compose_bag,
     fake=_compose_bag_fake,
     backward="compose_bag_backward",
+    triton="emblas.tables.triton",
+    check_values=_check_values,
 )
 _backward = Op(
-    "compose_bag_backward", reference=reference.compose_bag_backward, fake=_backward_fake
+    "compose_bag_backward",
+    reference=reference.compose_bag_backward,
+    fake=_backward_fake,
+    triton="emblas.tables.triton",
 )
 _backward_rows = Op(
     "compose_bag_backward_rows",

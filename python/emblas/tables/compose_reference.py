@@ -51,6 +51,23 @@ def _features(
     return result
 
 
+def check_limits(
+    ids: Tensor, offsets: Tensor | None, parts: list[int], padding_id: int | None
+) -> None:
+    """Raise for ids that some part of their feature can't tell apart from others."""
+    fields = [parts[i : i + FIELDS] for i in range(0, len(parts), FIELDS)]
+    features = _features(ids, offsets, fields[-1][0] + 1)
+    for f, _, _, _, _, _, limit, *_ in fields:
+        own = ids[features[f][0]]
+        outside = (own < 0) | (own >= limit)
+        if padding_id is not None:
+            outside &= own != padding_id
+        if limit and outside.any():
+            raise ValueError(
+                f"ids of feature {f} must be 0 to {limit - 1}, got {int(own[outside][0])}"
+            )
+
+
 def compose_bag(
     ids: Tensor,
     table: Tensor,
@@ -62,6 +79,7 @@ def compose_bag(
     padding_id: int | None,
 ) -> tuple[Tensor, Tensor]:
     """Composed vectors of bags, and the ids that a maximum came from; csrc/tables/compose.h."""
+    check_limits(ids, offsets, parts, padding_id)
     fields = [parts[i : i + FIELDS] for i in range(0, len(parts), FIELDS)]
     count = fields[-1][0] + 1
     dtype = torch.float64 if table.dtype == torch.float64 else torch.float32
@@ -74,12 +92,7 @@ def compose_bag(
         )
         slots: dict[int, list[Tensor]] = {}
         for number, part in enumerate(part for part in fields if part[0] == f):
-            _, kind, a, b, p, rows, limit, base, stride, width, column, signed = part
-            outside = used & ((own < 0) | (own >= limit)) if limit else ~used & used
-            if outside.any():
-                raise ValueError(
-                    f"ids of feature {f} must be 0 to {limit - 1}, got {int(own[outside][0])}"
-                )
+            _, kind, a, b, p, rows, _, base, stride, width, column, signed = part
             keys = _keys(own, kind, a, b, p)
             row = _divide(keys, rows)[1]
             index = base + (row * stride)[:, None] + torch.arange(width, device=ids.device)
@@ -157,7 +170,11 @@ def compose_bag_backward(
         leaf = None if weights is None else weights.detach().clone().requires_grad_()
         out, _ = compose_bag(ids, wide, offsets, leaf, parts, combine, bag_mode, padding_id)
         wanted = [wide] if leaf is None else [wide, leaf]
-        grads = torch.autograd.grad(out, wanted, grad_out.to(dtype), allow_unused=True)
+        grads = (
+            torch.autograd.grad(out, wanted, grad_out.to(dtype), allow_unused=True)
+            if out.requires_grad
+            else [None for _ in wanted]  # maxima over no ids at all
+        )
     found = [
         torch.zeros_like(leaf) if grad is None else grad
         for leaf, grad in zip(wanted, grads, strict=True)

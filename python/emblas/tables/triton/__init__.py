@@ -1,0 +1,7 @@
+"""The operators of tables in Triton: kernels and, by its name, what runs them for each operator."""
+
+from emblas.tables.triton.compose import compose_bag
+from emblas.tables.triton.compose_backward import compose_bag_backward
+from emblas.tables.triton.hash_bag import hash_bag, hash_bag_backward, hash_keys
+
+__all__ = ["compose_bag", "compose_bag_backward", "hash_bag", "hash_bag_backward", "hash_keys"]
