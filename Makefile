@@ -5,6 +5,7 @@
 # make gpu-table         write docs/gpu_kernels.md (what the compiled GPU kernels need) and
 #                        docs/gpu_bounds.md (what they can't be faster than)
 # make mutate            break the GPU kernels spot by spot: do the tests notice?
+# make gpu-test          on a machine with a GPU: all tests, compute-sanitizer, benchmarks
 # make lint              ruff, mypy, clang-format
 # make format            let ruff and clang-format rewrite the sources
 
@@ -17,7 +18,7 @@ CXX_SOURCES := csrc tests/native tests/simt -name '*.h' -o -name '*.cpp' -o -nam
 export OMP_WAIT_POLICY ?= passive
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test full bench gpu-table mutate lint format clean
+.PHONY: demo test full bench gpu-table mutate gpu-test lint format clean
 
 # Each extra is installed once; the marker file is newer than what it was installed from.
 # torch comes first and alone: the constraint keeps it, whatever the other packages ask for.
@@ -61,6 +62,17 @@ gpu-table: $(VENV)/installed-dev,demo,bench
 mutate: $(VENV)/installed-dev,demo,bench
 	PYTHONPATH=tests:tests/gpu $(BIN)/python -m mutation.run cuda $(KERNELS)
 	PYTHONPATH=tests:tests/gpu TRITON_INTERPRET=1 $(BIN)/python -m mutation.run triton $(KERNELS)
+
+# docs/gpu_testing.md. The sanitizer sees overruns of single tensors only without torch's cache.
+gpu-test: $(VENV)/torch
+	$(BIN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("there is no usable GPU")'
+	$(BIN)/python -m pip install -q --no-build-isolation -c $(VENV)/constraints.txt \
+	  -C cmake.define.EMBLAS_CUDA=ON '.[dev,demo,bench]'
+	$(BIN)/python -m pytest
+	for tool in memcheck racecheck synccheck initcheck; do \
+	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 \
+	    --target-processes all $(BIN)/python -m pytest tests/test_executors.py -k cuda || exit 1; done
+	PYTHONPATH=tests/gpu $(BIN)/python benchmarks/gpu.py
 
 lint: $(VENV)/installed-dev,demo,bench
 	$(BIN)/ruff check $(SOURCES)

@@ -9,12 +9,14 @@ is counted by hand. Run as a script, this writes docs/gpu_bounds.md.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from emblas.tables import Composition, Part
 from torch import Tensor
 
 FILE = Path(__file__).parents[2] / "docs" / "gpu_bounds.md"
@@ -284,6 +286,70 @@ def _bag_backward_triton(b: BagBackward) -> dict[str, Work]:
     }
 
 
+_PLAN = 1024  # at least the bytes that describe a composition of one part
+
+
+@dataclasses.dataclass(frozen=True)
+class Composed:
+    """A composition of one part, the remainders of ids; ``bag`` ids make a bag (0: no bags)."""
+
+    ids: int
+    rows: int
+    dim: int
+    dtype: torch.dtype
+    bag: int = 0
+
+    def __str__(self) -> str:
+        words = f"{self.ids} ids, remainders, {self.rows} rows of {self.dim}, "
+        words += str(self.dtype).removeprefix("torch.")
+        return words + (f", bags of {self.bag}" if self.bag else "")
+
+    @property
+    def outputs(self) -> int:
+        return self.ids // (self.bag or 1)
+
+    @property
+    def row(self) -> int:
+        return self.dim * self.dtype.itemsize
+
+    @property
+    def fields(self) -> list[int]:
+        return Composition((Part(self.rows, self.dim, "radix", a=1),)).fields
+
+    def arguments(self) -> tuple[Any, ...]:
+        offsets = torch.arange(self.outputs + 1, dtype=torch.int32) * self.bag
+        table = torch.rand(self.rows * self.dim).to(self.dtype)
+        bags = offsets if self.bag else None
+        return torch.arange(self.ids), table, bags, None, self.fields, 0, 0, None
+
+
+@dataclasses.dataclass(frozen=True)
+class ComposedBackward(Composed):
+    """Its gradient with respect to the table."""
+
+    def arguments(self) -> tuple[Any, ...]:
+        ids, table, offsets, weights, *options = super().arguments()
+        grad = torch.rand(self.outputs, self.dim).to(self.dtype)
+        return grad, ids, table, offsets, weights, None, *options, True, False
+
+
+def _composed_triton(c: Composed) -> dict[str, Work]:
+    offsets = 4 * (c.outputs + 1) if c.bag else 0
+    read = 8 * c.ids + offsets + min(c.ids, c.rows) * c.row
+    work = Work(read, c.outputs * c.row, c.ids * c.dim, slack=_PLAN)
+    return {"_compose_bags" if c.bag else "_compose_ids": work}
+
+
+def _composed_backward_triton(c: ComposedBackward) -> dict[str, Work]:
+    bag_of = 8 * c.ids if c.bag else 0
+    read = 8 * c.ids + 8 * (c.rows + 1) + bag_of + c.outputs * c.row
+    slack = _PLAN + 8 * c.ids
+    return {
+        "_lookups": Work(8 * c.ids + bag_of, 12 * c.ids, slack=slack),
+        "_row_gradients": Work(read, c.rows * c.row, c.ids * c.dim, slack=slack),
+    }
+
+
 # --- binary --------------------------------------------------------------------------------------
 
 
@@ -378,7 +444,16 @@ class AllInRange(RangeSearch):
         return *Distances.arguments(self), self.radius, None, False
 
 
-def _scan_cuda(d: Distances, written: int, slack: int = 0) -> dict[str, Work]:
+@dataclasses.dataclass(frozen=True)
+class Scores(Search):
+    """The k codes with the highest scores for every real-valued query."""
+
+    def arguments(self) -> tuple[Any, ...]:
+        _, codes, k = super().arguments()
+        return torch.randn(self.queries, 8 * self.width), codes, k, None, None
+
+
+def _scan_cuda(d: Distances, written: int, slack: int) -> dict[str, Work]:
     """One pass over the codes, on tensor cores from 5 queries on."""
     if d.queries <= 4:
         return {"scan_codes": Work(d.read, written, popcounts=d.popcounts, slack=slack)}
@@ -390,19 +465,37 @@ def _scan_cuda(d: Distances, written: int, slack: int = 0) -> dict[str, Work]:
 
 
 def _distances_cuda(d: Distances) -> dict[str, Work]:
-    return _scan_cuda(d, 4 * d.queries * d.codes)
+    return _scan_cuda(d, 4 * d.queries * d.codes, 0)
 
 
 def _search_cuda(s: Search) -> dict[str, Work]:
-    """Lists of the nearest, one for each query and range of codes, are merged 16 to 1."""
     together = 1 if s.queries == 1 else 4 if s.queries <= 4 else 32
+    return _lists_cuda(s, together, functools.partial(_scan_cuda, s))
+
+
+def _scores_cuda(s: Scores) -> dict[str, Work]:
+    tables = 128 * s.queries * s.width
+
+    def scan(written: int, slack: int) -> dict[str, Work]:
+        make = Work(32 * s.queries * s.width, tables, tables)
+        adds = 2 * s.queries * s.codes * s.width
+        look_up = Work(s.codes * s.width + tables, written, adds, slack=slack)
+        return {"build_tables": make, "scan_scores": look_up}
+
+    return _lists_cuda(s, min(s.queries, 2), scan)
+
+
+def _lists_cuda(
+    s: Search, together: int, scan: Callable[[int, int], dict[str, Work]]
+) -> dict[str, Work]:
+    """Lists of the nearest, one for each query and range of codes, are merged 16 to 1."""
     groups = -(-s.queries // together)
     tiles = -(-s.codes // 256)
     tiles_per_list = -(-tiles // (max(1024 // groups, 1) * max(8 // together, 1)))
     count, keep = -(-tiles // tiles_per_list), min(s.k, 256 * tiles_per_list)
     counts = 8 * s.queries * count if isinstance(s, RangeSearch) else 0
     offered = s.queries * count * 256 * tiles_per_list
-    kernels = _scan_cuda(s, 8 * s.queries * count * keep + counts, slack=16 * offered)
+    kernels = scan(8 * s.queries * count * keep + counts, 16 * offered)
     if counts:
         kernels["sum_counts"] = Work(counts, 8 * s.queries)
     merges = 0
@@ -495,6 +588,8 @@ MODELS: dict[tuple[str, str], Callable[[Any], dict[str, Work]]] = {
     ("hash_bag", "Triton"): _bag_triton,
     ("hash_bag_backward", "CUDA C++"): _bag_backward_cuda,
     ("hash_bag_backward", "Triton"): _bag_backward_triton,
+    ("compose_bag", "Triton"): _composed_triton,
+    ("compose_bag_backward", "Triton"): _composed_backward_triton,
     ("pack_sign", "CUDA C++"): _pack("pack_rows"),
     ("pack_sign", "Triton"): _pack("_pack_sign"),
     ("hamming_distance", "CUDA C++"): _distances_cuda,
@@ -504,6 +599,7 @@ MODELS: dict[tuple[str, str], Callable[[Any], dict[str, Work]]] = {
     ("range_search", "CUDA C++"): _search_cuda,
     ("range_search", "Triton"): _range_triton,
     ("range_search_csr", "Triton"): _range_triton,
+    ("asymmetric_topk", "CUDA C++"): _scores_cuda,
     ("varlen_attention", "Triton"): _attend,
 }
 # Small enough for the emulators.
@@ -526,11 +622,17 @@ SMALL: dict[str, tuple[Any, ...]] = {
         BagBackward(60, 4, 50, 24, _F32),
         BagBackward(60, 2, 50, 20, _BF16, bag=6),
     ),
+    "compose_bag": (Composed(60, 50, 24, _F32), Composed(60, 500, 20, _BF16, bag=6)),
+    "compose_bag_backward": (
+        ComposedBackward(60, 50, 24, _F32),
+        ComposedBackward(60, 50, 20, _BF16, bag=6),
+    ),
     "pack_sign": (Packing(40, 100, _F32), Packing(3, 64, _BF16)),
     "hamming_distance": (Distances(4, 512, 16), Distances(32, 256, 32)),
     "hamming_topk": (Search(1, 600, 16, 5), Search(4, 300, 16, 20), Search(32, 512, 32, 9)),
     "range_search": (RangeSearch(1, 600, 16, 5, 60), RangeSearch(32, 512, 32, 20, 110)),
     "range_search_csr": (AllInRange(3, 600, 16, 600, 60),),
+    "asymmetric_topk": (Scores(1, 600, 16, 5), Scores(4, 512, 13, 20)),
     "varlen_attention": (Attention((128, 256), 2, 64, _BF16), Attention((64, 32), 1, 64, _F32)),
 }
 # What the bounds are given for.
@@ -540,11 +642,14 @@ LARGE: dict[str, tuple[Any, ...]] = {
     "hash_keys": (Hashing(1 << 20, 4, 1 << 20),),
     "hash_bag": (Bag(1 << 18, 4, 1 << 20, 128, _F32), Bag(1 << 20, 2, 1 << 20, 64, _BF16, bag=16)),
     "hash_bag_backward": (BagBackward(1 << 18, 4, 1 << 20, 128, _F32),),
+    "compose_bag": (Composed(1 << 20, 1 << 20, 64, _BF16, bag=16),),
+    "compose_bag_backward": (ComposedBackward(1 << 20, 1 << 20, 64, _BF16, bag=16),),
     "pack_sign": (Packing(1 << 20, 1024, _BF16),),
     "hamming_distance": (Distances(1024, 100_000, 128),),
     "hamming_topk": (Search(1, 8_000_000, 128, 100), Search(256, 8_000_000, 128, 100)),
     "range_search": (RangeSearch(256, 8_000_000, 128, 100, 300),),
     "range_search_csr": (AllInRange(256, 8_000_000, 128, 100, 300),),
+    "asymmetric_topk": (Scores(1, 8_000_000, 128, 100), Scores(64, 8_000_000, 128, 100)),
     "varlen_attention": (Attention((512,) * 64, 12, 64, _BF16), Attention((8192,), 16, 128, _BF16)),
 }
 
