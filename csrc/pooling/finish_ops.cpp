@@ -79,17 +79,15 @@ Tensor finish_backward(const Tensor& grad_out, const Tensor& x, std::vector<int6
   int64_t width = 0;
   for (int64_t k : dims) width += k;
   check(grad_out.is_cpu() && grad_out.scalar_type() == x.scalar_type() && grad_out.dim() == 2 &&
-            grad_out.size(0) == x.size(0) && grad_out.size(1) == width,
-        "grad_out must be a CPU tensor (rows, sum of dims) of the dtype of x");
-  // The compiler of torch 2.10 hands over other layouts than the traced ones.
-  const Tensor gradient = torch::stable::contiguous(grad_out);
+            grad_out.size(0) == x.size(0) && grad_out.size(1) == width && grad_out.is_contiguous(),
+        "grad_out must be a contiguous CPU tensor (rows, sum of dims) of the dtype of x");
   const FinishSettings settings{dims.data(), int64_t(dims.size()), x.size(1), normalize, 0, 0};
   return visit_float(x.scalar_type(), "x must be float32 or float64", [&](auto element) {
     using T = decltype(element);
     using A = Accumulator<T>;
     Tensor grad_x = empty_cpu<2>(x.scalar_type(), {x.size(0), x.size(1)});
     for_rows<A>(x, [&](int64_t first, int64_t last, A*) {
-      kernels<FinishKernels>().of(element).backward(settings, read<A>(gradient), read<A>(x), first,
+      kernels<FinishKernels>().of(element).backward(settings, read<A>(grad_out), read<A>(x), first,
                                                     last, write<A>(grad_x));
     });
     return grad_x;

@@ -325,13 +325,16 @@ class _Finish(torch.autograd.Function):
         dtype: torch.dtype,
     ) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.settings = dims, normalize
+        # The compiler of torch 2.10 confuses sizes of tensors that a context keeps.
+        ctx.dims = None if dims == (x.shape[1],) else dims
+        ctx.normalize = normalize
         return _finish(x, dims, normalize, noise, seed, 0, dtype, None)
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
-        grad_x = _finish_backward(grad_out.to(x.dtype).contiguous(), x, *ctx.settings)
+        dims = (x.shape[1],) if ctx.dims is None else ctx.dims
+        grad_x = _finish_backward(grad_out.to(x.dtype).contiguous(), x, dims, ctx.normalize)
         return grad_x, *[None] * 5
 
 
