@@ -1,9 +1,10 @@
 """Break the Triton kernels one spot at a time and see whether the tests notice.
 
-    TRITON_INTERPRET=1 python tests/mutate_triton.py [FAMILY ...]
+    TRITON_INTERPRET=1 python tests/mutate_triton.py [FAMILY ...] [FAMILY.KERNEL ...]
 
 Every comparison, mask, index, shift, minimum, maximum, sum and store of every kernel is changed
-alone; then the family's calls of tests/cases.py run in the checked interpreter until one fails.
+alone; then those of the family's calls of tests/cases.py that reach the kernel run in the checked
+interpreter until one fails.
 Prints killed/total for each kernel, and fails on a survivor without a reason in SURVIVORS.
 """
 
@@ -14,9 +15,11 @@ import copy
 import importlib
 import importlib.util
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -55,12 +58,14 @@ SURVIVORS: dict[tuple[str, str], str] = {
     ("_mean_gradient", "removed = tl.where(length >= _EPSILON, tl.sum(products, 0), 0.0)"): _EDGE,
     ("_mean_gradient", "dot = tl.where(length >= _EPSILON, 0.0, dot)"): "m . dm is 0 but for "
     "rounding, unless the length is at most the epsilon, to which it was raised",
+    ("_pack_sign", "limit = tl.load(threshold + d, mask=d < dim)"): "hidden lanes are 0, which is "
+    "not above the interpreter's garbage, NaN or huge; a GPU's may be negative",
     (
-        "_nearest_of_chunk",
+        "keep_best",
         "if tl.max(tl.max((number > limit[:, None]).to(tl.int32), 1), 0) >= 0:",
     ): _MORE_WORK,
     (
-        "_nearest_of_chunk",
+        "keep_best",
         "if tl.max(tl.max((number >= limit[:, None]).to(tl.int32), 1), 0) > 0:",
     ): _MORE_WORK,
     ("_attend", "if first > queries:"): _MORE_WORK,
@@ -123,7 +128,9 @@ def _checks(family: str) -> Iterator[Callable[[], None]]:
         if op.triton == f"emblas.{family}.triton" or family == "common":
             for case in CASES[name]:
                 yield lambda n=name, c=case: test_equals_oracle(n, "triton-interpreted", c)
-    if family in ("common", "pooling", "tables", "attention"):
+    if family == "binary":
+        yield module.check_wrong_ids
+    if family in ("common", "pooling", "tables", "attention", "binary"):
         yield lambda: module.test_wrong_offsets_stay_in_bounds([5, 900, -3, 2])
     if family == "binary":
         for nearest in ("first", "last"):
@@ -160,14 +167,39 @@ def _kernels(module: str) -> list[InterpretedFunction]:
     ]
 
 
+def _reached(checks: Iterator[Callable[[], None]]) -> dict[Callable, list[Callable[[], None]]]:
+    """For each function of a kernel, the checks that run it, the fastest first."""
+    rewrite, reached = InterpretedFunction.rewrite, set()
+
+    def remember(self: InterpretedFunction) -> Callable:
+        reached.add(self.fn)
+        return rewrite(self)
+
+    found: dict[Callable, list[tuple[float, Callable[[], None]]]] = {}
+    for check in checks:
+        reached.clear()
+        torch.manual_seed(0)
+        with mock.patch.object(InterpretedFunction, "rewrite", remember):
+            start = time.perf_counter()
+            check()
+            seconds = time.perf_counter() - start
+        for fn in reached:
+            found.setdefault(fn, []).append((seconds, check))
+    return {fn: [c for _, c in sorted(some, key=lambda x: x[0])] for fn, some in found.items()}
+
+
 def main() -> None:
     """Mutate the kernels of the families named, or of all."""
     modules = {"common": "emblas._triton"}
     modules |= {op.triton.split(".")[1]: op.triton for op in _op.ops().values() if op.triton}
     unexplained = []
-    for family in sys.argv[1:] or modules:
-        checks = list(_checks(family))
+    for name in sys.argv[1:] or modules:
+        family, _, only = name.partition(".")
+        reached = _reached(_checks(family))
         for kernel in _kernels(modules[family]):
+            if only not in ("", kernel.fn.__name__):
+                continue
+            checks = reached.get(kernel.fn, [])
             total = killed = 0
             for line, text in mutants(kernel):
                 kernel.rewriter._prepare_source = lambda lines, text=text: text
