@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from contract import layouts, packed
 from emblas import _op
+from emblas.binary import reference
 from emblas.tables import Composition, Part
 from emblas.tables.compose_op import MODES
 from emblas.tables.composition import COMBINES
@@ -291,6 +292,25 @@ def _thresholds(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return x, threshold.to(torch.float64 if dtype == torch.float64 else torch.float32)
 
 
+def _rotate() -> Iterator[tuple[str, Callable[[], Case]]]:
+    def rotation(rows: int, dim: int, rounds: int = 3, dtype: torch.dtype = torch.float32) -> Case:
+        signs = torch.randint(0, 2, (rounds, dim), dtype=torch.int8) * 2 - 1
+        return Case((torch.randn(rows, dim).to(dtype), signs), dim)
+
+    for dtype in _op.FLOATS:
+        yield _short(dtype), lambda a=dtype: rotation(3, 37, dtype=a)
+    for rows, dim, rounds in ((3, 16, 1), (3, 32, 2), (2, 9, 4), (2, 1, 2), (2, 3, 1), (0, 5, 2)):
+        yield f"{rows} x {dim}, {rounds} rounds", lambda a=(rows, dim, rounds): rotation(*a)
+    yield "no dimension", lambda: rotation(3, 0)
+    yield "no round", lambda: rotation(3, 5, 0)
+
+    def strided() -> Case:
+        case = rotation(3, 20)
+        return Case((_strided(case.args[0]), case.args[1]), 20)
+
+    yield "strided", strided
+
+
 def _codes(rows: int, width: int, values: int = 256) -> Tensor:
     return torch.randint(0, values, (rows, width), dtype=torch.uint8)
 
@@ -380,7 +400,39 @@ def _range_search_csr() -> Iterator[tuple[str, Callable[[], Case]]]:
         yield name, lambda make=make: Case((*make().args[:3], *make().args[4:]))
 
 
+def _whole(rows: int, dim: int, largest: int = 8) -> Tensor:
+    """Small whole numbers, whose sums are exact: equal scores tie on every executor."""
+    return torch.randint(-largest, largest + 1, (rows, dim)).float()
+
+
 def _asymmetric_topk() -> Iterator[tuple[str, Callable[[], Case]]]:
+    for name, queries, rows, dim, planes, k in (
+        ("no query", 0, 9, 8, 1, 3),
+        ("no code", 3, 0, 8, 1, 3),
+        ("k = 0", 3, 9, 8, 1, 0),
+        ("k > rows", 2, 9, 8, 1, 20),
+        ("odd dim", 18, 90, 37, 1, 10),
+        ("two planes", 3, 90, 37, 2, 10),
+        ("four planes", 1, 40, 70, 4, 17),
+        ("longer than any list", 2, 130, 9, 1, 70),
+    ):
+        yield (
+            name,
+            lambda a=(queries, rows, dim, planes, k): Case(
+                (_whole(a[0], a[2]), _codes(a[1], (a[2] + 7) // 8 * a[3]), a[4], None, None)
+            ),
+        )
+    yield "strided", lambda: Case((_strided(_whole(3, 16)), _codes(70, 9)[:, 3:5], 9, None, None))
+    yield (
+        "fractions, scale",
+        lambda: Case((torch.randn(2, 70), _codes(40, 9), 5, None, torch.rand(40) + 0.1), 70),
+    )
+    for name, filter in _filters(2, 130):
+        yield (
+            f"filter, {name}",
+            lambda a=filter: Case((_whole(2, 9), _codes(130, 2), 9, a(), torch.full((130,), 0.5))),
+        )
+
     def case(queries: int, rows: int, dim: int, k: int, *, planes: int = 1, **options: Any) -> Case:
         # Whole numbers: sums are exact, and ties are ties everywhere.
         wanted = torch.randint(-9, 10, (queries, dim)).float()
@@ -396,9 +448,6 @@ def _asymmetric_topk() -> Iterator[tuple[str, Callable[[], Case]]]:
     for name, options in {
         "one query": {"queries": 1},
         "3 queries": {"queries": 3},
-        "no query": {"queries": 0},
-        "no code": {"rows": 0},
-        "k > rows": {"rows": 9},
         "one dimension": {"dim": 1},
         "2 planes": {"planes": 2},
         "4 planes, odd dim": {"planes": 4, "dim": 77},
@@ -409,6 +458,149 @@ def _asymmetric_topk() -> Iterator[tuple[str, Callable[[], Case]]]:
     }.items():
         shape = {"queries": 2, "rows": 300, "dim": 40, "k": 20}
         yield name, lambda a={**shape, **options}: case(**a)
+
+
+def _dense_topk() -> Iterator[tuple[str, Callable[[], Case]]]:
+    for metric, dtype in itertools.product(range(3), (torch.float32, *HALVES, torch.int8)):
+        yield (
+            f"{('dot', 'cosine', 'l2')[metric]}, {_short(dtype)}",
+            lambda a=(dtype, metric): Case(
+                (torch.randn(2, 37), (torch.randn(40, 37) * 3).to(a[0]), 9, a[1], None), 37
+            ),
+        )
+    for name, queries, rows, dim, k in (
+        ("no query", 0, 9, 8, 3),
+        ("no document", 3, 0, 8, 3),
+        ("no dimension", 3, 9, 0, 3),
+        ("k = 0", 3, 9, 8, 0),
+        ("k > rows", 18, 9, 8, 20),
+        ("ties", 2, 200, 2, 17),
+        ("longer than any list", 2, 130, 3, 131),
+    ):
+        for metric in (0, 2):
+            yield (
+                f"{name}, metric {metric}",
+                lambda a=(queries, rows, dim, k, metric): Case(
+                    (_whole(a[0], a[2]), _whole(a[1], a[2], 2), a[3], a[4], None)
+                ),
+            )
+    yield "zero documents", lambda: Case((_whole(2, 9), torch.zeros(5, 9), 3, 1, None))
+    yield "strided", lambda: Case((_strided(_whole(3, 16)), _strided(_whole(70, 16)), 9, 0, None))
+    for name, filter in _filters(2, 130):
+        yield f"filter, {name}", lambda a=filter: Case((_whole(2, 9), _whole(130, 9), 9, 0, a()))
+
+
+def _gather_scores() -> Iterator[tuple[str, Callable[[], Case]]]:
+    for metric, dtype in itertools.product(range(3), (torch.float32, *HALVES, torch.int8)):
+        yield (
+            f"{('dot', 'cosine', 'l2')[metric]}, {_short(dtype)}",
+            lambda a=(dtype, metric): Case(
+                (
+                    torch.randn(3, 137),
+                    (torch.randn(40, 137) * 3).to(a[0]),
+                    torch.randint(-1, 40, (3, 19)),
+                    a[1],
+                ),
+                137,
+            ),
+        )
+    for name, queries, rows, dim, candidates in (
+        ("no query", 0, 9, 8, 3),
+        ("no document", 3, 0, 8, 3),
+        ("no dimension", 3, 9, 0, 3),
+        ("no candidate", 3, 9, 8, 0),
+    ):
+        yield (
+            name,
+            lambda a=(queries, rows, dim, candidates): Case(
+                (
+                    _whole(a[0], a[2]),
+                    _whole(a[1], a[2]),
+                    torch.randint(-1, max(a[1], 1), (a[0], a[3]))
+                    if a[1]
+                    else torch.full((a[0], a[3]), -1),
+                    2,
+                )
+            ),
+        )
+    yield (
+        "strided",
+        lambda: Case(
+            (
+                _strided(_whole(3, 16)),
+                _strided(torch.cat((torch.zeros(1, 16), _whole(70, 16)))),
+                torch.arange(60).view(3, 20),
+                1,
+            )
+        ),
+    )
+
+
+def _maxsim_arguments(
+    query_lengths: tuple[int, ...],
+    lengths: tuple[int, ...],
+    dim: int,
+    dtype: torch.dtype = torch.float32,
+    query_dtype: torch.dtype = torch.float32,
+    need_argmax: bool = True,
+    strided: bool = False,
+) -> tuple[Any, ...]:
+    queries, documents = (
+        reference.pack_sign(torch.randn(sum(n), dim))
+        if t == torch.uint8
+        else torch.randn(sum(n), dim).to(t)
+        for n, t in ((query_lengths, query_dtype), (lengths, dtype))
+    )
+    if strided:
+        wide = torch.cat((documents[:, :1], documents, documents[:, :2]), 1)
+        documents = wide[:, 1:-2]
+    return queries, packed(query_lengths), documents, packed(lengths), dim, need_argmax
+
+
+def _maxsim() -> Iterator[tuple[str, Callable[[], Case]]]:
+    query_lengths, lengths = (3, 0, 35), (2, 0, 70, 1)
+    bits = torch.uint8
+    for name, options in {
+        **{_short(dtype): {"dtype": dtype} for dtype in (torch.float32, *HALVES)},
+        "no argmax": {"need_argmax": False},
+        "floats and bits": {"dtype": bits},
+        "bits": {"dtype": bits, "query_dtype": bits},
+        "strided": {"strided": True},
+        "strided bits": {"dtype": bits, "query_dtype": bits, "strided": True},
+    }.items():
+        yield name, lambda a=options: Case(_maxsim_arguments(query_lengths, lengths, 37, **a), 37)
+    for name, queries, documents, dim in (
+        ("no set", (), (3,), 5),
+        ("no document", (3,), (), 5),
+        ("empty documents", (3,), (0, 0), 5),
+        ("no dimension", (3,), (2,), 0),
+    ):
+        yield name, lambda a=(queries, documents, dim): Case(_maxsim_arguments(*a))
+    yield "ties", lambda: Case((*_ties(), 4, True))
+
+
+def _ties() -> tuple[Tensor, ...]:
+    """Whole numbers that come again, within a tile and in the next."""
+    return _whole(5, 4, 1), packed((5,)), _whole(150, 4, 1), packed((150,))
+
+
+def _maxsim_backward() -> Iterator[tuple[str, Callable[[], Case]]]:
+    for name, query_lengths, lengths, dim in (
+        ("odd", (3, 0, 35), (2, 0, 70, *[1] * 17), 67),
+        ("wide", (2,), (3, 1), 130),
+        ("no set", (), (3,), 5),
+        ("no document", (3,), (), 5),
+        ("empty documents", (3,), (0, 0), 5),
+        ("no dimension", (3,), (2,), 0),
+    ):
+        yield name, lambda a=(query_lengths, lengths, dim): _maxsim_gradient(*a)
+
+
+def _maxsim_gradient(*args: Any) -> Case:
+    queries, starts, documents, document_starts, *rest = _maxsim_arguments(*args)
+    scores, argmax = torch.ops.emblas.maxsim(queries, starts, documents, document_starts, *rest)
+    grad = torch.randn(scores.shape)
+    return Case((grad, queries, starts, documents, document_starts, argmax), 40)
 
 
 def _codes_k(queries: int, rows: int, width: int, k: int) -> tuple[Tensor, int]:
@@ -490,10 +682,16 @@ CASES: dict[str, dict[str, Callable[[], Case]]] = {
     "compose_bag": dict(_compose_bag(backward=False)),
     "compose_bag_backward": dict(_compose_bag_backward()),
     "pack_sign": dict(_pack_sign()),
+    "hadamard_rotate": dict(_rotate()),
+    "hadamard_unrotate": dict(_rotate()),
     "hamming_distance": dict(_hamming_distance()),
     "hamming_topk": dict(_hamming_topk()),
     "range_search": dict(_range_search()),
     "range_search_csr": dict(_range_search_csr()),
     "asymmetric_topk": dict(_asymmetric_topk()),
+    "dense_topk": dict(_dense_topk()),
+    "gather_scores": dict(_gather_scores()),
+    "maxsim": dict(_maxsim()),
+    "maxsim_backward": dict(_maxsim_backward()),
     "varlen_attention": {**dict(_attention()), **dict(_attention_halves())},
 }

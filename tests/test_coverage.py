@@ -95,10 +95,8 @@ NO_GRADIENT = {
 }
 # Operators whose GPU tensors take the reference, with a warning: no GPU kernels yet.
 NO_TRITON = (
-    "asymmetric_topk", "attention_pool", "attention_pool_backward", "compose_bag_backward_rows",
-    "compose_bag_update_", "dense_topk", "finish", "finish_backward", "gather_scores",
-    "hadamard_rotate", "hadamard_unrotate", "lexical_index", "maxsim", "maxsim_backward",
-    "segment_gem", "segment_gem_backward",
+    "attention_pool", "attention_pool_backward", "compose_bag_backward_rows", "compose_bag_update_",
+    "finish", "finish_backward", "lexical_index", "segment_gem", "segment_gem_backward",
     "segment_max", "segment_max_backward", "varlen_attention_backward", "vocab_max",
     "vocab_max_backward",
 )  # fmt: skip

@@ -20,6 +20,7 @@ if nvcc.nvcc() is None:
 ARCHITECTURES = tuple(map(int, os.environ.get("EMBLAS_ARCHITECTURES", "80 90 120").split()))
 # Warps that hide the latency of memory; a kernel for tensor cores pipelines its loads instead.
 FLOOR, FLOOR_WITH_TENSOR_CORES = 16, 8
+_TWO_WORDS = "ptxas spills two words for another four warps"
 # Bytes of local memory that are allowed, and why.
 LOCAL_MEMORY = {
     ("_attend", "float32, head_dim 256"): (
@@ -28,11 +29,16 @@ LOCAL_MEMORY = {
     ),
     ("_grad_weights", ""): (8, "ptxas spills two words to get by with 32 or 40 registers"),
     ("_compose_bags", "product, float32, bags, max"): (8, "two words, to get by with 72 registers"),
+    ("_highest_of_chunk", "int8, dot, k = 64, ids"): (8, _TWO_WORDS),
+    ("_maxsim", "float32"): (8, _TWO_WORDS),
+    ("_maxsim", "floats and bits"): (8, _TWO_WORDS),
+    ("_maxsim", "bits"): (8, _TWO_WORDS),
 }
 _ODD = "rows of odd width are read by bytes"
 NO_WIDE_LOADS = {
     ("_all_distances", "16 queries, odd width"): _ODD,
     ("_hash_keys", ""): "reads nothing but 8-byte ids, one for each thread",
+    ("_maxsim", "bits"): "the 32 bits of each row that a tile holds are 4 bytes",
     ("_nearest_of_chunk", "16 queries, k = 16, odd width"): _ODD,
 }
 # Files of CUDA C++ without any.
@@ -82,10 +88,11 @@ def test_files_have_wide_loads(rows):
     assert {row.operator for row in rows} - wide == set(NO_WIDE_LOADS_IN_FILE)
 
 
-def test_attention_uses_tensor_cores(rows):
+def test_products_use_tensor_cores(rows):
+    kernels = {"_attend", "_grad_documents", "_highest_of_chunk", "_maxsim"}
     rows = of_triton(rows)
-    assert {row.operator for row in rows if row.tensor_cores} == {"varlen_attention"}
-    assert all(row.tensor_cores for row in rows if row.operator == "varlen_attention")
+    assert {row.kernel for row in rows if row.tensor_cores} == kernels
+    assert all(row.tensor_cores for row in rows if row.kernel in kernels)
 
 
 def test_exceptions_are_needed(rows):

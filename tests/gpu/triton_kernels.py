@@ -94,6 +94,17 @@ def _binary() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
         yield "pack_sign", _short(dtype), (x, None)
         threshold = x[0] if dtype == torch.float64 else x[0].float()
         yield "pack_sign", f"{_short(dtype)}, threshold", (x, threshold)
+    for dim in (384, 1024, 3072):
+        signs = torch.ones(4, dim, dtype=torch.int8)
+        for dtype in _op.FLOATS if dim == 384 else (torch.float32,):
+            words = f"{_short(dtype)}, dim {dim}"
+            yield "hadamard_rotate", words, (torch.empty(64, dim, dtype=dtype), signs)
+    # Its kernel differs by the order of the rounds only.
+    yield (
+        "hadamard_unrotate",
+        "float32, dim 384",
+        (torch.empty(64, 384), signs[:, :384].contiguous()),
+    )
     codes = torch.empty(4096, 128, dtype=torch.uint8)
     for queries in (1, 16):
         for k in (16, 64, 256):
@@ -114,6 +125,41 @@ def _binary() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
     yield "range_search_csr", "16 queries", (codes[:16], codes, 99, None, False)
 
 
+def _scores() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
+    queries, scale = torch.empty(16, 256), torch.empty(512)
+    codes = torch.empty(512, 64, dtype=torch.uint8)
+    bitmaps, ids = torch.empty(16, 64, dtype=torch.uint8), torch.empty(256, dtype=torch.int64)
+    for k in (16, 64, 100):
+        yield "asymmetric_topk", f"two planes, k = {k}", (queries, codes, k, None, None)
+    for k in (64, 100):
+        yield "dense_topk", f"float32, dot, k = {k}", (queries, torch.empty(512, 256), k, 0, None)
+    args = (queries, codes[:, :32].contiguous(), 16, bitmaps, scale)
+    yield "asymmetric_topk", "one plane, k = 16, bitmaps, scale", args
+    candidates = ids[:64].repeat(16, 1)
+    for dtype in (*DTYPES, torch.int8):
+        documents = torch.empty(512, 256, dtype=dtype)
+        # The metric is applied to sums in float32: it makes no difference to another dtype.
+        for metric, name in enumerate(("dot", "cosine", "l2")[: 3 if dtype == DTYPES[0] else 1]):
+            words = f"{_short(dtype)}, {name}"
+            yield "dense_topk", f"{words}, k = 16", (queries, documents, 16, metric, None)
+            yield "gather_scores", words, (queries, documents, candidates, metric)
+    yield "dense_topk", "int8, dot, k = 64, ids", (queries, documents, 64, 0, ids)
+
+
+def _late_interaction() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
+    starts = torch.zeros(5, dtype=torch.int32)
+    queries = torch.empty(64, 128)
+    codes = torch.empty(512, 16, dtype=torch.uint8)
+    documents = {_short(dtype): torch.empty(512, 128, dtype=dtype) for dtype in DTYPES}
+    for words, some in (*documents.items(), ("floats and bits", codes)):
+        yield "maxsim", words, (queries, starts, some, starts, 128, False)
+    yield "maxsim", "bits", (codes, starts, codes, starts, 128, False)
+    some = documents["float32"]
+    yield "maxsim", "float32, argmax", (queries, starts, some, starts, 128, True)
+    grad, argmax = torch.empty(4, 4), torch.empty(64, 4, dtype=torch.int32)
+    yield "maxsim_backward", "", (grad, queries, starts, some, starts, argmax)
+
+
 def _attention() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
     cu_seqlens = torch.zeros(5, dtype=torch.int32)
     for dtype in DTYPES:
@@ -125,7 +171,10 @@ def _attention() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
 
 def calls() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
     """Operator, words and arguments of calls that take every configuration of every kernel."""
-    for family in (_pooling, _tables, _compositions, _binary, _attention):
+    families = (
+        _pooling, _tables, _compositions, _binary, _scores, _late_interaction, _attention,
+    )  # fmt: skip
+    for family in families:
         yield from family()
 
 

@@ -62,6 +62,9 @@ def test_wrong_offsets_stay_in_bounds(offsets):
     run("segment_pool_backward", grad, x, grad, norm, cu, None, True, True, True)
     run("varlen_attention", q, q, q, cu, cu, 73, 73, None, -1, -1, True)
     run("hash_bag", ids, x, cu, None, 0, 0, 4, None)
+    run("maxsim", x, cu, x, cu, 9, False)
+    wrong = torch.randint(-99, 99, (73, 3), dtype=torch.int32)
+    run("maxsim_backward", torch.randn(3, 3), x, cu, x, cu, wrong)
     run("hash_bag_backward", grad, ids, x, cu, torch.rand(73), 0, 0, 4, None, True, True)
     parts = Composition((Part(5, 9, a=1), Part(20, 9, "radix", a=3, base=45))).fields
     table, weights = x.flatten(), torch.rand(73)
@@ -71,6 +74,28 @@ def test_wrong_offsets_stay_in_bounds(offsets):
         run("compose_bag_backward", grad, ids, table, cu, None, winners, parts, 2, mode, None, True,
             False)  # fmt: skip
     run("compose_bag_backward", grad, ids, table, cu, weights, None, parts, 2, 0, None, True, True)
+
+
+def test_wrong_ids_stay_in_bounds():
+    """Rows that don't exist are not found."""
+    check_wrong_ids()
+
+
+def check_wrong_ids():
+    x, codes = torch.randn(20, 8), torch.randint(0, 256, (20, 1), dtype=torch.uint8)
+    ids = torch.tensor([-(2**40), -1, 3, 19, 20, 2**40])
+    for name, args in (
+        ("hamming_topk", (codes, codes, 4, ids)),
+        ("range_search", (codes, codes, 8, 4, ids, False)),
+        ("asymmetric_topk", (x, codes, 4, ids, None)),
+        ("dense_topk", (x, x, 4, 0, ids)),
+    ):
+        found = run(name, *args)[-1].sort(1).values
+        assert torch.equal(found, torch.tensor([[-1, -1, 3, 19]]).expand(20, -1))
+    scores = run("gather_scores", x, x, ids.expand(20, -1).contiguous(), 0)
+    expected = (x @ x[[3, 19]].T).double()
+    torch.testing.assert_close(scores[:, 2:4].double(), expected, rtol=1e-5, atol=1e-5)
+    assert (scores[:, [0, 1, 4, 5]] == -torch.inf).all()
 
 
 def test_bits_depend_on_the_own_sequence_only():

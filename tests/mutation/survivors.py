@@ -23,13 +23,15 @@ SURVIVORS: dict[tuple[str, str], str] = {
     ("_mean_gradient", "dot = tl.where(length >= _EPSILON, 0.0, dot)"): "m . dm is 0 but for "
     "rounding, unless the length is at most the epsilon, to which it was raised",
     (
-        "_nearest_of_chunk",
+        "keep_best",
         "if tl.max(tl.max((number > limit[:, None]).to(tl.int32), 1), 0) >= 0:",
     ): _MORE_WORK,
     (
-        "_nearest_of_chunk",
+        "keep_best",
         "if tl.max(tl.max((number >= limit[:, None]).to(tl.int32), 1), 0) > 0:",
     ): _MORE_WORK,
+    ("_pack_sign", "limit = tl.load(threshold + d, mask=d < dim)"): "hidden lanes are 0, which is "
+    "not above the interpreter's garbage, NaN or huge; a GPU's may be negative",
     ("_attend", "if first > queries:"): _MORE_WORK,
     (
         "_attend",

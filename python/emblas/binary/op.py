@@ -150,9 +150,13 @@ _hadamard_rotate = Op(
     reference=reference.hadamard_rotate,
     fake=_rotate_fake,
     backward="hadamard_unrotate",
+    triton="emblas.binary.triton",
 )
 _hadamard_unrotate = Op(
-    "hadamard_unrotate", reference=reference.hadamard_unrotate, fake=_rotate_fake
+    "hadamard_unrotate",
+    reference=reference.hadamard_unrotate,
+    fake=_rotate_fake,
+    triton="emblas.binary.triton",
 )
 _hamming_topk = Op(
     "hamming_topk",
@@ -186,12 +190,32 @@ _asymmetric_topk = Op(
     reference=reference.asymmetric_topk,
     fake=_asymmetric_topk_fake,
     cuda_supports=_cuda_scores,
+    triton="emblas.binary.triton",
 )
-_dense_topk = Op("dense_topk", reference=reference.dense_topk, fake=_dense_topk_fake)
-_gather_scores = Op("gather_scores", reference=reference.gather_scores, fake=_gather_scores_fake)
-_maxsim = Op("maxsim", reference=reference.maxsim, fake=_maxsim_fake, backward="maxsim_backward")
+_dense_topk = Op(
+    "dense_topk",
+    reference=reference.dense_topk,
+    fake=_dense_topk_fake,
+    triton="emblas.binary.triton",
+)
+_gather_scores = Op(
+    "gather_scores",
+    reference=reference.gather_scores,
+    fake=_gather_scores_fake,
+    triton="emblas.binary.triton",
+)
+_maxsim = Op(
+    "maxsim",
+    reference=reference.maxsim,
+    fake=_maxsim_fake,
+    backward="maxsim_backward",
+    triton="emblas.binary.triton",
+)
 _maxsim_backward = Op(
-    "maxsim_backward", reference=reference.maxsim_backward, fake=_maxsim_backward_fake
+    "maxsim_backward",
+    reference=reference.maxsim_backward,
+    fake=_maxsim_backward_fake,
+    triton="emblas.binary.triton",
 )
 
 

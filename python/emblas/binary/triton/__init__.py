@@ -7,10 +7,20 @@ from emblas.binary.triton.hamming import (
     range_search,
     range_search_csr,
 )
+from emblas.binary.triton.late_interaction import maxsim, maxsim_backward
+from emblas.binary.triton.rotation import hadamard_rotate, hadamard_unrotate
+from emblas.binary.triton.scores import asymmetric_topk, dense_topk, gather_scores
 
 __all__ = [
+    "asymmetric_topk",
+    "dense_topk",
+    "gather_scores",
+    "hadamard_rotate",
+    "hadamard_unrotate",
     "hamming_distance",
     "hamming_topk",
+    "maxsim",
+    "maxsim_backward",
     "pack_sign",
     "range_search",
     "range_search_csr",

@@ -35,7 +35,7 @@ _KIND, _A, _B, _P, _ROWS, _RECIPROCAL = map(tl.constexpr, range(6))
 _BASE, _STRIDE, _WIDTH, _COLUMN, _SIGNED = map(tl.constexpr, range(6, 11))
 _FIRST_ROW, _SLOT_FIRST, _SLOT_SIZE, _FEATURE = map(tl.constexpr, range(11, 15))
 _PART = tl.constexpr(15)
-# Fields of a tile of columns: first part of its slot, first column in it, first part of the feature.
+# Fields of a tile of columns: first part of its slot, first column, first part of the feature.
 _TILE = tl.constexpr(3)
 
 _TILE_IDS, _BAG_IDS = 16, 8
