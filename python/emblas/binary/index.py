@@ -6,7 +6,6 @@ import base64
 import os
 import zlib
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,36 +20,11 @@ from emblas.binary.dense import Int8Quantizer, best_candidates, bit_scores
 from emblas.binary.functions import pack_sign
 from emblas.binary.rotation import HadamardRotation
 from emblas.binary.search import asymmetric_topk, hamming_topk, range_search_csr
+from emblas.binary.segment import Segment
 
 SECOND_LEVELS = ("none", "float32", "float16", "int8")
 CORRECTIONS = ("none", "rabitq")
 _INTEGERS = (torch.int64, torch.int32)
-
-
-@dataclass
-class _Segment:
-    """Rows added together; arrays of a file are checked when they are first asked for."""
-
-    live: Tensor  # bool [rows]
-    arrays: dict[str, Tensor] | None = None
-    shard: storage.Shard | None = None
-    entry: dict[str, Any] | None = None  # of the manifest, once saved
-    folder: Path | None = None
-    first: int = 0  # row of the arrays that is the first of these
-
-    def tensor(self, name: str, rows: Tensor | None = None) -> Tensor:
-        end = self.first + len(self.live)
-        if self.arrays is not None:
-            return self.arrays[name][self.first : end]
-        assert self.shard is not None
-        used = slice(self.first, end) if rows is None else (rows.unique() + self.first).numpy()
-        return torch.from_numpy(self.shard.array(name, used)[self.first : end])
-
-    def part(self, start: int, stop: int) -> _Segment:
-        """Return some of the rows, without copying them."""
-        return _Segment(
-            self.live[start:stop].clone(), self.arrays, self.shard, first=self.first + start
-        )
 
 
 class BinaryIndex:
@@ -79,8 +53,8 @@ class BinaryIndex:
     Notes
     -----
     Search is exact over the codes: Hamming distance, or the estimate of the correction, then order
-    of insertion among equals. One
-    process may add to and save an index while others have it open; they keep what they opened.
+    of insertion among equals. A process may add to and save an index while others have it open;
+    they keep what they opened, and can't save over what they have not seen.
     """
 
     def __init__(
@@ -106,9 +80,10 @@ class BinaryIndex:
         self.threshold = None if threshold is None else threshold.float()
         self.quantizer = quantizer
         self.rotation = None if correction == "none" else HadamardRotation(dim)
-        self._segments: list[_Segment] = []
+        self._segments: list[Segment] = []
         self._next_id = 0
         self._row_of: dict[int, int] | None = None  # of live ids; built when first needed
+        self._stamps: dict[Path, int | None] = {}  # of the manifests that this index stands for
 
     def __len__(self) -> int:
         return sum(int(segment.live.sum()) for segment in self._segments)
@@ -221,7 +196,7 @@ class BinaryIndex:
             return ids
         start = self._starts()[-1]
         live = torch.ones(count, dtype=torch.bool)
-        self._segments.append(_Segment(live, {**arrays, "ids": ids}))
+        self._segments.append(Segment(live, {**arrays, "ids": ids}))
         self._next_id = max(self._next_id, int(ids.max()) + 1)
         if self._row_of is not None:
             self._row_of.update(zip(ids.tolist(), range(start, start + count), strict=True))
@@ -278,7 +253,7 @@ class BinaryIndex:
 
     # --- search ----------------------------------------------------------------------------------
 
-    def _allowed(self, segment: _Segment, filter: Tensor | None) -> Tensor | None:
+    def _allowed(self, segment: Segment, filter: Tensor | None) -> Tensor | None:
         if filter is None:
             return None if bool(segment.live.all()) else segment.live
         return segment.live & torch.isin(segment.tensor("ids"), filter)
@@ -452,10 +427,8 @@ class BinaryIndex:
         ValueError
             If a number is out of range.
         """
-        if size < 1 or not 0 <= rank < size:
-            raise ValueError(
-                f"rank must lie between 0 and size - 1 and size be above 0, got {rank} and {size}"
-            )
+        if not 0 <= rank < size:
+            raise ValueError(f"rank must lie between 0 and size - 1, got {rank} and {size}")
         part = self._like()
         part._next_id = self._next_id
         starts = self._starts()
@@ -472,28 +445,42 @@ class BinaryIndex:
         """Write the index to a folder, or what is new if it is there already.
 
         Shards are never changed; the manifest that names them is replaced in one step at the end.
-        Until then the folder holds the index of before.
+        Until then the folder holds the index of before. Processes that save wait for each other.
+
+        Raises
+        ------
+        RuntimeError
+            If the folder has been saved to since this index was opened from it or saved there: its
+            changes would be lost.
         """
         path = Path(folder)
         path.mkdir(parents=True, exist_ok=True)
+        with storage.changing(path):
+            found = storage.stamp(path)
+            known = self._stamps.get(path.resolve(), found)
+            if found is not None and found != known:
+                raise RuntimeError(
+                    f"{path} has been changed since this index was opened or saved: open it again"
+                )
+            self._write(path)
+            self._stamps[path.resolve()] = storage.stamp(path)
+
+    def _write(self, path: Path) -> None:
         entries = []
         for segment in self._segments:
-            if segment.entry is None or segment.folder != path.resolve():
+            entry = segment.entry if segment.folder == path.resolve() else None
+            if entry is None or not (path / entry["file"]).exists():
                 names = ["ids", "codes"]
                 names += ["vectors"] if self.second_level != "none" else []
                 names += ["scale"] if self.correction != "none" else []
                 tensors = {name: segment.tensor(name).numpy() for name in names}
-                segment.entry = storage.write_shard(path, tensors)
+                entry = segment.entry = storage.write_shard(path, tensors)
                 segment.folder = path.resolve()
-            removed = np.packbits(~segment.live.numpy()).tobytes()
-            entries.append(
-                {
-                    **segment.entry,
-                    "removed": ""
-                    if bool(segment.live.all())
-                    else base64.b64encode(zlib.compress(removed)).decode(),
-                }
-            )
+            removed = ""
+            if not bool(segment.live.all()):
+                bits = np.packbits(~segment.live.numpy()).tobytes()
+                removed = base64.b64encode(zlib.compress(bits)).decode()
+            entries.append({**entry, "removed": removed})
         quantizer, rotation = self.quantizer, self.rotation
         storage.write_manifest(
             path,
@@ -534,6 +521,21 @@ class BinaryIndex:
         """
         _op.check_choice("verify", verify, ("lazy", "full"))
         path = Path(folder)
+        while True:
+            stamp = storage.stamp(path)
+            try:
+                index = cls._open(path, verify)
+            except storage.CorruptIndexError:
+                # Another index may have been saved here, and its files taken the place of these.
+                if storage.stamp(path) == stamp:
+                    raise
+            else:
+                if storage.stamp(path) == stamp:
+                    index._stamps[path.resolve()] = stamp
+                    return index
+
+    @classmethod
+    def _open(cls, path: Path, verify: str) -> BinaryIndex:
         manifest = storage.read_manifest(path)
         threshold, quantizer = manifest["threshold"], manifest["quantizer"]
         index = cls(
@@ -556,7 +558,7 @@ class BinaryIndex:
             if verify == "full":
                 shard.check_all()
             index._segments.append(
-                _Segment(torch.from_numpy(live), None, shard, entry, path.resolve())
+                Segment(torch.from_numpy(live), None, shard, entry, path.resolve())
             )
         index._next_id = manifest["next_id"]
         return index

@@ -14,7 +14,8 @@ import os
 import struct
 import uuid
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +141,27 @@ class Shard:
                     "their checksum"
                 )
             self._checked[chunk] = True
+
+
+@contextmanager
+def changing(folder: Path) -> Iterator[None]:
+    """Keep other processes from changing the folder; a process that dies lets go."""
+    import fcntl
+
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def stamp(folder: Path) -> int | None:
+    """Return what differs from one manifest of a folder to the next; None if there is none."""
+    try:
+        return zlib.crc32((folder / MANIFEST).read_bytes())
+    except FileNotFoundError:
+        return None
 
 
 def write_manifest(folder: Path, content: Mapping[str, Any]) -> None:
