@@ -39,6 +39,7 @@ from emblas.tables.compose_triton import (
     _rows_and_signs,
     _weights_per_id,
 )
+from emblas.tables.composition import rows_are_apart
 
 _ROW_IDS, _DOT_IDS, _BLOCK_IDS = 8, 8, 256
 
@@ -274,12 +275,8 @@ def _backward_supports(
 ) -> bool:
     # Rows that overlap would need a second pass. Rows and lookups are numbered by 32 bits.
     plan = _plan(tuple(parts), ids.device)
-    ends = [region.base + region.rows * region.width for region in plan.regions]
-    starts = [region.base for region in plan.regions[1:]]
-    apart = all(end <= start for end, start in zip(ends[:-1], starts, strict=True))
-    apart &= all(region.stride == region.width for region in plan.regions)
-    lookups = ids.shape[0] * plan.most_parts
-    return table.dtype in FLOATS and apart and plan.rows < 2**31 - 1 and lookups < 2**31
+    few = plan.rows < 2**31 - 1 and ids.shape[0] * plan.most_parts < 2**31
+    return table.dtype in FLOATS and few and rows_are_apart(parts)
 
 
 def _segment_of(ids: Tensor, offsets: Tensor | None) -> Tensor | None:
