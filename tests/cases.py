@@ -180,10 +180,10 @@ _TWO_FEATURES = (
     Part(9, 5, "splitmix64", a=5, b=1, base=486, column=23, feature=1),
     Part(9, 5, "splitmix64", a=5, b=7, base=486, column=23, feature=1),
 )
-# Overlapping chunks of one array, the keys by the largest modulus.
+# Overlapping chunks of one array, keys by the largest moduli and by one that sums often reach.
 _CHUNKS = tuple(
-    Part(50, 4, "linear", a=2**63 - 2, b=c, p=2**63 - 1 - c, stride=1, column=4 * c)
-    for c in range(3)
+    Part(50, 4, "linear", a=2**63 - 2, b=c, p=p, stride=1, column=4 * c)
+    for c, p in enumerate((2**63 - 1, 2**63 - 2, 7))
 )
 _FOUR_HASHES = tuple(Part(6, 130, "splitmix64", a=9, b=b) for b in range(4))
 _SHARED = (  # by two features of unlike size; an element before and after it is nobody's

@@ -38,7 +38,7 @@ struct RowShape {
   int lanes;  // of a row, 4 to 32, a power of two
 
   template <class T>
-  static RowShape of(int64_t dim) {
+  EMBLAS_HOST_DEVICE static RowShape of(int64_t dim) {
     int lanes = 4;
     while (lanes < 32 && lanes * simt::kVector<T> < dim) lanes *= 2;
     return {dim, lanes};

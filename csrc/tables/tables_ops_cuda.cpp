@@ -1,10 +1,10 @@
 // Hashed tables as torch operators on CUDA tensors: emblas::<op>_cuda, which the router of the
 // public operator calls. Offsets stay on the device: the kernels clamp them, nobody waits.
-#include <array>
 #include <optional>
 #include <tuple>
 
 #include "common/cuda/device_call.h"
+#include "tables/sort_cuda.h"
 #include "tables/tables_cuda.h"
 
 namespace emblas {
@@ -60,16 +60,6 @@ cuda::HashBagArgs<T> hash_bag_args(const DeviceCall& call, const cuda::HashedIds
                                    const Tensor& table, const std::optional<Tensor>& weights) {
   return {hashed, call.read<T>(table), table.stride(0), table.size(1),
           call.read<Accumulator<T>>(weights)};
-}
-
-// The values of a vector in rising order, equal ones in theirs, and where each one was (int64).
-std::array<Tensor, 2> sort_stable(const Tensor& vector) {
-  using torch::stable::detail::from;
-  using torch::stable::detail::to;
-  const std::optional<bool> stable = true;
-  std::array<StableIValue, 4> stack{from(vector), from(stable), from(int64_t(0)), from(false)};
-  check_torch(torch_call_dispatcher("aten::sort", "stable", stack.data(), TORCH_ABI_VERSION));
-  return {to<Tensor>(stack[0]), to<Tensor>(stack[1])};
 }
 
 Tensor hash_keys_cuda(const Tensor& ids, int64_t family, int64_t seed, int64_t num_hashes,

@@ -19,6 +19,7 @@
 #define __global__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __grid_constant__
 
 #define threadIdx (::emblas::simt::engine::self.thread)
 #define blockIdx (::emblas::simt::engine::self.block)

@@ -28,7 +28,9 @@ add_library(
   csrc/pooling/pooling_ops_cuda.cpp
   csrc/pooling/segment_pool_cuda.cu
   csrc/tables/tables_ops_cuda.cpp
-  csrc/tables/hash_bag_cuda.cu)
+  csrc/tables/hash_bag_cuda.cu
+  csrc/tables/compose_ops_cuda.cpp
+  csrc/tables/compose_cuda.cu)
 set(host_options -Xcompiler=-Wall,-Wextra,-ffile-prefix-map=${CMAKE_SOURCE_DIR}/=)
 target_compile_options(
   _cuda PRIVATE "$<$<COMPILE_LANGUAGE:CUDA>:-Werror=all-warnings;${host_options}>"

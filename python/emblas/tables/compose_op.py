@@ -10,7 +10,13 @@ from torch import Tensor
 
 from emblas._op import Op, check_offsets, needs_grad, use_reference
 from emblas.tables import compose_reference as reference
-from emblas.tables.composition import COMBINES, Composition
+from emblas.tables.composition import (
+    COMBINES,
+    FIELDS,
+    Composition,
+    rows_are_apart,
+    tables_of,
+)
 
 if TYPE_CHECKING:
     from emblas.tables.optim import FusedOptimizer
@@ -20,7 +26,7 @@ MODES = ("sum", "mean", "max")  # in the order of csrc/tables/compose.h
 
 def _sizes(ids: Tensor, offsets: Tensor | None, parts: list[int]) -> tuple[int, int]:
     """Return the shape of the result: bags and columns."""
-    features = parts[-reference.FIELDS] + 1
+    features = parts[-FIELDS] + 1
     bags = ids.shape[0] // features if offsets is None else (offsets.shape[0] - 1) // features
     return bags, parts[-3] + parts[-2]
 
@@ -76,10 +82,10 @@ def _backward_rows_fake(
     bag_mode: int,
     padding_id: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    features = parts[-reference.FIELDS] + 1
+    features = parts[-FIELDS] + 1
     most: Any
     if offsets is None or features == 1:
-        most = ids.shape[0] // features * (len(parts) // reference.FIELDS)
+        most = ids.shape[0] // features * (len(parts) // FIELDS)
     else:  # how the ids are shared out among the features is in the offsets
         most = torch.library.get_ctx().new_dynamic_size()
     return (
@@ -108,12 +114,43 @@ def _check_values(
     reference.check_limits(ids, offsets, parts, padding_id)
 
 
+def _cuda_supports(
+    ids: Tensor,
+    table: Tensor,
+    offsets: Tensor | None,
+    weights: Tensor | None,
+    parts: list[int],
+    *others: Any,
+) -> bool:
+    # Parts travel in the arguments of the kernels. Rows and ids are numbered by 32 bits.
+    rows = sum(rows for _, rows in tables_of(parts))
+    return len(parts) <= 32 * FIELDS and rows < 2**31 - 1 and ids.shape[0] < 2**31
+
+
+def _cuda_backward_supports(
+    grad_out: Tensor,
+    ids: Tensor,
+    table: Tensor,
+    offsets: Tensor | None,
+    weights: Tensor | None,
+    argmax: Tensor | None,
+    parts: list[int],
+    *others: Any,
+) -> bool:
+    # Rows that overlap would need a second pass.
+    features = parts[::FIELDS]
+    lookups = ids.shape[0] * max(features.count(f) for f in features)
+    fits = _cuda_supports(ids, table, offsets, weights, parts)
+    return fits and lookups < 2**31 and rows_are_apart(parts)
+
+
 _compose_bag = Op(
     "compose_bag",
     reference=reference.compose_bag,
     fake=_compose_bag_fake,
     backward="compose_bag_backward",
     triton="emblas.tables.triton",
+    cuda_supports=_cuda_supports,
     check_values=_check_values,
 )
 _backward = Op(
@@ -121,6 +158,7 @@ _backward = Op(
     reference=reference.compose_bag_backward,
     fake=_backward_fake,
     triton="emblas.tables.triton",
+    cuda_supports=_cuda_backward_supports,
 )
 _backward_rows = Op(
     "compose_bag_backward_rows",

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from emblas.tables import reference
+from emblas.tables.composition import FIELDS
 
 _SUM, _MEAN, _PRODUCT = range(3)
 _BAG_SUM, _BAG_MEAN, _BAG_MAX = range(3)
 _RADIX = 2
-FIELDS = 12
 SGD, ROW_WISE_ADAGRAD, ADAGRAD, ADAM = range(4)
 
 

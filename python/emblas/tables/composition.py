@@ -10,6 +10,7 @@ KEYS = ("murmur3", "splitmix64", "radix", "linear")  # in the order of csrc/tabl
 COMBINES = ("sum", "mean", "product")
 MAX_ROWS = 2**31 - 1
 MAX_PARTS = 256
+FIELDS = 12  # integers of a part
 FORMAT = 1  # of to_json()
 
 
@@ -210,3 +211,22 @@ def _check_part(number: int, part: Part) -> None:
             raise ValueError(f"{name}.{field} must be {low} to {high}, got {value}")
     if part.signed and not hashed:
         raise ValueError(f"{name} can't be signed: its key {part.key!r} is no hash")
+
+
+def tables_of(parts: list[int] | tuple[int, ...]) -> list[tuple[tuple[int, int, int], int]]:
+    """Return the tables of parts as operators take them, by base: (base, stride, width), rows."""
+    rows: dict[tuple[int, int, int], int] = {}
+    for i in range(0, len(parts), FIELDS):
+        *_, count, _, base, stride, width, _, _ = parts[i : i + FIELDS]
+        rows[base, stride, width] = max(rows.get((base, stride, width), 0), count)
+    return sorted(rows.items())
+
+
+def rows_are_apart(parts: list[int] | tuple[int, ...]) -> bool:
+    """Tell whether no element of the flat array belongs to two rows."""
+    tables = tables_of(parts)
+    ends = [base + rows * width for (base, _, width), rows in tables]
+    starts = [base for (base, _, _), _ in tables[1:]]
+    return all(end <= start for end, start in zip(ends[:-1], starts, strict=True)) and all(
+        stride == width for (_, stride, width), _ in tables
+    )

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from emblas import _op
 from emblas._triton import FLOATS, segment_bounds
-from emblas.tables.compose_reference import FIELDS
+from emblas.tables.composition import FIELDS, tables_of
 from emblas.tables.triton.hash_bag import _reciprocal, _row, _two_words
 
 _PRODUCT = tl.constexpr(2)  # ways to combine: sum, mean, product
@@ -35,7 +35,7 @@ _KIND, _A, _B, _P, _ROWS, _RECIPROCAL = map(tl.constexpr, range(6))
 _BASE, _STRIDE, _WIDTH, _COLUMN, _SIGNED = map(tl.constexpr, range(6, 11))
 _FIRST_ROW, _SLOT_FIRST, _SLOT_SIZE, _FEATURE = map(tl.constexpr, range(11, 15))
 _PART = tl.constexpr(15)
-# Fields of a tile of columns: first part of its slot, first column, first part of the feature.
+# Fields of a tile of columns: first part of its slot, first column, first part of its feature.
 _TILE = tl.constexpr(3)
 
 _TILE_IDS, _BAG_IDS = 16, 8
@@ -70,12 +70,8 @@ class _Plan(NamedTuple):
 def _plan(parts: tuple[int, ...], device: torch.device) -> _Plan:
     """Lay out the parts for the kernels; the first call for a composition copies to the device."""
     fields = [parts[i : i + FIELDS] for i in range(0, len(parts), FIELDS)]
-    tables: dict[tuple[int, int, int], int] = {}
-    for *_, rows, _, base, stride, width, _, _ in fields:
-        table = (base, stride, width)
-        tables[table] = max(tables.get(table, 0), rows)
     regions, total = [], 0
-    for table, rows in sorted(tables.items()):
+    for table, rows in tables_of(parts):
         regions.append(_Region(*table, rows, total))
         total += rows
     first_rows = {region[:3]: region.first_row for region in regions}

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from emblas import _op
 from emblas._triton import FLOATS
+from emblas.tables.composition import rows_are_apart
 from emblas.tables.triton.compose import (
     _BAG_MAX,
     _BAG_MEAN,
@@ -274,12 +275,8 @@ def _backward_supports(
 ) -> bool:
     # Rows that overlap would need a second pass. Rows and lookups are numbered by 32 bits.
     plan = _plan(tuple(parts), ids.device)
-    ends = [region.base + region.rows * region.width for region in plan.regions]
-    starts = [region.base for region in plan.regions[1:]]
-    apart = all(end <= start for end, start in zip(ends[:-1], starts, strict=True))
-    apart &= all(region.stride == region.width for region in plan.regions)
-    lookups = ids.shape[0] * plan.most_parts
-    return table.dtype in FLOATS and apart and plan.rows < 2**31 - 1 and lookups < 2**31
+    few = plan.rows < 2**31 - 1 and ids.shape[0] * plan.most_parts < 2**31
+    return table.dtype in FLOATS and few and rows_are_apart(parts)
 
 
 def _segment_of(ids: Tensor, offsets: Tensor | None) -> Tensor | None:

@@ -1,0 +1,42 @@
+// What the launchers of the tables family share. Included by .cu files.
+#pragma once
+
+#include "tables/segment_sum_cuda.cuh"
+
+namespace emblas::cuda::tables {
+namespace {
+
+unsigned blocks(int64_t items, int64_t per_block) {
+  return unsigned((items + per_block - 1) / per_block);
+}
+
+template <class T>
+unsigned column_tiles(const RowShape& shape) {
+  return blocks(shape.dim, shape.tile<T>());
+}
+
+template <class T>
+bool aligned_rows(const T* data, int64_t row_stride) {
+  return reinterpret_cast<uintptr_t>(data) % 16 == 0 && row_stride * sizeof(T) % 16 == 0;
+}
+
+// out [segments, dim]; partial: workspace of piece_rows(entries) x dim.
+template <bool aligned, class Source>
+void sum(const Source& source, const Segments& segments, int64_t dim,
+         Accumulator<typename Source::Element>* partial, typename Source::Element* out,
+         void* stream) {
+  using T = typename Source::Element;
+  const auto shape = RowShape::of<T>(dim);
+  const unsigned tiles = column_tiles<T>(shape);
+  simt::launch(sum_segments<Source, aligned>, dim3(blocks(segments.count, kWarps), tiles), kThreads,
+               0, stream, source, segments, shape, out);
+  const int64_t slots = piece_rows(segments.entries);
+  if (slots == 0 || segments.count == 0) return;
+  simt::launch(sum_pieces<Source, aligned>, dim3(blocks(slots, kWarps), tiles), kThreads, 0, stream,
+               source, segments, shape, slots, partial);
+  simt::launch(add_pieces<T, aligned>, dim3(unsigned(slots), tiles), kThreads, 0, stream,
+               Partials<T>{partial, dim}, segments, shape, out);
+}
+
+}  // namespace
+}  // namespace emblas::cuda::tables

@@ -1,0 +1,23 @@
+// Sorting on the device, by torch.
+#pragma once
+
+#include <array>
+#include <optional>
+
+#include "common/tensor.h"
+
+namespace emblas {
+namespace {
+
+// The values of a vector in rising order, equal ones in theirs, and where each one was (int64).
+std::array<Tensor, 2> sort_stable(const Tensor& vector) {
+  using torch::stable::detail::from;
+  using torch::stable::detail::to;
+  const std::optional<bool> stable = true;
+  std::array<StableIValue, 4> stack{from(vector), from(stable), from(int64_t(0)), from(false)};
+  check_torch(torch_call_dispatcher("aten::sort", "stable", stack.data(), TORCH_ABI_VERSION));
+  return {to<Tensor>(stack[0]), to<Tensor>(stack[1])};
+}
+
+}  // namespace
+}  // namespace emblas
