@@ -233,10 +233,12 @@ def _hash_keys(kernel: str) -> Callable[[Hashing], dict[str, Work]]:
     return lambda h: {kernel: Work(8 * h.ids, 8 * h.ids * h.hashes)}
 
 
-def _bag_sums(b: Bag, source: str, entries: int, segments: int, read: int) -> dict[str, Work]:
+def _sums(
+    entries: int, segments: int, row: int, source: str, read: int, adds: int
+) -> dict[str, Work]:
     """Sums over segments, none of which is so long that it is cut into pieces."""
     bounds = 4 * (segments + 1)
-    kernels = {f"sum_segments<{source}": Work(read + bounds, segments * b.row, b.adds)}
+    kernels = {f"sum_segments<{source}": Work(read + bounds, segments * row, adds)}
     if entries >= 128:  # from here on there may be pieces, for which these look in vain
         kernels |= {"sum_pieces": Work(0, 0, slack=bounds), "add_pieces": Work(0, 0, slack=bounds)}
     return kernels
@@ -246,7 +248,7 @@ def _bag_cuda(b: Bag) -> dict[str, Work]:
     read = 8 * b.ids + b.hit * b.row
     if not b.bag:
         return {"look_up": Work(read, b.outputs * b.row, b.adds)}
-    return _bag_sums(b, "HashedRows", b.ids, b.outputs, read)
+    return _sums(b.ids, b.outputs, b.row, "HashedRows", read, b.adds)
 
 
 def _bag_backward_cuda(b: BagBackward) -> dict[str, Work]:
@@ -257,7 +259,9 @@ def _bag_backward_cuda(b: BagBackward) -> dict[str, Work]:
         **kernels,
         "hash_ids": Work(8 * b.ids + bag_of, 4 * drawn),
         "find_bounds": Work(0, 4 * (b.rows + 1), slack=4 * drawn),
-        **_bag_sums(b, "SortedGradients", drawn, b.rows, 8 * drawn + bag_of + b.outputs * b.row),
+        **_sums(
+            drawn, b.rows, b.row, "SortedGradients", 8 * drawn + bag_of + b.outputs * b.row, b.adds
+        ),
     }
 
 
@@ -331,6 +335,26 @@ class ComposedBackward(Composed):
         ids, table, offsets, weights, *options = super().arguments()
         grad = torch.rand(self.outputs, self.dim).to(self.dtype)
         return grad, ids, table, offsets, weights, None, *options, True, False
+
+
+def _composed_cuda(c: Composed) -> dict[str, Work]:
+    offsets = 4 * (c.outputs + 1) if c.bag else 0
+    read = 8 * c.ids + offsets + min(c.ids, c.rows) * c.row
+    return {
+        "compose_bags" if c.bag else "compose_ids": Work(read, c.outputs * c.row, c.ids * c.dim)
+    }
+
+
+def _composed_backward_cuda(c: ComposedBackward) -> dict[str, Work]:
+    bag_of = 4 * c.ids if c.bag else 0
+    kernels = {"find_bags": Work(0, bag_of, slack=4 * (c.outputs + 1))} if c.bag else {}
+    read = 12 * c.ids + bag_of + c.outputs * c.row
+    return {
+        **kernels,
+        "write_lookups": Work(8 * c.ids + bag_of, 8 * c.ids),
+        "find_bounds": Work(0, 4 * (c.rows + 1), slack=4 * c.ids),
+        **_sums(c.ids, c.rows, c.row, "LookupGradients", read, c.ids * c.dim),
+    }
 
 
 def _composed_triton(c: Composed) -> dict[str, Work]:
@@ -453,6 +477,26 @@ class Scores(Search):
         return torch.randn(self.queries, 8 * self.width), codes, k, None, None
 
 
+@dataclasses.dataclass(frozen=True)
+class Rotation:
+    """Two rounds of signs and Hadamard transforms of vectors whose dim is a power of two."""
+
+    rows: int
+    dim: int
+
+    def __str__(self) -> str:
+        return f"{self.rows} x {self.dim}, float32"
+
+    def arguments(self) -> tuple[Any, ...]:
+        signs = torch.randint(0, 2, (2, self.dim), dtype=torch.int8) * 2 - 1
+        return torch.rand(self.rows, self.dim), signs
+
+
+def _rotation_triton(r: Rotation) -> dict[str, Work]:
+    adds = 2 * r.rows * r.dim * (r.dim.bit_length() - 1)
+    return {"_rotate": Work(r.rows * r.dim * 4 + 2 * r.dim, r.rows * r.dim * 4, adds)}
+
+
 def _scan_cuda(d: Distances, written: int, slack: int) -> dict[str, Work]:
     """One pass over the codes, on tensor cores from 5 queries on."""
     if d.queries <= 4:
@@ -503,7 +547,8 @@ def _lists_cuda(
         entries, more = s.queries * count * keep, min(s.k, 16 * keep)
         count = -(-count // 16)
         merges += 1
-        work = Work(8 * entries, 8 * s.queries * count * more, slack=16 * entries)
+        slack = 16 * s.queries * count * max(16 * keep, 128)
+        work = Work(8 * entries, 8 * s.queries * count * more, slack=slack)
         kernels[f"merge_lists #{merges}"] = work
         keep = more
     return kernels | {"rank_entries": Work(8 * s.queries * keep, 12 * s.queries * s.k)}
@@ -534,6 +579,129 @@ def _range_triton(s: RangeSearch) -> dict[str, Work]:
     return {
         "_count_of_chunk": Work(s.read, 0, popcounts=s.popcounts, slack=counters),
         "_collect_chunk": Work(read, 0, popcounts=s.popcounts, slack=8 * s.queries * s.k),
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class Dense:
+    """The k rows with the highest dot products with every query."""
+
+    queries: int
+    rows: int
+    dim: int
+    dtype: torch.dtype
+    k: int
+
+    def __str__(self) -> str:
+        words = f"{self.queries} queries, {self.rows} rows of {self.dim}, "
+        return f"{words}{str(self.dtype).removeprefix('torch.')}, k = {self.k}"
+
+    @property
+    def read(self) -> int:
+        return self.queries * self.dim * 4 + self.rows * self.dim * self.dtype.itemsize
+
+    def arguments(self) -> tuple[Any, ...]:
+        rows = torch.rand(self.rows, self.dim).to(self.dtype)
+        return torch.rand(self.queries, self.dim), rows, self.k, 0, None
+
+
+@dataclasses.dataclass(frozen=True)
+class Gather(Dense):
+    """Dot products of every query with k rows of its own."""
+
+    def arguments(self) -> tuple[Any, ...]:
+        queries, rows, *_ = super().arguments()
+        ids = torch.arange(self.queries * self.k) % self.rows
+        return queries, rows, ids.view(self.queries, self.k), 0
+
+
+@dataclasses.dataclass(frozen=True)
+class MaxSim:
+    """Late interaction of one query of so many tokens with every document."""
+
+    tokens: int
+    lengths: tuple[int, ...]  # of documents
+    dim: int
+
+    def __str__(self) -> str:
+        return f"{self.tokens} x {len(self.lengths)} documents of {self.lengths[0]}, dim {self.dim}"
+
+    @property
+    def query(self) -> int:
+        return 4 * self.tokens * self.dim
+
+    @property
+    def documents(self) -> int:
+        return 4 * sum(self.lengths) * self.dim
+
+    @property
+    def offsets(self) -> int:
+        return 8 + 4 * (len(self.lengths) + 1)
+
+    @property
+    def argmax(self) -> int:
+        return 4 * self.tokens * len(self.lengths)
+
+    @property
+    def products(self) -> int:
+        return 2 * self.tokens * sum(self.lengths) * self.dim
+
+    def arguments(self) -> tuple[Any, ...]:
+        offsets = torch.tensor([0, *self.lengths]).cumsum(0).int()
+        query = torch.tensor([0, self.tokens], dtype=torch.int32)
+        tokens = (torch.rand(n, self.dim) for n in (self.tokens, sum(self.lengths)))
+        return next(tokens), query, next(tokens), offsets, self.dim, True
+
+
+@dataclasses.dataclass(frozen=True)
+class MaxSimBackward(MaxSim):
+    """Its gradient with respect to both."""
+
+    def arguments(self) -> tuple[Any, ...]:
+        forward = super().arguments()
+        scores, argmax = torch.ops.emblas.maxsim(*forward)
+        return torch.rand(scores.shape), *forward[:4], argmax
+
+
+def _lists_triton(queries: int, rows: int, k: int) -> int:
+    """Bytes of the lists of the programs, each of 16 queries and some tiles of 64 rows."""
+    kept = 16 if k <= 16 else 64
+    chunks = max(1, min(-(-rows // 64), 2048 // -(-queries // 16)))
+    return 8 * queries * chunks * kept
+
+
+def _scores_triton(s: Scores) -> dict[str, Work]:
+    read = 32 * s.queries * s.width + s.codes * s.width
+    products = 16 * s.queries * s.codes * s.width
+    written = _lists_triton(s.queries, s.codes, s.k)
+    return {"_highest_of_chunk": Work(read, written, tensor_flops=products)}
+
+
+def _dense_triton(d: Dense) -> dict[str, Work]:
+    written = _lists_triton(d.queries, d.rows, d.k)
+    products = 2 * d.queries * d.rows * d.dim
+    return {"_highest_of_chunk": Work(d.read, written, tensor_flops=products)}
+
+
+def _gather_triton(g: Gather) -> dict[str, Work]:
+    pairs = g.queries * g.k
+    read = g.queries * g.dim * 4 + min(pairs, g.rows) * g.dim * g.dtype.itemsize + 8 * pairs
+    return {"_gather_scores": Work(read, 4 * pairs, 2 * pairs * g.dim)}
+
+
+def _maxsim_triton(m: MaxSim) -> dict[str, Work]:
+    read = m.query + m.documents + m.offsets
+    written = 4 * len(m.lengths) + m.argmax
+    return {"_maxsim": Work(read, written, tensor_flops=m.products)}
+
+
+def _maxsim_backward_triton(m: MaxSimBackward) -> dict[str, Work]:
+    read = m.argmax + 4 * len(m.lengths)
+    return {  # which tokens of the documents matter is for the data to say
+        "_grad_queries": Work(read, m.query, slack=m.documents + m.offsets),
+        "_grad_documents": Work(
+            read + m.query, m.documents, tensor_flops=m.products, slack=m.offsets + m.query
+        ),
     }
 
 
@@ -588,10 +756,14 @@ MODELS: dict[tuple[str, str], Callable[[Any], dict[str, Work]]] = {
     ("hash_bag", "Triton"): _bag_triton,
     ("hash_bag_backward", "CUDA C++"): _bag_backward_cuda,
     ("hash_bag_backward", "Triton"): _bag_backward_triton,
+    ("compose_bag", "CUDA C++"): _composed_cuda,
     ("compose_bag", "Triton"): _composed_triton,
+    ("compose_bag_backward", "CUDA C++"): _composed_backward_cuda,
     ("compose_bag_backward", "Triton"): _composed_backward_triton,
     ("pack_sign", "CUDA C++"): _pack("pack_rows"),
     ("pack_sign", "Triton"): _pack("_pack_sign"),
+    ("hadamard_rotate", "Triton"): _rotation_triton,
+    ("hadamard_unrotate", "Triton"): _rotation_triton,
     ("hamming_distance", "CUDA C++"): _distances_cuda,
     ("hamming_distance", "Triton"): _distances_triton,
     ("hamming_topk", "CUDA C++"): _search_cuda,
@@ -600,6 +772,11 @@ MODELS: dict[tuple[str, str], Callable[[Any], dict[str, Work]]] = {
     ("range_search", "Triton"): _range_triton,
     ("range_search_csr", "Triton"): _range_triton,
     ("asymmetric_topk", "CUDA C++"): _scores_cuda,
+    ("asymmetric_topk", "Triton"): _scores_triton,
+    ("dense_topk", "Triton"): _dense_triton,
+    ("gather_scores", "Triton"): _gather_triton,
+    ("maxsim", "Triton"): _maxsim_triton,
+    ("maxsim_backward", "Triton"): _maxsim_backward_triton,
     ("varlen_attention", "Triton"): _attend,
 }
 # Small enough for the emulators.
@@ -628,11 +805,17 @@ SMALL: dict[str, tuple[Any, ...]] = {
         ComposedBackward(60, 50, 20, _BF16, bag=6),
     ),
     "pack_sign": (Packing(40, 100, _F32), Packing(3, 64, _BF16)),
+    "hadamard_rotate": (Rotation(5, 64),),
+    "hadamard_unrotate": (Rotation(5, 64),),
     "hamming_distance": (Distances(4, 512, 16), Distances(32, 256, 32)),
     "hamming_topk": (Search(1, 600, 16, 5), Search(4, 300, 16, 20), Search(32, 512, 32, 9)),
     "range_search": (RangeSearch(1, 600, 16, 5, 60), RangeSearch(32, 512, 32, 20, 110)),
     "range_search_csr": (AllInRange(3, 600, 16, 600, 60),),
-    "asymmetric_topk": (Scores(1, 600, 16, 5), Scores(4, 512, 13, 20)),
+    "asymmetric_topk": (Scores(16, 128, 8, 20), Scores(16, 512, 16, 5)),
+    "dense_topk": (Dense(16, 128, 64, _F32, 20), Dense(16, 128, 64, _BF16, 5)),
+    "gather_scores": (Gather(3, 90, 40, _F32, 10),),
+    "maxsim": (MaxSim(32, (64, 64), 32),),
+    "maxsim_backward": (MaxSimBackward(32, (64, 64), 32),),
     "varlen_attention": (Attention((128, 256), 2, 64, _BF16), Attention((64, 32), 1, 64, _F32)),
 }
 # What the bounds are given for.
@@ -645,11 +828,17 @@ LARGE: dict[str, tuple[Any, ...]] = {
     "compose_bag": (Composed(1 << 20, 1 << 20, 64, _BF16, bag=16),),
     "compose_bag_backward": (ComposedBackward(1 << 20, 1 << 20, 64, _BF16, bag=16),),
     "pack_sign": (Packing(1 << 20, 1024, _BF16),),
+    "hadamard_rotate": (Rotation(1 << 20, 1024),),
+    "hadamard_unrotate": (Rotation(1 << 20, 1024),),
     "hamming_distance": (Distances(1024, 100_000, 128),),
     "hamming_topk": (Search(1, 8_000_000, 128, 100), Search(256, 8_000_000, 128, 100)),
     "range_search": (RangeSearch(256, 8_000_000, 128, 100, 300),),
     "range_search_csr": (AllInRange(256, 8_000_000, 128, 100, 300),),
-    "asymmetric_topk": (Scores(1, 8_000_000, 128, 100), Scores(64, 8_000_000, 128, 100)),
+    "asymmetric_topk": (Scores(1, 8_000_000, 128, 50), Scores(64, 8_000_000, 128, 50)),
+    "dense_topk": (Dense(64, 1_000_000, 384, _BF16, 50),),
+    "gather_scores": (Gather(256, 1_000_000, 384, _BF16, 100),),
+    "maxsim": (MaxSim(32, (180,) * 1000, 128),),
+    "maxsim_backward": (MaxSimBackward(32, (180,) * 1000, 128),),
     "varlen_attention": (Attention((512,) * 64, 12, 64, _BF16), Attention((8192,), 16, 128, _BF16)),
 }
 

@@ -23,7 +23,9 @@ def test_interpreter_counts_the_same(operator, shape):
     for launch, work in zip(launches, expected.values(), strict=True):
         assert work.read <= launch.read <= work.read + work.slack, launch.kernel
         assert work.written <= launch.written <= work.written + work.slack, launch.kernel
-        assert launch.tensor_flops == work.tensor_flops, launch.kernel
+        if work.slack == 0:
+            assert launch.tensor_flops == work.tensor_flops, launch.kernel
+        assert work.tensor_flops <= launch.tensor_flops, launch.kernel
 
 
 def test_every_operator_has_a_formula():
