@@ -340,9 +340,8 @@ class ComposedBackward(Composed):
 def _composed_cuda(c: Composed) -> dict[str, Work]:
     offsets = 4 * (c.outputs + 1) if c.bag else 0
     read = 8 * c.ids + offsets + min(c.ids, c.rows) * c.row
-    return {
-        "compose_bags" if c.bag else "compose_ids": Work(read, c.outputs * c.row, c.ids * c.dim)
-    }
+    work = Work(read, c.outputs * c.row, c.ids * c.dim, slack=_PLAN)
+    return {"compose_bags" if c.bag else "compose_ids": work}
 
 
 def _composed_backward_cuda(c: ComposedBackward) -> dict[str, Work]:

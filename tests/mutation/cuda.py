@@ -38,7 +38,8 @@ _SPOT = re.compile("|".join([_OPERATOR, _BARRIER, _ATOMIC, _SWAPPED, _CONDITION,
 # What the compiler has to know, and what declares: not mutated.
 _FIXED = re.compile(r"\bconstexpr\b|\bstatic_assert\b|\busing\b|SIMT_\w*SHARED")
 _DECLARED_ARRAY = re.compile(
-    r"(?!return|else)(?:const )?[\w:<>, ]*[\w>] \w+(?:\[[^=]*\])*\[|.*\(&\w+\)\[|, \w+\[", re.DOTALL
+    r"(?!return|else)(?:const )?[\w:<>, ]*[\w>] \w+(?:\[[^=]*\])*(?:, \w+)?\[|.*\(&\w+\)\[|, \w+\[",
+    re.DOTALL,
 )
 
 
@@ -77,7 +78,7 @@ def _functions(code: str) -> list[tuple[str, int, int]]:
         head = code[body.start() : body.start(1)]
         if re.search(r"__(?:global|device)__", body.group()) and not _FIXED.search(head):
             head = head.replace("__launch_bounds__(", "")
-            names = re.findall(r"(\w+)\(|(?:struct|class) (\w+) ?\{", head)
+            names = re.findall(r"(\w+)(?:<[^()]*>)?\(|(?:struct|class) (\w+) ?\{", head)
             found.append(("".join(names[0]), body.start(1), body.end(1)))
     return found
 
