@@ -86,19 +86,18 @@ def knn_vote(
         raise ValueError(f"labels must lie between -1 and {num_labels - 1}")
     if bool(((ids < -1) | (ids >= len(labels))).any()):
         raise ValueError(f"ids must lie between -1 and {len(labels) - 1}")
-    if weights is None:
-        shares = torch.ones(ids.shape, device=ids.device)
-    else:
+    shares = torch.ones(ids.shape, device=ids.device)
+    if weights is not None:
         _op.check_tensor("weights", weights, ndim=2, dtypes=_op.FLOATS, device=ids.device)
         if weights.shape != ids.shape:
             raise ValueError(
                 f"weights must have the shape of ids, {tuple(ids.shape)}, got "
                 f"{tuple(weights.shape)}"
             )
-        shares = weights.float().masked_fill(ids < 0, 0)  # a score of -1 is -inf
-        if not bool((shares.isfinite() & (shares >= 0)).all()):
-            raise ValueError("weights must be finite and at least 0")
+        shares = weights.float()
     shares = shares.masked_fill(ids < 0, 0)
+    if not bool((shares.isfinite() & (shares >= 0)).all()):
+        raise ValueError("weights must be finite and at least 0")
     votes = torch.zeros(len(ids), num_labels, device=ids.device)
     total = torch.zeros(len(ids), 1, device=ids.device)
     if len(labels) == 0:
