@@ -12,7 +12,7 @@ from torch import Tensor
 from emblas import _op
 from emblas.binary.dense import METRICS, dense_topk
 from emblas.binary.functions import pack_sign, unpack_sign
-from emblas.binary.search import _check_at_least, hamming_topk
+from emblas.binary.search import _check_at_least, hamming_distance, hamming_topk
 
 _ROWS = 8192  # of the data that a step of k-means looks at together
 
@@ -86,19 +86,18 @@ def knn_vote(
         raise ValueError(f"labels must lie between -1 and {num_labels - 1}")
     if bool(((ids < -1) | (ids >= len(labels))).any()):
         raise ValueError(f"ids must lie between -1 and {len(labels) - 1}")
-    if weights is None:
-        shares = torch.ones(ids.shape, device=ids.device)
-    else:
+    shares = torch.ones(ids.shape, device=ids.device)
+    if weights is not None:
         _op.check_tensor("weights", weights, ndim=2, dtypes=_op.FLOATS, device=ids.device)
         if weights.shape != ids.shape:
             raise ValueError(
                 f"weights must have the shape of ids, {tuple(ids.shape)}, got "
                 f"{tuple(weights.shape)}"
             )
-        shares = weights.float().masked_fill(ids < 0, 0)  # a score of -1 is -inf
-        if not bool((shares.isfinite() & (shares >= 0)).all()):
-            raise ValueError("weights must be finite and at least 0")
+        shares = weights.float()
     shares = shares.masked_fill(ids < 0, 0)
+    if not bool((shares.isfinite() & (shares >= 0)).all()):
+        raise ValueError("weights must be finite and at least 0")
     votes = torch.zeros(len(ids), num_labels, device=ids.device)
     total = torch.zeros(len(ids), 1, device=ids.device)
     if len(labels) == 0:
@@ -129,13 +128,20 @@ class _Space:
     """Where vectors live: what k-means needs to know of it."""
 
     nearest: Callable[[Tensor, Tensor], Tensor]  # (data, centers): index of each row's center
-    distance: Callable[[Tensor, Tensor], Tensor]  # (data, centers), row by row, without cancelling
+    distance: Callable[[Tensor, Tensor], Tensor]  # (data, centers), row by row, float64
+    to_one: Callable[[Tensor, Tensor], Tensor]  # (data, one center): to draw by
     values: Callable[[Tensor], Tensor]  # (data): what a center adds up, float64
     center: Callable[[Tensor, Tensor], Tensor]  # (sums, counts): float64 sums of such values
 
 
 def _unit(x: Tensor) -> Tensor:
     return torch.nn.functional.normalize(x, dim=1)
+
+
+def _to_one(x: Tensor, center: Tensor) -> Tensor:
+    # By differences, not products: near a center nothing cancels, and equal rows are at 0.
+    mode = "donot_use_mm_for_euclid_dist"
+    return torch.cdist(x, center, compute_mode=mode)[:, 0].double().square()
 
 
 def _signs(codes: Tensor) -> Tensor:
@@ -145,6 +151,7 @@ def _signs(codes: Tensor) -> Tensor:
 _EUCLIDEAN = _Space(
     lambda x, centers: dense_topk(x, centers, 1, metric="l2")[1][:, 0],
     lambda x, centers: (x.double() - centers).square().sum(1),
+    lambda x, center: _to_one(x.float(), center),
     lambda x: x.double(),
     lambda sums, counts: (sums / counts).float(),
 )
@@ -152,12 +159,14 @@ _SPHERE = _Space(
     lambda x, centers: dense_topk(x, centers, 1, metric="cosine")[1][:, 0],
     # Half the squared distance of unit vectors, which is 1 - cosine.
     lambda x, centers: (_unit(x.double()) - centers).square().sum(1) / 2,
+    lambda x, center: _to_one(_unit(x.float()), center),
     lambda x: _unit(x.double()),
     lambda sums, counts: _unit(sums).float(),
 )
 _BITS = _Space(
     lambda x, centers: hamming_topk(x, centers, 1)[1][:, 0],
     lambda x, centers: (_signs(x) - _signs(centers)).square().sum(1) / 4,
+    lambda x, center: hamming_distance(center, x)[0].double(),
     _signs,
     lambda sums, counts: pack_sign(sums),
 )
@@ -176,10 +185,10 @@ def _plus_plus(space: _Space, x: Tensor, k: int, generator: torch.Generator) -> 
     n = len(x)
     chosen = [int(torch.randint(n, (), generator=generator))]
     nearest = torch.full((n,), torch.inf, dtype=torch.float64, device=x.device)
-    all_to_first = torch.zeros(n, dtype=torch.int64, device=x.device)
     while len(chosen) < k:
         last = space.center(space.values(x[chosen[-1:]]), nearest.new_ones(1, 1))
-        nearest = torch.minimum(nearest, _distances(space, x, last, all_to_first))
+        found = torch.cat([space.to_one(part, last) for part in x.split(_ROWS)])
+        nearest = torch.minimum(nearest, found)
         if not bool(nearest.any()):  # fewer different rows than centers
             nearest = torch.ones_like(nearest)
         total = nearest.cumsum(0)
