@@ -264,6 +264,25 @@ def _asymmetric_topk() -> Iterator[tuple[str, Callable[[], Case]]]:
         yield name, lambda a={**shape, **options}: case(**a)
 
 
+def _dense_topk() -> Iterator[tuple[str, Callable[[], Case]]]:
+    def whole(rows: int, dim: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        # Sums of whole numbers are exact, and ties are ties everywhere.
+        return torch.randint(-5, 6, (rows, dim)).to(dtype)
+
+    for dtype, metric in itertools.product((torch.float32, *HALVES, torch.int8), (0, 2)):
+        yield (
+            f"{_short(dtype)}, metric {metric}",
+            lambda a=dtype, m=metric: Case((whole(5, 70), whole(300, 70, a), 20, m), 70),
+        )
+    for queries, rows, dim, k in ((0, 9, 4, 3), (3, 0, 4, 3), (1, 300, 4, 0), (1, 9, 0, 20)):
+        yield (
+            f"{queries} x {rows} x {dim}, k = {k}",
+            lambda a=(queries, rows, dim, k): Case((whole(a[0], a[2]), whole(*a[1:3]), a[3], 0)),
+        )
+    yield "bitmaps", lambda: Case((whole(5, 9), whole(300, 9), 20, 0, _codes(5, 38)), 9)
+    yield "ids", lambda: Case((whole(5, 9), whole(300, 9), 20, 0, torch.arange(0, 300, 7)), 9)
+
+
 def _codes_k(queries: int, rows: int, width: int, k: int) -> tuple[Tensor, int]:
     return _codes(rows, width), k
 
@@ -343,5 +362,6 @@ CASES: dict[str, dict[str, Callable[[], Case]]] = {
     "hamming_distance": dict(_hamming_distance()),
     "range_search": dict(_range_search()),
     "asymmetric_topk": dict(_asymmetric_topk()),
+    "dense_topk": dict(_dense_topk()),
     "varlen_attention": {**dict(_attention()), **dict(_attention_halves())},
 }

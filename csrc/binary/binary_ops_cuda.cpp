@@ -66,7 +66,7 @@ struct Prepared {
 Prepared prepare(const DeviceCall& call, int64_t queries, const Tensor& codes, int64_t k,
                  const std::optional<Tensor>& filter, bool count, int64_t blocks,
                  int queries_per_block, int64_t queries_at_once) {
-  check(k >= 0 && k <= cuda::kMaxResults, "the number of results must be between 0 and 2^28");
+  check(k >= 0 && k <= cuda::kMaxResults, "the number of results must be between 0 and 2^27");
   check(blocks >= 1, "blocks must be at least 1");
   const int64_t rows = codes.size(0);
   cuda::Search search{};
@@ -158,6 +158,50 @@ std::tuple<Tensor, Tensor> asymmetric_topk_cuda(const Tensor& queries, const Ten
   return {scores, prepared.ids};
 }
 
+constexpr char kDocuments[] =
+    "documents must be float32, bfloat16, float16 or int8, queries float32, rows contiguous";
+
+// visit(T{}) with the element type of documents that queries in float32 can be compared with.
+template <class Visit>
+auto visit_documents(ScalarType dtype, const Visit& visit) {
+  switch (dtype) {
+    case ScalarType::BFloat16:
+      return visit(bfloat16{});
+    case ScalarType::Half:
+      return visit(float16{});
+    case ScalarType::Char:
+      return visit(int8_t{});
+    default:
+      check(dtype == ScalarType::Float, kDocuments);
+      return visit(float{});
+  }
+}
+
+std::tuple<Tensor, Tensor> dense_topk_cuda(const Tensor& queries, const Tensor& documents,
+                                           int64_t k, int64_t metric,
+                                           const std::optional<Tensor>& filter, int64_t blocks) {
+  const DeviceCall call(queries);
+  call.check_rows(queries, kDocuments);
+  call.check_rows(documents, kDocuments);
+  check(has_dtype<float>(queries), kDocuments);
+  const int64_t count = queries.size(0), dim = queries.size(1);
+  check(dim == documents.size(1), "queries and documents must have the same dim");
+  check(dim < int64_t(1) << 28, "documents must have less than 2^28 dimensions");
+  check(documents.size(0) <= cuda::kMaxRows, "documents must have less than 2^32 rows");
+  check(metric >= 0 && metric <= 2, "metric must be 0 (dot), 1 (cosine) or 2 (l2)");
+  const Prepared prepared = prepare(call, count, documents, k, filter, false, blocks,
+                                    cuda::dense_queries_per_block(count), count);
+  const Tensor scores = call.empty<2>(ScalarType::Float, {count, k});
+  visit_documents(documents.scalar_type(), [&](auto element) {
+    using T = decltype(element);
+    cuda::dense_search<T>(prepared.search,
+                          {call.read<float>(queries), queries.stride(0), call.read<T>(documents),
+                           documents.stride(0), dim, cuda::Metric(metric)},
+                          call.write<float>(scores), call.stream());
+  });
+  return {scores, prepared.ids};
+}
+
 Tensor hamming_distance_cuda(const Tensor& a, const Tensor& b, int64_t blocks, bool tensor_cores) {
   const DeviceCall call(a);
   const auto left = code_rows(call, a, "a must be uint8 (rows, bytes), rows contiguous");
@@ -190,11 +234,15 @@ STABLE_TORCH_LIBRARY_FRAGMENT(EMBLAS_CUDA_NAMESPACE, library) {
   library.def(
       "asymmetric_topk_cuda(Tensor queries, Tensor codes, int k, Tensor? filter=None,"
       " Tensor? scale=None, int blocks=1024) -> (Tensor scores, Tensor ids)");
+  library.def(
+      "dense_topk_cuda(Tensor queries, Tensor documents, int k, int metric, Tensor? filter=None,"
+      " int blocks=1024) -> (Tensor scores, Tensor ids)");
 }
 STABLE_TORCH_LIBRARY_IMPL(EMBLAS_CUDA_NAMESPACE, EMBLAS_CUDA_KEY, library) {
   library.impl("pack_sign_cuda", TORCH_BOX(&emblas::pack_sign_cuda));
   library.impl("hamming_topk_cuda", TORCH_BOX(&emblas::hamming_topk_cuda));
   library.impl("range_search_cuda", TORCH_BOX(&emblas::range_search_cuda));
   library.impl("asymmetric_topk_cuda", TORCH_BOX(&emblas::asymmetric_topk_cuda));
+  library.impl("dense_topk_cuda", TORCH_BOX(&emblas::dense_topk_cuda));
   library.impl("hamming_distance_cuda", TORCH_BOX(&emblas::hamming_distance_cuda));
 }

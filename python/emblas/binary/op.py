@@ -107,7 +107,7 @@ def _maxsim_backward_fake(
 
 
 _CUDA_BYTES = 4095  # of a code, so that a distance has 15 bits
-_CUDA_RESULTS = 2**28
+_CUDA_RESULTS = 2**27
 
 
 def _cuda_distances(a: Tensor, b: Tensor) -> bool:
@@ -137,6 +137,12 @@ def _cuda_scores(
     scale: Tensor | None = None,
 ) -> bool:
     return _cuda_topk(codes, codes, k)
+
+
+def _cuda_dense(
+    queries: Tensor, documents: Tensor, k: int, metric: int, filter: Tensor | None = None
+) -> bool:
+    return queries.shape[1] < 2**28 and k <= _CUDA_RESULTS
 
 
 _pack_sign = Op(
@@ -182,7 +188,12 @@ _asymmetric_topk = Op(
     fake=_asymmetric_topk_fake,
     cuda_supports=_cuda_scores,
 )
-_dense_topk = Op("dense_topk", reference=reference.dense_topk, fake=_dense_topk_fake)
+_dense_topk = Op(
+    "dense_topk",
+    reference=reference.dense_topk,
+    fake=_dense_topk_fake,
+    cuda_supports=_cuda_dense,
+)
 _gather_scores = Op("gather_scores", reference=reference.gather_scores, fake=_gather_scores_fake)
 _maxsim = Op("maxsim", reference=reference.maxsim, fake=_maxsim_fake, backward="maxsim_backward")
 _maxsim_backward = Op(
