@@ -283,6 +283,26 @@ def _dense_topk() -> Iterator[tuple[str, Callable[[], Case]]]:
     yield "ids", lambda: Case((whole(5, 9), whole(300, 9), 20, 0, torch.arange(0, 300, 7)), 9)
 
 
+def _gather_scores() -> Iterator[tuple[str, Callable[[], Case]]]:
+    def case(
+        queries: int, rows: int, dim: int, count: int, dtype: torch.dtype, metric: int
+    ) -> Case:
+        documents = torch.randint(-5, 6, (rows, dim)).to(dtype)
+        ids = torch.randint(-1, rows, (queries, count))
+        return Case((torch.randn(queries, dim), documents, ids, metric), 4 * dim + 1)
+
+    for dtype, metric in itertools.product((torch.float32, *HALVES, torch.int8), range(3)):
+        yield (
+            f"{_short(dtype)}, metric {metric}",
+            lambda a=dtype, m=metric: case(3, 20, 77, 9, a, m),
+        )
+    for shape in ((0, 9, 4, 3), (3, 0, 4, 3), (2, 9, 4, 0), (2, 9, 0, 3)):
+        yield (
+            " x ".join(map(str, shape)),
+            lambda a=shape: case(*a, torch.float32, 0),
+        )
+
+
 def _codes_k(queries: int, rows: int, width: int, k: int) -> tuple[Tensor, int]:
     return _codes(rows, width), k
 
@@ -363,5 +383,6 @@ CASES: dict[str, dict[str, Callable[[], Case]]] = {
     "range_search": dict(_range_search()),
     "asymmetric_topk": dict(_asymmetric_topk()),
     "dense_topk": dict(_dense_topk()),
+    "gather_scores": dict(_gather_scores()),
     "varlen_attention": {**dict(_attention()), **dict(_attention_halves())},
 }

@@ -131,5 +131,9 @@ struct DenseArgs {
 };
 template <class T>
 void dense_search(const Search& search, const DenseArgs<T>& args, float* scores, void* stream);
+// scores [queries, count] of the rows ids [queries, count]; -inf for ids that don't exist.
+template <class T>
+void gather_scores(const DenseArgs<T>& args, const int64_t* ids, int64_t queries, int64_t count,
+                   int64_t rows, float* scores, void* stream);
 
 }  // namespace emblas::cuda

@@ -35,9 +35,23 @@ void dense_search(const Search& search, const DenseArgs<T>& args, float* scores,
   finish_search<kScoreBits>(search, scores, stream);
 }
 
-template void dense_search<float>(const Search&, const DenseArgs<float>&, float*, void*);
-template void dense_search<bfloat16>(const Search&, const DenseArgs<bfloat16>&, float*, void*);
-template void dense_search<float16>(const Search&, const DenseArgs<float16>&, float*, void*);
-template void dense_search<int8_t>(const Search&, const DenseArgs<int8_t>&, float*, void*);
+template <class T>
+void gather_scores(const DenseArgs<T>& args, const int64_t* ids, int64_t queries, int64_t count,
+                   int64_t rows, float* scores, void* stream) {
+  const CodeRows documents{reinterpret_cast<const uint8_t*>(args.documents),
+                           args.stride * int64_t(sizeof(T)), rows};
+  const auto gather = unit_of(documents, 0) == 16 ? gather_rows<T, true> : gather_rows<T, false>;
+  simt::launch(gather, unsigned(divide_up(queries * count, kSearchWarps)), kSearchThreads, 0,
+               stream, args, ids, queries * count, count, rows, scores);
+}
+
+#define EMBLAS_INSTANTIATE(T)                                                                    \
+  template void dense_search<T>(const Search&, const DenseArgs<T>&, float*, void*);              \
+  template void gather_scores<T>(const DenseArgs<T>&, const int64_t*, int64_t, int64_t, int64_t, \
+                                 float*, void*);
+EMBLAS_INSTANTIATE(float)
+EMBLAS_INSTANTIATE(bfloat16)
+EMBLAS_INSTANTIATE(float16)
+EMBLAS_INSTANTIATE(int8_t)
 
 }  // namespace emblas::cuda

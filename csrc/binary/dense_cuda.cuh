@@ -38,6 +38,12 @@ __device__ inline float real(int8_t x) {
   return float(x);
 }
 
+__device__ inline float score_of(Metric metric, float dot, float row_square, float query_square) {
+  if (metric == Metric::cosine) return row_square > 0 ? dot / sqrtf(row_square) : 0;
+  if (metric == Metric::l2) return 2 * dot - row_square - query_square;
+  return dot;
+}
+
 // Grid (groups of queries * groups of lists); blocks that run at the same time share rows.
 template <class T, int queries, int unit, class Sink>
 __global__ void __launch_bounds__(kSearchThreads, 2) scan_dense(DenseScanArgs args, Sink sink) {
@@ -96,9 +102,7 @@ __global__ void __launch_bounds__(kSearchThreads, 2) scan_dense(DenseScanArgs ar
         offset += kDenseBytes;
         if (offset >= args.bytes) {
           for (int q = 0; q < queries; ++q) {
-            float score = dot[q];
-            if (args.metric == Metric::cosine) score = square > 0 ? dot[q] / sqrtf(square) : 0;
-            if (args.metric == Metric::l2) score = 2 * dot[q] - square - query_squares[q];
+            const float score = score_of(args.metric, dot[q], square, query_squares[q]);
             distances[q * lists + part][thread] = distance_of_score(score);
           }
         }
@@ -109,6 +113,43 @@ __global__ void __launch_bounds__(kSearchThreads, 2) scan_dense(DenseScanArgs ar
       sink.take(args, query, list, t, distances[warp], states[warp]);
     }
   }
+}
+
+// Scores of each query with rows of its own, a warp for each pair: reads these rows, 16 bytes at a
+// time where they are `aligned`, and is bound by memory. Grid (ceil(queries * count /
+// kSearchWarps)).
+template <class T, bool aligned>
+__global__ void __launch_bounds__(kSearchThreads)
+    gather_rows(DenseArgs<T> args, const int64_t* ids, int64_t pairs, int64_t count, int64_t rows,
+                float* scores) {
+  constexpr int values = simt::kVector<T>;
+  const int lane = threadIdx.x % 32;
+  const int64_t own = int64_t(blockIdx.x) * kSearchWarps + threadIdx.x / 32;
+  if (own >= pairs) return;
+  const int64_t id = ids[own];
+  const bool exists = id >= 0 && id < rows;
+  const T* row = args.documents + (exists ? id : 0) * args.stride;
+  const float* query = args.queries + own / count * args.query_stride;
+  float dot = 0, row_square = 0, query_square = 0;
+  const auto add = [&](T value, float wanted) {
+    const float x = real(value);
+    dot += x * wanted;
+    row_square += x * x;
+    query_square += wanted * wanted;
+  };
+  for (int64_t c = lane * values; exists && c < args.dim; c += 32 * values) {
+    if (aligned && c + values <= args.dim) {
+      const simt::Vector<T> x = simt::load_vector(row + c);
+      for (int i = 0; i < values; ++i) add(x.at[i], query[c + i]);
+    } else {
+      for (int i = 0; i < values && c + i < args.dim; ++i) add(row[c + i], query[c + i]);
+    }
+  }
+  dot = simt::warp_sum(dot);
+  row_square = simt::warp_sum(row_square);
+  query_square = simt::warp_sum(query_square);
+  if (lane > 0) return;
+  scores[own] = exists ? score_of(args.metric, dot, row_square, query_square) : -INFINITY;
 }
 
 }  // namespace emblas::cuda

@@ -1,4 +1,4 @@
-"""What only the CUDA search of vectors has: tiles, slabs of rows, alignment of every dtype.
+"""What only the CUDA kernels for vectors have: tiles, slabs of rows, alignment of every dtype.
 
 Lists, merges and filters are those of test_hamming_cuda.py; that it finds the right thing is in
 test_executors.py too.
@@ -128,6 +128,33 @@ def test_bytes_moved(ops):
     assert traffic["distinct_write"] == lists + queries * k * (4 + 8)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("metric", [DOT, L2])
+def test_gather_scores(ops, dtype, metric):
+    """Widths around a warp's vectors, any alignment, ids that don't exist."""
+    vector = 16 // dtype.itemsize
+    for dim in (0, 1, vector, vector + 1, 32 * vector, 32 * vector + 1):
+        wide = whole(11, dim + 16, dtype)
+        ids = torch.tensor([[0, 10, 11, -1, 2**40], [5, 5, -(2**63), 1, 10]])
+        existing = ids.where((ids >= 0) & (ids < 11), -1)
+        for documents in (wide[:, 16:], wide[:, 1 : 1 + dim], wide[:, :dim].contiguous()):
+            wanted = whole(2, dim)
+            with emulator.schedule("reverse"):
+                actual = ops.gather_scores_cuda(wanted, documents, ids, metric)
+            assert torch.equal(actual, reference.gather_scores(wanted, documents, existing, metric))
+
+
+def test_bytes_gathered(ops):
+    """Only the rows that are asked for, and only those that exist."""
+    documents, wanted = whole(50, 40), whole(2, 40)
+    ids = torch.tensor([[3, 4, -1], [3, 9, 50]])
+    emulator.take_traffic()
+    ops.gather_scores_cuda(wanted, documents, ids, DOT)
+    traffic = emulator.take_traffic()
+    assert traffic["distinct_read"] == wanted.nbytes + 3 * documents[0].nbytes + ids.nbytes
+    assert traffic["distinct_write"] == 6 * 4
+
+
 def test_bad_arguments(ops):
     wanted, documents = whole(2, 16), whole(9, 16)
     for args in (
@@ -143,3 +170,13 @@ def test_bad_arguments(ops):
     ):
         with pytest.raises(RuntimeError, match="emblas: "):
             ops.dense_topk_cuda(*args)
+    ids = torch.zeros(2, 3, dtype=torch.int64)
+    for args in (
+        (wanted, documents, ids.int(), DOT),
+        (wanted, documents, ids[0], DOT),
+        (wanted, documents, ids[:1], DOT),
+        (wanted, documents, ids.t().contiguous().t(), DOT),
+        (wanted, documents, ids, 3),
+    ):
+        with pytest.raises(RuntimeError, match="emblas: "):
+            ops.gather_scores_cuda(*args)
