@@ -28,7 +28,7 @@ struct CodeRows {
 };
 
 inline constexpr int64_t kMaxCodeBytes = 4095;               // a distance has 15 bits
-inline constexpr int64_t kMaxResults = int64_t(1) << 28;     // k, so that an index has 32 bits
+inline constexpr int64_t kMaxResults = int64_t(1) << 27;     // k, so that an index has 32 bits
 inline constexpr int64_t kMaxRows = (int64_t(1) << 32) - 1;  // a row has 32 bits
 inline constexpr int kTileRows = 256;                        // rows that a block compares at once
 inline constexpr int kMergedLists = 16;                      // lists that become one
@@ -115,5 +115,25 @@ struct ScoreArgs {
 };
 // The plan and the workspaces are for up to kScoreQueries queries, the first ones.
 void asymmetric_search(const Search& search, const ScoreArgs& args, float* scores, void* stream);
+
+enum class Metric { dot, cosine, l2 };  // as in dense.h
+
+inline int dense_queries_per_block(int64_t queries) { return queries == 1 ? 1 : 4; }
+
+template <class T>
+struct DenseArgs {
+  const float* queries;  // [queries, dim], rows `query_stride` elements apart
+  int64_t query_stride;
+  const T* documents;  // [rows, dim], rows `stride` elements apart
+  int64_t stride;
+  int64_t dim;  // below 2^28
+  Metric metric;
+};
+template <class T>
+void dense_search(const Search& search, const DenseArgs<T>& args, float* scores, void* stream);
+// scores [queries, count] of the rows ids [queries, count]; -inf for ids that don't exist.
+template <class T>
+void gather_scores(const DenseArgs<T>& args, const int64_t* ids, int64_t queries, int64_t count,
+                   int64_t rows, float* scores, void* stream);
 
 }  // namespace emblas::cuda

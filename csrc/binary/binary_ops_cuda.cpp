@@ -66,7 +66,7 @@ struct Prepared {
 Prepared prepare(const DeviceCall& call, int64_t queries, const Tensor& codes, int64_t k,
                  const std::optional<Tensor>& filter, bool count, int64_t blocks,
                  int queries_per_block, int64_t queries_at_once) {
-  check(k >= 0 && k <= cuda::kMaxResults, "the number of results must be between 0 and 2^28");
+  check(k >= 0 && k <= cuda::kMaxResults, "the number of results must be between 0 and 2^27");
   check(blocks >= 1, "blocks must be at least 1");
   const int64_t rows = codes.size(0);
   cuda::Search search{};
@@ -158,6 +158,76 @@ std::tuple<Tensor, Tensor> asymmetric_topk_cuda(const Tensor& queries, const Ten
   return {scores, prepared.ids};
 }
 
+constexpr char kDocuments[] =
+    "documents must be float32, bfloat16, float16 or int8, queries float32, rows contiguous";
+
+// visit(T{}) with the element type of documents that queries in float32 can be compared with.
+template <class Visit>
+auto visit_documents(ScalarType dtype, const Visit& visit) {
+  switch (dtype) {
+    case ScalarType::BFloat16:
+      return visit(bfloat16{});
+    case ScalarType::Half:
+      return visit(float16{});
+    case ScalarType::Char:
+      return visit(int8_t{});
+    default:
+      check(dtype == ScalarType::Float, kDocuments);
+      return visit(float{});
+  }
+}
+
+void check_dense(const DeviceCall& call, const Tensor& queries, const Tensor& documents,
+                 int64_t metric) {
+  call.check_rows(queries, kDocuments);
+  call.check_rows(documents, kDocuments);
+  check(has_dtype<float>(queries), kDocuments);
+  check(queries.size(1) == documents.size(1), "queries and documents must have the same dim");
+  check(queries.size(1) < int64_t(1) << 28, "documents must have less than 2^28 dimensions");
+  check(documents.size(0) <= cuda::kMaxRows, "documents must have less than 2^32 rows");
+  check(metric >= 0 && metric <= 2, "metric must be 0 (dot), 1 (cosine) or 2 (l2)");
+}
+template <class T>
+cuda::DenseArgs<T> dense_args(const DeviceCall& call, const Tensor& queries,
+                              const Tensor& documents, int64_t metric) {
+  return {call.read<float>(queries), queries.stride(0), call.read<T>(documents),
+          documents.stride(0),       queries.size(1),   cuda::Metric(metric)};
+}
+
+std::tuple<Tensor, Tensor> dense_topk_cuda(const Tensor& queries, const Tensor& documents,
+                                           int64_t k, int64_t metric,
+                                           const std::optional<Tensor>& filter, int64_t blocks) {
+  const DeviceCall call(queries);
+  check_dense(call, queries, documents, metric);
+  const int64_t count = queries.size(0);
+  const Prepared prepared = prepare(call, count, documents, k, filter, false, blocks,
+                                    cuda::dense_queries_per_block(count), count);
+  const Tensor scores = call.empty<2>(ScalarType::Float, {count, k});
+  visit_documents(documents.scalar_type(), [&](auto element) {
+    using T = decltype(element);
+    cuda::dense_search<T>(prepared.search, dense_args<T>(call, queries, documents, metric),
+                          call.write<float>(scores), call.stream());
+  });
+  return {scores, prepared.ids};
+}
+
+Tensor gather_scores_cuda(const Tensor& queries, const Tensor& documents, const Tensor& ids,
+                          int64_t metric) {
+  const DeviceCall call(queries);
+  check_dense(call, queries, documents, metric);
+  check(call.holds(ids) && has_dtype<int64_t>(ids) && ids.dim() == 2 && ids.is_contiguous() &&
+            ids.size(0) == queries.size(0),
+        "ids must be contiguous int64 (queries, candidates) on the device of queries");
+  const Tensor scores = call.empty<2>(ScalarType::Float, {ids.size(0), ids.size(1)});
+  visit_documents(documents.scalar_type(), [&](auto element) {
+    using T = decltype(element);
+    cuda::gather_scores<T>(dense_args<T>(call, queries, documents, metric), call.read<int64_t>(ids),
+                           ids.size(0), ids.size(1), documents.size(0), call.write<float>(scores),
+                           call.stream());
+  });
+  return scores;
+}
+
 Tensor hamming_distance_cuda(const Tensor& a, const Tensor& b, int64_t blocks, bool tensor_cores) {
   const DeviceCall call(a);
   const auto left = code_rows(call, a, "a must be uint8 (rows, bytes), rows contiguous");
@@ -190,11 +260,18 @@ STABLE_TORCH_LIBRARY_FRAGMENT(EMBLAS_CUDA_NAMESPACE, library) {
   library.def(
       "asymmetric_topk_cuda(Tensor queries, Tensor codes, int k, Tensor? filter=None,"
       " Tensor? scale=None, int blocks=1024) -> (Tensor scores, Tensor ids)");
+  library.def(
+      "gather_scores_cuda(Tensor queries, Tensor documents, Tensor ids, int metric) -> Tensor");
+  library.def(
+      "dense_topk_cuda(Tensor queries, Tensor documents, int k, int metric, Tensor? filter=None,"
+      " int blocks=1024) -> (Tensor scores, Tensor ids)");
 }
 STABLE_TORCH_LIBRARY_IMPL(EMBLAS_CUDA_NAMESPACE, EMBLAS_CUDA_KEY, library) {
   library.impl("pack_sign_cuda", TORCH_BOX(&emblas::pack_sign_cuda));
   library.impl("hamming_topk_cuda", TORCH_BOX(&emblas::hamming_topk_cuda));
   library.impl("range_search_cuda", TORCH_BOX(&emblas::range_search_cuda));
   library.impl("asymmetric_topk_cuda", TORCH_BOX(&emblas::asymmetric_topk_cuda));
+  library.impl("gather_scores_cuda", TORCH_BOX(&emblas::gather_scores_cuda));
+  library.impl("dense_topk_cuda", TORCH_BOX(&emblas::dense_topk_cuda));
   library.impl("hamming_distance_cuda", TORCH_BOX(&emblas::hamming_distance_cuda));
 }

@@ -226,7 +226,7 @@ def test_bad_arguments(ops):
         (documents, documents[:, :3], 1),
         (codes(1, 4096), codes(1, 4096), 1),
         (documents, documents, -1),
-        (documents, documents, 2**28 + 1),
+        (documents, documents, 2**27 + 1),
         (documents, documents, 1, bitmap[:, :1]),
         (documents, documents, 1, bitmap[0]),
         (documents, documents, 1, bitmap.repeat(2, 1)),

@@ -22,6 +22,7 @@ add_library(
   # One line per kernel family.
   csrc/binary/asymmetric_cuda.cu
   csrc/binary/binary_ops_cuda.cpp
+  csrc/binary/dense_cuda.cu
   csrc/binary/hamming_cuda.cu
   csrc/binary/merge_cuda.cu
   csrc/binary/pack_sign_cuda.cu

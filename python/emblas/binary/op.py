@@ -107,7 +107,7 @@ def _maxsim_backward_fake(
 
 
 _CUDA_BYTES = 4095  # of a code, so that a distance has 15 bits
-_CUDA_RESULTS = 2**28
+_CUDA_RESULTS = 2**27
 
 
 def _cuda_distances(a: Tensor, b: Tensor) -> bool:
@@ -137,6 +137,12 @@ def _cuda_scores(
     scale: Tensor | None = None,
 ) -> bool:
     return _cuda_topk(codes, codes, k)
+
+
+def _cuda_dense(
+    queries: Tensor, documents: Tensor, k: int, metric: int, filter: Tensor | None = None
+) -> bool:
+    return queries.shape[1] < 2**28 and k <= _CUDA_RESULTS
 
 
 _pack_sign = Op(
@@ -197,6 +203,7 @@ _dense_topk = Op(
     reference=reference.dense_topk,
     fake=_dense_topk_fake,
     triton="emblas.binary.triton",
+    cuda_supports=_cuda_dense,
 )
 _gather_scores = Op(
     "gather_scores",
