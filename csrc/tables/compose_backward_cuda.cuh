@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(kThreads)
     used += !is_padding(ids, ids.ids[i]);
   }
   used = simt::warp_sum(used);
-  if (lane_of_warp() == 0) scale[s] = A(1) / A(used > 0 ? used : 1);
+  if (lane_of_warp() == 0) scale[s] = A(1) / A(used);
 }
 
 // The gradient of each lookup's slot, times what stands before its row. `whole`: that is a number,

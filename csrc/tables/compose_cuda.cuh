@@ -100,7 +100,7 @@ __device__ void slot_values(const ComposeBagArgs<T>& args, const Composed& compo
                             const SlotNumbers& numbers, int n, int64_t i, const C& columns,
                             Accumulator<T> (&total)[C::size]) {
   using A = Accumulator<T>;
-  constexpr int together = 4;  // loads before the first of them is needed
+  constexpr int together = C::size > 4 ? 2 : 4;  // loads before the first of them is needed
   const ComposePart* slot = composed.parts + part;
   const int size = slot->slot_size;
   const bool product = args.combine == Combine::product;

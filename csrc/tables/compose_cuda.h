@@ -81,7 +81,7 @@ void compose_bag(const ComposeBagArgs<T>& args, const Composed& composed, bool a
 void compose_lookups(const ComposedIds& ids, const Composed& composed, const int32_t* segment_of,
                      int64_t rows, uint32_t* numbers, int32_t* keys, void* stream);
 
-// scale [features * bags]: 1 / the ids that count in each bag, or 1 where none does.
+// scale [features * bags]: 1 / the ids that count in each bag; infinite where none does.
 template <class A>
 void bag_scales(const ComposedIds& ids, const Composed& composed, A* scale, void* stream);
 

@@ -71,7 +71,7 @@ struct HashedRows {
     if (i < end) {
       const int64_t id = hashed.ids[i * hashed.stride];
       present = !is_padding(hashed, id);
-      if (kKeys * group < hashed.num_hashes) own.rows = four_rows(hashed, id, group);
+      own.rows = four_rows(hashed, id, group);
       if (weights) own.weight = weights[i];
     }
     own.present = __ballot_sync(simt::kAllLanes, present);

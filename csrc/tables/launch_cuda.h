@@ -33,7 +33,7 @@ void sum(const Source& source, const Segments& segments, int64_t dim,
   const int64_t slots = piece_rows(segments.entries);
   if (slots == 0 || segments.count == 0) return;
   simt::launch(sum_pieces<Source, aligned>, dim3(blocks(slots, kWarps), tiles), kThreads, 0, stream,
-               source, segments, shape, slots, partial);
+               source, segments, shape, partial);
   simt::launch(add_pieces<T, aligned>, dim3(unsigned(slots), tiles), kThreads, 0, stream,
                Partials<T>{partial, dim}, segments, shape, out);
 }

@@ -207,14 +207,14 @@ __global__ void __launch_bounds__(kThreads, 2)
   if (lane_of_warp() < shape.lanes) columns.store(out + s * shape.dim, sum);
 }
 
-// Grid (slots / kWarps, tiles of columns); partial [slots, dim].
+// Grid (slots / kWarps, tiles of columns); partial [slots, dim]. Slots behind the last are idle,
+// too.
 template <class Source, bool aligned>
 __global__ void __launch_bounds__(kThreads, 2)
-    sum_pieces(Source source, Segments segments, RowShape shape, int64_t slots,
+    sum_pieces(Source source, Segments segments, RowShape shape,
                Accumulator<typename Source::Element>* partial) {
   using C = Columns<typename Source::Element, aligned>;
   const int64_t slot = int64_t(blockIdx.x) * kWarps + threadIdx.x / 32;
-  if (slot >= slots) return;
   const Range range = segments.range(segments.holding(slot * kPieceEntries));
   const int64_t k = slot - range.first_slot();  // negative under wrong bounds only
   if (!range.in_pieces() || uint64_t(k) >= uint64_t(range.pieces())) return;

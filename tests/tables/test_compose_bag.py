@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 
+import executors
 import pytest
 import torch
 from contract import check_compiled, check_gradients, check_op, check_threads, only_kernels, packed
@@ -16,6 +17,7 @@ from torch import nn
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 KERNELS = ("compose_bag", "compose_bag_backward")
+executor = executors.fixture(*KERNELS)
 
 # Two features: a signed slot of two hashes and a slot of one digit; a slot of three unlike keys.
 TWO_FEATURES = (
@@ -135,7 +137,7 @@ CU = packed((3, 0, 7, 20, 1, 1, 8, 5))  # four bags of each feature
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("combine", ["sum", "mean", "product"])
 @pytest.mark.parametrize("mode", ["sum", "mean", "max"])
-def test_equals_oracle(isa, dtype, combine, mode):
+def test_equals_oracle(executor, dtype, combine, mode):
     composition, ids = Composition(TWO_FEATURES, combine), random_ids(45)
     ids[5], ids[31] = 77, 77
     table = torch.randn(composition.size).to(dtype)

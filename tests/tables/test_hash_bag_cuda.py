@@ -204,10 +204,17 @@ def test_bytes_moved(ops, dtype):
     offsets = packed((50, 0, 70))
     ops.hash_bag_cuda(ids, table, offsets, None, *hashing)
     assert moved() == (8 * count + used * row + offsets.nbytes, 3 * row)
-    # A long bag is added up in pieces, here one; each of three kernels reads its bounds.
-    twice, bag = ids.repeat(2), packed((240,))
-    ops.hash_bag_cuda(twice, table, bag, None, *hashing)
-    assert moved() == (16 * count + used * row + 3 * wide_row + 3 * bag.nbytes, row + 3 * wide_row)
+    # Of two bags the long one is added up in two pieces. Each of three kernels reads the offsets.
+    twice, two = ids.repeat(2), packed((2 * PIECE - 1, 240 - 2 * PIECE + 1 + 2 * PIECE))
+    twice = torch.cat([twice, random_ids(2 * PIECE)])
+    row_sets = [reference.hash_keys(part, 0, 3, hashes, rows).unique()
+                for part in twice.split(two.diff().tolist())]  # fmt: skip
+    pieces = int(two.diff()[1]) // PIECE
+    ops.hash_bag_cuda(twice, table, two, None, *hashing)
+    assert moved() == (
+        8 * len(twice) + sum(map(len, row_sets)) * row + pieces * wide_row + 3 * two.nbytes,
+        2 * row + pieces * wide_row,
+    )
 
     grad = torch.randn(count, dim).to(dtype)
     ops.hash_bag_backward_cuda(grad, ids, table, None, None, *hashing, False, True)
