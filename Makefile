@@ -18,7 +18,7 @@ CXX_SOURCES := csrc tests/native tests/simt -name '*.h' -o -name '*.cpp' -o -nam
 export OMP_WAIT_POLICY ?= passive
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test full bench gpu-table mutate gpu-test lint format clean
+.PHONY: demo test full bench gpu-table mutate mutate-changed gpu-test lint format clean
 
 # Each extra is installed once; the marker file is newer than what it was installed from.
 # torch comes first and alone: the constraint keeps it, whatever the other packages ask for.
@@ -62,6 +62,10 @@ gpu-table: $(VENV)/installed-dev,demo,bench
 mutate: $(VENV)/installed-dev,demo,bench
 	PYTHONPATH=tests:tests/gpu $(BIN)/python -m mutation.run cuda $(KERNELS)
 	PYTHONPATH=tests:tests/gpu TRITON_INTERPRET=1 $(BIN)/python -m mutation.run triton $(KERNELS)
+
+# Only the families whose kernels or tests are not those of tests/mutation/record.json.
+mutate-changed: KERNELS = --changed
+mutate-changed: mutate
 
 # docs/gpu_testing.md. The sanitizer sees overruns of single tensors only without torch's cache.
 gpu-test: $(VENV)/torch

@@ -12,6 +12,7 @@ import dataclasses
 import os
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 from simt import emulator
@@ -113,6 +114,10 @@ class _Rewriter:
             text = text[:begin] + new + text[end:]
         return text
 
+    def _declares(self, bracket: int) -> bool:
+        """Tell whether a bracket gives the size of an array."""
+        return bool(_DECLARED_ARRAY.fullmatch(_before(self.code, bracket + 1)))
+
     def _number(self, kernel: str, begin: int, end: int) -> int:
         left = self.text.rfind("\n", 0, begin) + 1
         right = self.text.find("\n", end)
@@ -129,6 +134,9 @@ class _Rewriter:
         assert kind is not None
         begin, end = spot.span(kind)
         if kind == "operator":
+            bracket = self.code.rfind("[", 0, begin)
+            if _closing(self.code, bracket) > begin and self._declares(bracket):
+                return
             operator = spot.group(kind)
             number = self._number(kernel, begin, end)
             self._insert(end, f" mutation::{_OPERATORS[operator]}<{number}>{{}} {operator}")
@@ -144,7 +152,7 @@ class _Rewriter:
             number = self._number(kernel, end, closing)
             self._insert(end, "bool(")
             self._insert(closing, f") != bool(mutation::alive({number}))")
-        elif not _DECLARED_ARRAY.fullmatch(_before(self.code, end)):
+        elif not self._declares(begin):
             closing = _closing(self.code, begin)
             number = self._number(kernel, begin, closing + 1)
             self._insert(closing, f" + mutation::alive({number})")
@@ -156,18 +164,24 @@ class CudaMutants:
     tests = ("test_executors.py", "attention", "binary", "pooling", "tables")
 
     def __init__(self) -> None:
-        folder = emulator.ROOT / "build" / "mutants"
-        csrc = folder / "csrc"
-        shutil.copytree(CSRC, csrc, dirs_exist_ok=True)
         self.all = list[Mutant]()
+        self._rewritten = dict[Path, str]()
         sources = {CSRC / "common" / "cuda" / "simt.h": "common"}
         sources |= {path: path.parent.name for path in sorted(CSRC.glob("*/*_cuda.cuh"))}
         for path, family in sources.items():
             above, mark, text = path.read_text().rpartition(_COMMON)
             rewriter = _Rewriter(family, text, 1 + len(self.all))
             include = '#include "mutation/mutant.h"\n' if mark else ""
-            (csrc / path.relative_to(CSRC)).write_text(above + include + mark + rewriter.run())
+            self._rewritten[path.relative_to(CSRC)] = above + include + mark + rewriter.run()
             self.all += rewriter.mutants
+
+    def build(self) -> None:
+        """Build the library and let the emulator use it."""
+        folder = emulator.ROOT / "build" / "mutants"
+        csrc = folder / "csrc"
+        shutil.copytree(CSRC, csrc, dirs_exist_ok=True)
+        for path, text in self._rewritten.items():
+            (csrc / path).write_text(text)
         library = emulator.build(folder / "build", csrc)
         os.environ["EMBLAS_SIMT_LIBRARY"] = str(library)
         self._library = ctypes.CDLL(str(library))
@@ -181,6 +195,16 @@ class CudaMutants:
         flags = (ctypes.c_ubyte * (1 + len(self.all)))()
         self._library.emblas_take_reached(flags, len(flags))
         return {number for number, flag in enumerate(flags) if flag}
+
+    @staticmethod
+    def files(family: str) -> list[Path]:
+        """Return what the results of a family depend on."""
+        csrc = CSRC if family == "common" else CSRC / family
+        tests = emulator.ROOT / "tests"
+        here = Path(__file__)
+        device = [*csrc.rglob("*_cuda.*"), *(CSRC / "common").rglob("*.h")]
+        device += [here, here.with_name("mutant.h"), here.with_name("mutant.cpp")]
+        return [*device, tests / "simt", tests / "cases.py", tests / "executors.py", tests / family]
 
     @staticmethod
     def concerns(item: pytest.Item) -> bool:

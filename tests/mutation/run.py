@@ -2,16 +2,22 @@
 
     python -m mutation.run cuda [KERNEL ...]                       CUDA C++, in the emulator
     TRITON_INTERPRET=1 python -m mutation.run triton [KERNEL ...]  Triton, in the interpreter
+    ... --changed                                                  what record.json doesn't know
 
 with tests/ and tests/gpu/ on the PYTHONPATH; `make mutate` does both. The tests that run the
 kernels are collected once and run once unchanged, which tells the mutants that each of them
 reaches. Then every mutant lives in a forked process of its own, where those tests run until one
 fails, those that noticed others first. Prints killed/total for each kernel, and fails on a survivor
 without a reason in survivors.py.
+
+record.json keeps the results of the last whole run, with a digest of the kernels and tests of each
+family. CI tests the mutants of the families whose digest has changed since.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import select
 import signal
@@ -27,17 +33,35 @@ from _pytest.runner import runtestprotocol
 from mutation.survivors import SURVIVORS
 
 TESTS = Path(__file__).parents[1]
+RECORD = Path(__file__).with_name("record.json")
+
+
+def digest(files: list[Path]) -> str:
+    """Return a digest of files, and of folders with all that they hold."""
+    found = {f for file in files for f in (file, *file.rglob("*"))}
+    hash = hashlib.sha256()
+    for file in sorted(f for f in found if f.suffix in (".py", ".h", ".cpp", ".cu", ".cuh")):
+        hash.update(f"{file.relative_to(TESTS.parent)}\n".encode() + file.read_bytes())
+    return hash.hexdigest()
 
 
 class Plugin:
     """Collects like any run of pytest, and tests the mutants instead."""
 
-    def __init__(self, mutants: Any, kernels: list[str]) -> None:
-        self.mutants, self.kernels = mutants, kernels
+    def __init__(self, kind: str, mutants: Any, kernels: list[str], changed_only: bool) -> None:
+        self.kind, self.mutants, self.kernels = kind, mutants, kernels
+        self.record = json.loads(RECORD.read_text()) if RECORD.exists() else {}
+        families = sorted({mutant.family for mutant in mutants.all})
+        self.digests = {family: digest(mutants.files(family)) for family in families}
+        old = self.record.setdefault(kind, {})
+        same = {f for f in families if f in old and old[f]["digest"] == self.digests[f]}
+        self.known = same if changed_only else set()
+        wanted = [m for m in mutants.all if not kernels or m.kernel in kernels]
+        self.wanted = [mutant for mutant in wanted if mutant.family not in self.known]
+        self.dead: set[int] = set()
         self.kills: Counter[int] = Counter()  # of each test
         self.seconds: list[float] = []
         self.reach: dict[int, list[int]] = defaultdict(list)  # tests that reach a mutant
-        self.survivors: list[Any] = []
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         """Keep the tests that run the kernels."""
@@ -50,18 +74,31 @@ class Plugin:
             return False
         self.items = session.items
         self._original()
-        wanted = [m for m in self.mutants.all if not self.kernels or m.kernel in self.kernels]
-        dead = self._all(wanted)
-        totals: dict[tuple[str, str], list[int]] = {}
-        for mutant in wanted:
-            row = totals.setdefault((mutant.family, mutant.kernel), [0, 0])
-            row[0] += mutant.number in dead
-            row[1] += 1
-            if mutant.number not in dead and (mutant.kernel, mutant.line) not in SURVIVORS:
-                self.survivors.append(mutant)
-        for (family, kernel), (killed, total) in totals.items():
-            print(f"{family}.{kernel}: {killed}/{total} killed")
+        self.dead = self._all()
         return True
+
+    def report(self) -> list[tuple[str, str]]:
+        """Print and record what came out; return the survivors without a reason."""
+        record = self.record[self.kind]
+        for family in self.digests:
+            if family not in self.known:
+                mutants = [mutant for mutant in self.wanted if mutant.family == family]
+                alive = [mutant for mutant in mutants if mutant.number not in self.dead]
+                totals = Counter(mutant.kernel for mutant in mutants)
+                survived = Counter(mutant.kernel for mutant in alive)
+                record[family] = {
+                    "digest": self.digests[family],
+                    "kernels": {k: [n - survived[k], n] for k, n in totals.items()},
+                    "survivors": [[mutant.kernel, mutant.line] for mutant in alive],
+                }
+            for kernel, (killed, total) in record[family]["kernels"].items():
+                recorded = " (recorded)" * (family in self.known)
+                print(f"{family}.{kernel}: {killed}/{total} killed{recorded}")
+        if not self.kernels:
+            self.record[self.kind] = {family: record[family] for family in self.digests}
+            RECORD.write_text(json.dumps(self.record, indent=1, ensure_ascii=False) + "\n")
+        survivors = (tuple(s) for family in self.digests for s in record[family]["survivors"])
+        return [survivor for survivor in survivors if survivor not in SURVIVORS]
 
     def _fails(self, index: int) -> bool:
         item = self.items[index]
@@ -79,9 +116,9 @@ class Plugin:
                 self.reach[number].append(index)
         print(f"{len(self.items)} tests in {sum(self.seconds):.0f} s", flush=True)
 
-    def _all(self, wanted: list[Any]) -> set[int]:
+    def _all(self) -> set[int]:
         """Test the mutants, one process for each, as many at once as there are processors."""
-        waiting, running, dead = wanted[::-1], dict[int, tuple[int, Any]](), set[int]()
+        waiting, running, dead = self.wanted[::-1], dict[int, tuple[int, Any]](), set[int]()
         while waiting or running:
             while waiting and len(running) < (os.cpu_count() or 1):
                 mutant = waiting.pop()
@@ -127,20 +164,23 @@ class Plugin:
 
 def main() -> None:
     """Test the mutants of one kind of kernels, all or the named ones."""
-    kind, *kernels = sys.argv[1:]
+    kind, *kernels = (argument for argument in sys.argv[1:] if argument != "--changed")
     torch.set_num_threads(1)  # what forks must not have threads
     if kind == "cuda":
         from mutation.cuda import CudaMutants as Mutants
     else:
         from mutation.triton import TritonMutants as Mutants
-    plugin = Plugin(Mutants(), kernels)
-    os.environ["HYPOTHESIS_PROFILE"] = "mutation"
-    tests = [str(TESTS / name) for name in plugin.mutants.tests]
-    code = pytest.main(
-        ["-s", "-p", "no:cacheprovider", "-p", "no:faulthandler", *tests], plugins=[plugin]
-    )
-    if code or plugin.survivors:
-        sys.exit(f"{len(plugin.survivors)} survivors without a reason")
+    plugin = Plugin(kind, Mutants(), kernels, "--changed" in sys.argv)
+    if plugin.wanted:
+        plugin.mutants.build()
+        os.environ["HYPOTHESIS_PROFILE"] = "mutation"
+        tests = [str(TESTS / name) for name in plugin.mutants.tests]
+        options = ["-s", "-p", "no:cacheprovider", "-p", "no:faulthandler"]
+        if code := pytest.main([*options, *tests], plugins=[plugin]):
+            sys.exit(code)
+    if survivors := plugin.report():
+        lines = "\n".join(f"    {kernel}: {line}" for kernel, line in survivors)
+        sys.exit(f"{len(survivors)} survivors without a reason:\n{lines}")
 
 
 if __name__ == "__main__":

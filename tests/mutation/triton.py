@@ -110,6 +110,9 @@ class TritonMutants:
         for line, source in _mutants(function):
             self.all.append(Mutant(len(self.all), family, kernel, line, function, source))
 
+    def build(self) -> None:
+        """Do nothing: the interpreter takes sources."""
+
     def switch(self, mutant: Mutant | None) -> None:
         """Let a mutant live; it can't be undone, as each lives in a process of its own."""
         if mutant:
@@ -121,6 +124,20 @@ class TritonMutants:
         ran = set(InterpretedFunction.rewritten_fn)
         InterpretedFunction.rewritten_fn.clear()
         return {mutant.number for mutant in self.all if mutant.function.fn in ran}
+
+    @staticmethod
+    def files(family: str) -> list[Path]:
+        """Return what the results of a family depend on."""
+        root = Path(__file__).parents[2]
+        package, tests = root / "python" / "emblas", root / "tests"
+        kernels = package if family == "common" else package / family
+        device = [
+            *kernels.rglob("triton.py"),
+            *kernels.rglob("triton/*.py"),
+            package / "_triton.py",
+        ]
+        device.append(Path(__file__))
+        return [*device, tests / "interpreted", tests / "cases.py", tests / "triton_check.py"]
 
     @staticmethod
     def concerns(item: pytest.Item) -> bool:
