@@ -356,6 +356,8 @@ def _hamming_distance() -> Iterator[tuple[str, Callable[[], Case]]]:
         ("one query", 1, 300, 32),
         ("odd width", 9, 300, 13),
         ("wide", 2, 40, 77),
+        ("wide, whole words", 4, 40, 68),
+        ("wide, whole vectors", 9, 40, 80),
     ):
         yield name, lambda a=(queries, rows, width): Case((_codes(a[0], a[2]), _codes(a[1], a[2])))
     yield "strided", lambda: Case((_codes(9, 8), _codes(300, 24)[:, 3:11]))
