@@ -43,6 +43,7 @@ _CALLS = {"minimum": "maximum", "maximum": "minimum"}
 _EDGE = "differs only where the length is exactly the epsilon"
 _MORE_WORK = "the same result by more work"
 _UNUSED = "the lanes that the mask hides are not used"
+_NO_ROW = "the interpreter's garbage, -1 or huge, is no row; a GPU's may be one"
 _FIRST = "hidden lanes hold index 0, which may be read, and their values are not used"
 SURVIVORS: dict[tuple[str, str], str] = {
     ("_normalize", "values = tl.load(mean + row * dim + d, mask=d < dim)"): _UNUSED,
@@ -60,6 +61,36 @@ SURVIVORS: dict[tuple[str, str], str] = {
     "rounding, unless the length is at most the epsilon, to which it was raised",
     ("_pack_sign", "limit = tl.load(threshold + d, mask=d < dim)"): "hidden lanes are 0, which is "
     "not above the interpreter's garbage, NaN or huge; a GPU's may be negative",
+    ("rows_of", "row = tl.load(ids + position, mask=there)"): _NO_ROW,
+    ("_collect_chunk", "limit = tl.load(limits + query, mask=exists)"): _UNUSED,
+    ("_collect_chunk", "ties_left = tl.load(ties + at, mask=exists)"): _UNUSED,
+    ("_collect_chunk", "free = tl.load(starts + at, mask=exists)"): _UNUSED,
+    (
+        "_gather_scores",
+        "row = tl.load(ids + query * candidates + place, mask=place < candidates)",
+    ): _NO_ROW,
+    (
+        "_rotate",
+        "values = tl.load(x + row * row_stride + d, mask=d < dim).to(ACCUMULATOR)",
+    ): _UNUSED,
+    ("_rotate", "sign = tl.load(signs + round * dim + d, mask=d < dim).to(ACCUMULATOR)"): _UNUSED,
+    (
+        "_rotate",
+        "turned = tl.gather(values, tl.where(d <= dim, (d + first) % dim, d), 0)",
+    ): _UNUSED,
+    (
+        "_rotate",
+        "values = tl.gather(turned, tl.where(d <= dim, (d + dim - first) % dim, d), 0)",
+    ): _UNUSED,
+    (
+        "_grad_queries",
+        "j = tl.load(argmax + i * num_documents + n, mask=n < num_documents).to(tl.int64)",
+    ): _NO_ROW,
+    ("_grad_documents", "n = tl.load(document_of + j, mask=j < document_tokens)"): _UNUSED,
+    ("_grad_documents", "owner = tl.load(owners + i, mask=there)"): _UNUSED,
+    ("_grad_documents", "won = tl.load(at, mask=inside) == j[:, None]"): _NO_ROW,
+    ("_grad_documents", "inside = (j <= document_tokens)[:, None] & there[None, :]"): "reads of "
+    "the first document's column, whose sums are not stored",
     (
         "keep_best",
         "if tl.max(tl.max((number > limit[:, None]).to(tl.int32), 1), 0) >= 0:",
@@ -135,7 +166,7 @@ def _checks(family: str) -> Iterator[Callable[[], None]]:
     if family == "binary":
         for nearest in ("first", "last"):
             yield lambda n=nearest: _with_patches(module.check_hamming_topk, 16, 1, n)
-        for programs, later_only in ((1, True), (2048, False)):
+        for programs, later_only in ((1, True), (1, False), (2048, False)):
             yield lambda a=(programs, later_only): _with_patches(module.check_range_search, *a)
 
 
