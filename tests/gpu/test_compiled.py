@@ -24,7 +24,7 @@ LOCAL_MEMORY = {
         "rows of 1 KiB: the smallest tile that tensor cores take, 16 x 32, spills a few words",
     ),
     ("_grad_weights", ""): (8, "ptxas spills two words to get by with 32 or 40 registers"),
-    ("_highest_of_chunk", "int8, dot, k = 64, ids"): (8, _TWO_WORDS),
+    ("_highest_of_chunk", ""): (16, "ptxas spills two to four words for another four warps"),
     ("_maxsim", "float32"): (8, _TWO_WORDS),
     ("_maxsim", "floats and bits"): (8, _TWO_WORDS),
     ("_maxsim", "bits"): (8, _TWO_WORDS),
