@@ -595,6 +595,9 @@ def _maxsim_backward() -> Iterator[tuple[str, Callable[[], Case]]]:
     for name, query_lengths, lengths, dim in (
         ("odd", (3, 0, 35), (2, 0, 70, *[1] * 17), 67),
         ("wide", (2,), (3, 1), 130),
+        ("one token", (1,), (1,), 3),
+        ("few tokens", (5, 2), (3,), 9),
+        ("one tile", (16,), (9,), 8),
         ("no set", (), (3,), 5),
         ("no document", (3,), (), 5),
         ("empty documents", (3,), (0, 0), 5),

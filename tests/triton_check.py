@@ -45,8 +45,8 @@ from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 TRITON_VERSION = "3.9.0"
-# In every byte: NaN as a float and -1 as an integer, or a huge float and a large integer.
-_GARBAGE = (0xFF, 0x7F)
+# In every byte: NaN as a float and -1 as an integer; a huge float and a large integer; zero.
+_GARBAGE = (0xFF, 0x7F, 0)
 _NOBODY, _SEVERAL = -1, -2  # beside numbers of programs
 _OWN_FILES = (os.path.dirname(triton.__file__) + os.sep, __file__)
 

@@ -64,6 +64,7 @@ def test_wrong_offsets_stay_in_bounds(offsets):
     run("hash_bag", ids, x, cu, None, 0, 0, 4, None)
     run("maxsim", x, cu, x, cu, 9, False)
     wrong = torch.randint(-99, 99, (73, 3), dtype=torch.int32)
+    wrong[:2, 0] = torch.tensor([-1, 73])
     run("maxsim_backward", torch.randn(3, 3), x, cu, x, cu, wrong)
     run("hash_bag_backward", grad, ids, x, cu, torch.rand(73), 0, 0, 4, None, True, True)
     parts = Composition((Part(5, 9, a=1), Part(20, 9, "radix", a=3, base=45))).fields
