@@ -328,7 +328,8 @@ def asymmetric_topk(
         As in :func:`hamming_topk`.
     scale : Tensor, optional
         float32 ``(N,)``, above 0 and finite: multiplies the scores of each code, before the best
-        are chosen. :func:`inverse_norms` ranks codes of several planes by cosine.
+        are chosen. :func:`inverse_norms` ranks codes of several planes by cosine, the scale of
+        :func:`pack_rabitq` makes scores estimates of inner products.
 
     Returns
     -------
