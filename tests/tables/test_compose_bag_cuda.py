@@ -132,7 +132,8 @@ def test_lengths_of_bags(ops, dtype, mode):
 )
 def test_any_call(ops, lengths, width, combine, mode, dtype, weights, gap, seed, bags, padded):
     generator = torch.Generator().manual_seed(seed)
-    parts = parts_of(width, features=2)
+    # With few rows, sums of the same rows in another order would make winners ambiguous.
+    parts = parts_of(width, features=2, rows=500 if mode == "max" else 5)
     lengths = lengths * 2 if bags else [2 * sum(lengths)]
     ids = random_ids(sum(lengths), generator)
     if len(ids):
