@@ -184,6 +184,21 @@ def _pack_sign() -> Iterator[tuple[str, Callable[[], Case]]]:
     yield "strided", lambda: Case((_strided(_signs(20, 40)),))
 
 
+def _hadamard_rotate() -> Iterator[tuple[str, Callable[[], Case]]]:
+    def case(rows: int, dim: int, rounds: int, dtype: torch.dtype, strided: bool = False) -> Case:
+        x, signs = torch.randn(rows, dim).to(dtype), torch.randint(0, 2, (rounds, dim)) * 2 - 1
+        return Case((_strided(x) if strided else x, signs.to(torch.int8)), dim)
+
+    for dtype in _op.FLOATS:
+        yield _short(dtype), lambda a=dtype: case(3, 100, 3, a)
+    for rows, dim, rounds in ((0, 5, 3), (3, 0, 3), (3, 1, 3), (2, 64, 0), (2, 64, 1), (2, 700, 2)):
+        yield (
+            f"{rows} x {dim}, {rounds} rounds",
+            lambda a=(rows, dim, rounds): case(*a, torch.float32),
+        )
+    yield "strided", lambda: case(5, 40, 3, torch.float32, strided=True)
+
+
 def _codes(rows: int, width: int, values: int = 256) -> Tensor:
     return torch.randint(0, values, (rows, width), dtype=torch.uint8)
 
@@ -378,6 +393,8 @@ CASES: dict[str, dict[str, Callable[[], Case]]] = {
     "hash_bag": dict(_hash_bag()),
     "hash_bag_backward": dict(_hash_bag_backward()),
     "pack_sign": dict(_pack_sign()),
+    "hadamard_rotate": dict(_hadamard_rotate()),
+    "hadamard_unrotate": dict(_hadamard_rotate()),
     "hamming_topk": dict(_hamming_topk()),
     "hamming_distance": dict(_hamming_distance()),
     "range_search": dict(_range_search()),
