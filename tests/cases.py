@@ -238,6 +238,9 @@ def _compose_bag(backward: bool) -> Iterator[tuple[str, Callable[[], Case]]]:
         name = f"four hashes, {combine}{', bags' * bool(bags)}, weights per part"
         yield name, lambda a=combine, b=bags: _composed(combine=a, lengths=b, weights=4, **hashes)
     yield "four hashes, product", lambda: _composed(combine="product", bags=5, **hashes)
+    slots = (*_FOUR_HASHES[:2], Part(9, 6, "radix", a=1, base=780, column=130))
+    yield "two slots, weights per part", lambda: _composed(slots, bags=9, weights=3)
+    yield "long first bag, max", lambda: _composed(mode="max", lengths=(60, 2))
     for dtype in HALVES:
         yield _short(dtype), lambda a=dtype: _composed(dtype=a)
         yield f"{_short(dtype)}, bags", lambda a=dtype: _composed(dtype=a, lengths=lengths)
@@ -299,7 +302,8 @@ def _rotate() -> Iterator[tuple[str, Callable[[], Case]]]:
 
     for dtype in _op.FLOATS:
         yield _short(dtype), lambda a=dtype: rotation(3, 37, dtype=a)
-    for rows, dim, rounds in ((3, 16, 1), (3, 32, 2), (2, 9, 4), (2, 1, 2), (2, 3, 1), (0, 5, 2)):
+    shapes = ((3, 16, 1), (3, 32, 2), (2, 9, 4), (2, 1, 2), (2, 3, 1), (0, 5, 2), (2, 700, 2))
+    for rows, dim, rounds in shapes:
         yield f"{rows} x {dim}, {rounds} rounds", lambda a=(rows, dim, rounds): rotation(*a)
     yield "no dimension", lambda: rotation(3, 0)
     yield "no round", lambda: rotation(3, 5, 0)

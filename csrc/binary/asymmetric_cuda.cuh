@@ -77,11 +77,11 @@ __global__ void __launch_bounds__(kSearchThreads, 2) scan_scores(ScoreScanArgs a
       float score[queries] = {};
       for (int offset = 0; offset < args.bytes; offset += kScoreBytes) {
         const int left = args.bytes - offset;
-        const int bytes = left < kScoreBytes ? left : kScoreBytes;
+        const int bytes = min(left, kScoreBytes);
         load_codes<unit>(args.codes, args.places, first_place, args.bytes, offset,
                          (bytes + 15) / 16, tile);
         for (int q = 0; q < queries; ++q) {
-          const int64_t other = first_query + q < args.queries ? first_query + q : args.queries - 1;
+          const int64_t other = min(first_query + q, args.queries - 1);
           const float* from = args.tables + (other * args.bytes + offset) * kTableFloats;
           // Whole words of codes: what is beyond a code adds nothing.
           for (int i = threadIdx.x * 4; i < (bytes + 3) / 4 * 4 * kTableFloats;

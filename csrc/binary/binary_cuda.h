@@ -20,6 +20,11 @@ struct PackSignArgs {
 template <class T>
 void pack_sign(const PackSignArgs<T>& args, void* stream);
 
+inline constexpr int64_t kRotateBytes = 48 << 10;  // of a row in accumulators: shared memory
+
+template <class T>
+void hadamard_rotate(const HadamardRotateArgs<T>& args, int64_t rows, void* stream);
+
 // Rows of codes, `stride` bytes apart.
 struct CodeRows {
   const uint8_t* data;

@@ -32,6 +32,32 @@ Tensor pack_sign_cuda(const Tensor& x, const std::optional<Tensor>& threshold) {
       });
 }
 
+Tensor rotate(const Tensor& x, const Tensor& signs, bool inverse) {
+  const DeviceCall call(x);
+  call.check_rows(x, "x must be a tensor (rows, dim) with a contiguous last dimension");
+  check(call.holds(signs) && has_dtype<int8_t>(signs) && signs.dim() == 2 &&
+            signs.is_contiguous() && signs.size(1) == x.size(1),
+        "signs must be contiguous int8 (rounds, dim) on the device of x");
+  return visit_float(
+      x.scalar_type(), "x must be float32, float64, bfloat16 or float16", [&](auto element) {
+        using T = decltype(element);
+        const int64_t rows = x.size(0), dim = x.size(1);
+        check(dim * int64_t(sizeof(Accumulator<T>)) <= cuda::kRotateBytes,
+              "x must have at most 12288 dimensions, 6144 in float64");
+        const Tensor out = call.empty<2>(x.scalar_type(), {rows, dim});
+        cuda::hadamard_rotate<T>({call.read<T>(x), x.stride(0), dim, call.read<int8_t>(signs),
+                                  signs.size(0), inverse, call.write<T>(out)},
+                                 rows, call.stream());
+        return out;
+      });
+}
+Tensor hadamard_rotate_cuda(const Tensor& x, const Tensor& signs) {
+  return rotate(x, signs, false);
+}
+Tensor hadamard_unrotate_cuda(const Tensor& x, const Tensor& signs) {
+  return rotate(x, signs, true);
+}
+
 cuda::CodeRows code_rows(const DeviceCall& call, const Tensor& codes, const char* message) {
   call.check_rows(codes, message);
   check(has_dtype<uint8_t>(codes), message);
@@ -247,6 +273,8 @@ Tensor hamming_distance_cuda(const Tensor& a, const Tensor& b, int64_t blocks, b
 
 STABLE_TORCH_LIBRARY_FRAGMENT(EMBLAS_CUDA_NAMESPACE, library) {
   library.def("pack_sign_cuda(Tensor x, Tensor? threshold=None) -> Tensor");
+  library.def("hadamard_rotate_cuda(Tensor x, Tensor signs) -> Tensor");
+  library.def("hadamard_unrotate_cuda(Tensor x, Tensor signs) -> Tensor");
   library.def(
       "hamming_topk_cuda(Tensor queries, Tensor codes, int k, Tensor? filter=None,"
       " int blocks=1024, bool tensor_cores=True) -> (Tensor distances, Tensor ids)");
@@ -268,6 +296,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(EMBLAS_CUDA_NAMESPACE, library) {
 }
 STABLE_TORCH_LIBRARY_IMPL(EMBLAS_CUDA_NAMESPACE, EMBLAS_CUDA_KEY, library) {
   library.impl("pack_sign_cuda", TORCH_BOX(&emblas::pack_sign_cuda));
+  library.impl("hadamard_rotate_cuda", TORCH_BOX(&emblas::hadamard_rotate_cuda));
+  library.impl("hadamard_unrotate_cuda", TORCH_BOX(&emblas::hadamard_unrotate_cuda));
   library.impl("hamming_topk_cuda", TORCH_BOX(&emblas::hamming_topk_cuda));
   library.impl("range_search_cuda", TORCH_BOX(&emblas::range_search_cuda));
   library.impl("asymmetric_topk_cuda", TORCH_BOX(&emblas::asymmetric_topk_cuda));

@@ -51,7 +51,7 @@ __device__ inline void load_queries(const ScanArgs& args, int64_t first_query, i
                                     int pieces, uint4 (&wanted)[queries][width]) {
   if (threadIdx.x >= unsigned(queries * pieces)) return;
   int64_t query = first_query + threadIdx.x / pieces;
-  query = query < args.queries.count ? query : args.queries.count - 1;
+  query = min(query, args.queries.count - 1);
   const int byte = offset + threadIdx.x % pieces * 16;
   const uint8_t* code = args.queries.data + query * args.queries.stride;
   simt::store_16_bytes(&wanted[threadIdx.x / pieces][threadIdx.x % pieces],

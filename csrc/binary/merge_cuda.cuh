@@ -33,7 +33,7 @@ __global__ void __launch_bounds__(kSearchThreads, 4)
   const int64_t query = own / to.count, first = own % to.count * kMergedLists;
   const int64_t left = from.count - first;
   const unsigned keep = unsigned(from.keep);
-  const unsigned count = unsigned(left < kMergedLists ? left : kMergedLists) * keep;
+  const unsigned count = unsigned(min(left, int64_t(kMergedLists))) * keep;
   entries += (query * from.count + first) * from.capacity;
   Nearest<bits> nearest(merged + own * to.capacity, to.keep, {0, kNoDistance}, bins[warp]);
   constexpr int ahead = 4;  // loads under way
@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(kSearchThreads)
   int64_t rank = 0;
   for (int64_t first = 0; first < list.keep; first += kSearchThreads) {
     const int64_t left = list.keep - first;
-    const int count = int(left < kSearchThreads ? left : kSearchThreads);
+    const int count = int(min(left, int64_t(kSearchThreads)));
     if (threadIdx.x < unsigned(count)) others[threadIdx.x] = entries[first + threadIdx.x];
     __syncthreads();
     for (int o = 0; o < count; ++o) rank += others[o] < own;

@@ -90,7 +90,7 @@ class Nearest {
       const unsigned equal = __ballot_sync(simt::kAllLanes, distance == last);
       const bool keep = distance < last || (distance == last && lanes_before(equal) < ties);
       const unsigned passed = __popc(equal);
-      ties = passed < ties ? ties - passed : 0;
+      ties -= min(passed, ties);
       const unsigned lanes = __ballot_sync(simt::kAllLanes, keep);
       __syncwarp();
       if (keep) list_[kept + lanes_before(lanes)] = entry;
@@ -130,10 +130,10 @@ struct Places {
 
   // The row at a place; beyond the end another row stands in.
   __device__ int64_t row(int64_t place) const {
-    place = place < count ? place : count - 1;
+    place = min(place, count - 1);
     if (!filter.ids) return place;
     const int64_t id = filter.ids[place];
-    return id < 0 ? 0 : id < rows ? id : rows - 1;
+    return min(max(id, int64_t(0)), rows - 1);
   }
   __device__ bool hold(int64_t query, int64_t place) const {
     if (place >= count || (later_only && row(place) <= query)) return false;

@@ -22,8 +22,7 @@ __global__ void __launch_bounds__(kPackThreads)
   const int64_t bytes = (args.dim + 7) / 8;
   const unsigned row_pieces = unsigned(bytes * pieces);
   const int64_t first_row = int64_t(blockIdx.x) * rows_per_block;
-  const int64_t rows =
-      args.rows - first_row < rows_per_block ? args.rows - first_row : rows_per_block;
+  const int64_t rows = min(args.rows - first_row, int64_t(rows_per_block));
   // Whole warps, for the shuffles.
   for (int64_t first = 0; first < rows * row_pieces; first += kPackThreads) {
     const int64_t at = first + threadIdx.x;

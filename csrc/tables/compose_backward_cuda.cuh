@@ -150,7 +150,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   using C = Columns<T, aligned>;
   const auto& forward = args.forward;
   const int64_t group = (int64_t(blockIdx.x) * kThreads + threadIdx.x) / shape.lanes;
-  const int64_t i = group < forward.ids.count ? group : forward.ids.count - 1;
+  const int64_t i = min(group, forward.ids.count - 1);
   const bool first_lane = group < forward.ids.count && lane_of_warp() % shape.lanes == 0;
   const uint32_t* numbers = args.numbers + i * composed.most_parts;
   const int64_t per_id = forward.weights_per_id;

@@ -132,11 +132,11 @@ struct Segments {
 
   __device__ int64_t clamped(int64_t s) const {
     const int64_t bound = bounds[s];
-    return bound < 0 ? 0 : bound > entries ? entries : bound;
+    return min(max(bound, int64_t(0)), entries);
   }
   __device__ Range range(int64_t s) const {
     const int64_t begin = clamped(s), end = clamped(s + 1);
-    return {begin, end < begin ? begin : end};
+    return {begin, max(begin, end)};
   }
   // The segment that holds an entry, as far as one does.
   __device__ int64_t holding(int64_t entry) const {
@@ -179,7 +179,7 @@ __device__ void sum_range(const Source& source, const RowShape& shape, const C& 
   for (int64_t first = range.begin; first < range.end; first += Source::kTile) {
     const auto prepared = source.prepare(first, range.end);
     const int64_t rest = range.end - first;
-    const int count = rest < Source::kTile ? int(rest) : Source::kTile;
+    const int count = int(min(rest, int64_t(Source::kTile)));
 #pragma unroll Source::kUnroll
     for (int n = own; n < count + own; n += at_once) {
       source.add(prepared, n, n < count, columns, sum);

@@ -23,6 +23,7 @@ add_library(
   csrc/binary/asymmetric_cuda.cu
   csrc/binary/binary_ops_cuda.cpp
   csrc/binary/dense_cuda.cu
+  csrc/binary/hadamard_rotate_cuda.cu
   csrc/binary/hamming_cuda.cu
   csrc/binary/merge_cuda.cu
   csrc/binary/pack_sign_cuda.cu

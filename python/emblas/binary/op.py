@@ -110,6 +110,10 @@ _CUDA_BYTES = 4095  # of a code, so that a distance has 15 bits
 _CUDA_RESULTS = 2**27
 
 
+def _cuda_rotates(x: Tensor, signs: Tensor) -> bool:
+    return x.shape[1] <= (6144 if x.dtype == torch.float64 else 12288)  # shared memory
+
+
 def _cuda_distances(a: Tensor, b: Tensor) -> bool:
     return a.shape[1] <= _CUDA_BYTES
 
@@ -157,12 +161,14 @@ _hadamard_rotate = Op(
     fake=_rotate_fake,
     backward="hadamard_unrotate",
     triton="emblas.binary.triton",
+    cuda_supports=_cuda_rotates,
 )
 _hadamard_unrotate = Op(
     "hadamard_unrotate",
     reference=reference.hadamard_unrotate,
     fake=_rotate_fake,
     triton="emblas.binary.triton",
+    cuda_supports=_cuda_rotates,
 )
 _hamming_topk = Op(
     "hamming_topk",
