@@ -60,8 +60,7 @@ __global__ void __launch_bounds__(kSearchThreads, 2) scan_dense(DenseScanArgs ar
   const int64_t first_list = int64_t(blockIdx.x / args.groups) * lists;
   const int64_t query = first_query + warp / lists, list = first_list + warp % lists;
   const auto query_values = [&](int q) {  // beyond the end the last one stands in
-    const int64_t other =
-        first_query + q < args.query_count ? first_query + q : args.query_count - 1;
+    const int64_t other = min(first_query + q, args.query_count - 1);
     return args.queries + other * args.query_stride;
   };
   if (warp < queries) {

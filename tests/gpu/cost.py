@@ -491,9 +491,12 @@ class Rotation:
         return torch.rand(self.rows, self.dim), signs
 
 
-def _rotation_triton(r: Rotation) -> dict[str, Work]:
-    adds = 2 * r.rows * r.dim * (r.dim.bit_length() - 1)
-    return {"_rotate": Work(r.rows * r.dim * 4 + 2 * r.dim, r.rows * r.dim * 4, adds)}
+def _rotation(kernel: str) -> Callable[[Rotation], dict[str, Work]]:
+    def works(r: Rotation) -> dict[str, Work]:
+        adds = 2 * r.rows * r.dim * (r.dim.bit_length() - 1)
+        return {kernel: Work(r.rows * r.dim * 4 + 2 * r.dim, r.rows * r.dim * 4, adds)}
+
+    return works
 
 
 def _scan_cuda(d: Distances, written: int, slack: int) -> dict[str, Work]:
@@ -529,7 +532,7 @@ def _scores_cuda(s: Scores) -> dict[str, Work]:
 
 
 def _lists_cuda(
-    s: Search, together: int, scan: Callable[[int, int], dict[str, Work]]
+    s: Search | Dense, together: int, scan: Callable[[int, int], dict[str, Work]]
 ) -> dict[str, Work]:
     """Lists of the nearest, one for each query and range of codes, are merged 16 to 1."""
     groups = -(-s.queries // together)
@@ -586,21 +589,21 @@ class Dense:
     """The k rows with the highest dot products with every query."""
 
     queries: int
-    rows: int
+    codes: int  # rows
     dim: int
     dtype: torch.dtype
     k: int
 
     def __str__(self) -> str:
-        words = f"{self.queries} queries, {self.rows} rows of {self.dim}, "
+        words = f"{self.queries} queries, {self.codes} rows of {self.dim}, "
         return f"{words}{str(self.dtype).removeprefix('torch.')}, k = {self.k}"
 
     @property
     def read(self) -> int:
-        return self.queries * self.dim * 4 + self.rows * self.dim * self.dtype.itemsize
+        return self.queries * self.dim * 4 + self.codes * self.dim * self.dtype.itemsize
 
     def arguments(self) -> tuple[Any, ...]:
-        rows = torch.rand(self.rows, self.dim).to(self.dtype)
+        rows = torch.rand(self.codes, self.dim).to(self.dtype)
         return torch.rand(self.queries, self.dim), rows, self.k, 0, None
 
 
@@ -610,7 +613,7 @@ class Gather(Dense):
 
     def arguments(self) -> tuple[Any, ...]:
         queries, rows, *_ = super().arguments()
-        ids = torch.arange(self.queries * self.k) % self.rows
+        ids = torch.arange(self.queries * self.k) % self.codes
         return queries, rows, ids.view(self.queries, self.k), 0
 
 
@@ -677,15 +680,30 @@ def _scores_triton(s: Scores) -> dict[str, Work]:
 
 
 def _dense_triton(d: Dense) -> dict[str, Work]:
-    written = _lists_triton(d.queries, d.rows, d.k)
-    products = 2 * d.queries * d.rows * d.dim
+    written = _lists_triton(d.queries, d.codes, d.k)
+    products = 2 * d.queries * d.codes * d.dim
     return {"_highest_of_chunk": Work(d.read, written, tensor_flops=products)}
 
 
-def _gather_triton(g: Gather) -> dict[str, Work]:
-    pairs = g.queries * g.k
-    read = g.queries * g.dim * 4 + min(pairs, g.rows) * g.dim * g.dtype.itemsize + 8 * pairs
-    return {"_gather_scores": Work(read, 4 * pairs, 2 * pairs * g.dim)}
+def _dense_cuda(d: Dense) -> dict[str, Work]:
+    together = 1 if d.queries == 1 else 4
+    # The squares of a row for each block of queries, too.
+    adds = 2 * d.codes * d.dim * (d.queries + -(-d.queries // together))
+
+    def scan(written: int, slack: int) -> dict[str, Work]:
+        return {"scan_dense": Work(d.read, written, adds, slack=slack)}
+
+    return _lists_cuda(d, together, scan)
+
+
+def _gather(kernel: str) -> Callable[[Gather], dict[str, Work]]:
+    def works(g: Gather) -> dict[str, Work]:
+        pairs = g.queries * g.k
+        rows = min(pairs, g.codes) * g.dim * g.dtype.itemsize
+        read = g.queries * g.dim * 4 + rows + 8 * pairs
+        return {kernel: Work(read, 4 * pairs, 6 * pairs * g.dim)}
+
+    return works
 
 
 def _maxsim_triton(m: MaxSim) -> dict[str, Work]:
@@ -761,8 +779,10 @@ MODELS: dict[tuple[str, str], Callable[[Any], dict[str, Work]]] = {
     ("compose_bag_backward", "Triton"): _composed_backward_triton,
     ("pack_sign", "CUDA C++"): _pack("pack_rows"),
     ("pack_sign", "Triton"): _pack("_pack_sign"),
-    ("hadamard_rotate", "Triton"): _rotation_triton,
-    ("hadamard_unrotate", "Triton"): _rotation_triton,
+    ("hadamard_rotate", "CUDA C++"): _rotation("rotate_rows"),
+    ("hadamard_rotate", "Triton"): _rotation("_rotate"),
+    ("hadamard_unrotate", "CUDA C++"): _rotation("rotate_rows"),
+    ("hadamard_unrotate", "Triton"): _rotation("_rotate"),
     ("hamming_distance", "CUDA C++"): _distances_cuda,
     ("hamming_distance", "Triton"): _distances_triton,
     ("hamming_topk", "CUDA C++"): _search_cuda,
@@ -772,8 +792,10 @@ MODELS: dict[tuple[str, str], Callable[[Any], dict[str, Work]]] = {
     ("range_search_csr", "Triton"): _range_triton,
     ("asymmetric_topk", "CUDA C++"): _scores_cuda,
     ("asymmetric_topk", "Triton"): _scores_triton,
+    ("dense_topk", "CUDA C++"): _dense_cuda,
     ("dense_topk", "Triton"): _dense_triton,
-    ("gather_scores", "Triton"): _gather_triton,
+    ("gather_scores", "CUDA C++"): _gather("gather_rows"),
+    ("gather_scores", "Triton"): _gather("_gather_scores"),
     ("maxsim", "Triton"): _maxsim_triton,
     ("maxsim_backward", "Triton"): _maxsim_backward_triton,
     ("varlen_attention", "Triton"): _attend,
