@@ -75,10 +75,107 @@ SURVIVORS: dict[tuple[str, str], str] = {
     ("_token_gradients", "weight = tl.load(weights + t, mask=t < end)"): _UNUSED,
     ("_token_gradients", "weight = (t <= end).to(tl.float32)"): _UNUSED,
     ("_grad_weights", "bag = tl.load(bag_of + i, mask=i < count)"): _UNUSED,
-    (
-        "sum_chunks",
-        "const bool whole = aligned && first + vector «<=» columns;",
-    ): "the last columns are read one by one, " + _MORE_WORK,
     ("sum_chunks", "for (int i = 0; i «<» vector; ++i) {"): "beyond the tile there is no column",
     ("mean_gradients", "project = args.norm[b] «>» A(kNormalizeEpsilon);"): _EDGE,
+    (
+        "pack_rows",
+        "for (int flip = 1; flip < pieces; flip «*=» 2)",
+    ): "flips of 1 and 3 join four lanes as those of 1 and 2 do",
+    (
+        "distance_of_score",
+        "score = score == score ? score «+» 0.0f : -INFINITY;",
+    ): "sums begin with +0, so no score is -0",
+    ("Nearest", "const bool holds = before «<» wanted && wanted <= through;"): "of two lanes that "
+    "hold then, the first is taken",
+    (
+        "count_bags",
+        "if (lane_of_warp() == 0) scale[s] = A(1) / A(used «>» 0 ? used : 1);",
+    ): "nobody asks for the scale of an empty bag",
+    ("dot_slots", "if (numbers«[0]» != kNoRow) {"): "either all parts of an id have a row or none",
+    (
+        "slot_values",
+        "const int own = part «-» composed.first_part[slot->feature];",
+    ): "weights of parts come with one feature only, whose first part is 0",
+    (
+        "compose_bags",
+        "const Segments segments{args.ids.offsets, composed.num_features «*» args.ids.bags, "
+        "args.ids.count};",
+    ): "only a search for a segment needs their number",
+    (
+        "compose_bags",
+        "other > total[k] || (other == total[k] && theirs «<» winner[k]) || winner[k] < 0;",
+    ): "two lanes never hold the same id, and -1 never wins",
+    (
+        "compose_bags",
+        "for (int k = 0; k «<» C::size; ++k) total[k] *= A(1) / A(used);",
+    ): "a write past the array that rewriting hides from the check of bounds",
+    (
+        "Range",
+        "__device__ bool in_pieces() const { return pieces() «>=» 2; }",
+    ): "where a sum is cut changes its rounding only",
+    **{
+        (kernel, line): _MORE_WORK
+        for kernel, line in (
+            ("sum_chunks", "const bool whole = aligned && first + vector «<=» columns;"),
+            ("scan_scores", "for (int offset = 0; offset «<» args.bytes; offset += kScoreBytes) {"),
+            ("load_codes", "for (int j = 0; j «<» width - 1; ++j) {"),
+            ("load_codes", "for (int j = 0; j < width «-» 1; ++j) {"),
+            (
+                "scan_codes",
+                "const int pieces = left «<» kSlabBytes ? (left + 15) / 16 : kSlabPieces;",
+            ),
+            ("scan_codes", "} while (offset «<» args.bytes);"),
+            (
+                "scan_codes_by_mma",
+                "const int pieces = left «<» kSlabBytes ? (left + kMmaBytes - 1) / kMmaBytes * 2 : "
+                "kSlabPieces;",
+            ),
+            ("scan_codes_by_mma", "} while (offset «<» args.bytes);"),
+            ("merge_lists", "for (unsigned at = 0; at «<» count; at += 32 * ahead) {"),
+            (
+                "rank_entries",
+                "for (int64_t first = 0; first «<» list.keep; first += kSearchThreads) {",
+            ),
+            ("Nearest", "if (count_ «>» keep_ + (last ? 0 : kListSlack - 32)) shrink();"),
+            ("Nearest", "for (int shift = (bits «-» 1) / 5 * 5; shift >= 0; shift -= 5) {"),
+            ("Nearest", "for (int first = 0; first «<» count_; first += 32) {"),
+            ("Nearest", "for (int step = 1; step «<» 32; step *= 2) {"),
+            (
+                "pack_rows",
+                "for (int64_t first = 0; first «<» rows * row_pieces; first += kPackThreads) {",
+            ),
+            (
+                "dot_slots",
+                "for (int64_t tile = 0; tile * shape.tile<T>() «<» part.width; ++tile) {",
+            ),
+            ("slot_values", "for (int first = 0; first «<» size; first += together) {"),
+            ("compose_ids", "if (first «>=» args.ids.bags) return;"),
+            (
+                "compose_bags",
+                "for (int64_t first = range.begin; first «<» range.end; first += kSlotIds) {",
+            ),
+            (
+                "compose_bags",
+                "for (int n = lane_of_warp() / shape.lanes; n «<» kSlotIds; "
+                "n += 32 / shape.lanes) {",
+            ),
+            (
+                "HashedRows",
+                "if (kKeys * group «<» hashed.num_hashes) own.rows = four_rows(hashed, id, group);",
+            ),
+            ("HashedRows", "for (int first = 0; first «<» hashed.num_hashes; first += kKeys) {"),
+            ("look_up", "if (first «>=» rows.hashed.count) return;"),
+            ("dot_rows", "if (first «>=» count) return;"),
+            (
+                "dot_rows",
+                "for (int64_t tile = 0; tile * shape.tile<T>() «<» shape.dim; ++tile) {",
+            ),
+            (
+                "sum_range",
+                "for (int64_t first = range.begin; first «<» range.end; first += Source::kTile) {",
+            ),
+            ("sum_range", "for (int n = own; n «<» count + own; n += at_once) {"),
+            ("sum_pieces", "if (slot «>=» slots) return;"),
+        )
+    },
 }
