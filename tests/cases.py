@@ -493,7 +493,9 @@ def _dense_topk() -> Iterator[tuple[str, Callable[[], Case]]]:
     for dtype, metric in itertools.product((torch.float32, *HALVES, torch.int8), (0, 2)):
         yield (
             f"many rows, {_short(dtype)}, metric {metric}",
-            lambda a=dtype, m=metric: Case((_whole(5, 70), _whole(300, 70, 5).to(a), 20, m), 70),
+            lambda a=dtype, m=metric: Case(
+                (_whole(5, 70), _whole(300, 70, 5).to(a), 20, m, None), 70
+            ),
         )
     yield "zero documents", lambda: Case((_whole(2, 9), torch.zeros(5, 9), 3, 1, None))
     yield "strided", lambda: Case((_strided(_whole(3, 16)), _strided(_whole(70, 16)), 9, 0, None))

@@ -6,7 +6,7 @@
 - computes in bfloat16 (arithmetic and dots: unpatched, it multiplies bit patterns), rounds casts to
   nearest even (it truncates) and multiplies float32 in TF32 or 3xTF32 where a dot asks for it;
 - passes integers annotated ``tl.int64`` as 64 bits, as the compiler does;
-- gives lanes that a load masks out, without a value of their own, garbage instead of zero;
+- gives lanes that a load masks out, without a value of their own, garbage: NaN, huge or zero;
 - fills new tensors with garbage;
 - runs the programs of a launch in random order;
 
