@@ -13,7 +13,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := python tests benchmarks examples
-CXX_SOURCES := csrc tests/native tests/simt -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh'
+CXX_SOURCES := csrc tests/native tests/simt tests/mutation -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh'
 # Idle threads sleep instead of spinning: on a shared machine spinning costs more than it saves.
 export OMP_WAIT_POLICY ?= passive
 export PIP_DISABLE_PIP_VERSION_CHECK = 1

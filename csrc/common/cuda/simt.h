@@ -9,7 +9,8 @@
 //   - copies device memory by assignment or the functions below, never by memcpy or memset,
 //   - joins the lanes of a warp by __syncwarp before they read each other's shared memory.
 // CUDA's own names are kept for what CUDA has: threadIdx, __syncthreads, __shfl_*_sync,
-// __ballot_sync, __any_sync, __all_sync, __reduce_*_sync (sm_80), atomics on integers, __popc, min...
+// __ballot_sync, __any_sync, __all_sync, __reduce_*_sync (sm_80), atomics on integers, __popc,
+// min...
 #pragma once
 
 #include <cstdint>
