@@ -45,20 +45,25 @@ def digest(files: list[Path]) -> str:
     return hash.hexdigest()
 
 
+def _records() -> dict[str, Any]:
+    """Return the results of both kinds of kernels."""
+    records: dict[str, Any] = json.loads(RECORD.read_text()) if RECORD.exists() else {}
+    return records
+
+
 class Plugin:
     """Collects like any run of pytest, and tests the mutants instead."""
 
     def __init__(self, kind: str, mutants: Any, kernels: list[str], changed_only: bool) -> None:
         self.kind, self.mutants, self.kernels = kind, mutants, kernels
-        self.record = json.loads(RECORD.read_text()) if RECORD.exists() else {}
+        self.record = _records().get(kind, {})
         families = sorted({mutant.family for mutant in mutants.all})
         self.digests = {family: digest(mutants.files(family)) for family in families}
-        old = self.record.setdefault(kind, {})
+        old = self.record
         same = {f for f in families if f in old and old[f]["digest"] == self.digests[f]}
         self.known = same if changed_only else set()
         wanted = [m for m in mutants.all if not kernels or m.kernel in kernels]
         self.wanted = [mutant for mutant in wanted if mutant.family not in self.known]
-        self.dead: set[int] = set()
         self.kills: Counter[int] = Counter()  # of each test
         self.seconds: list[float] = []
         self.reach: dict[int, list[int]] = defaultdict(list)  # tests that reach a mutant
@@ -74,30 +79,37 @@ class Plugin:
             return False
         self.items = session.items
         self._original()
-        self.dead = self._all()
+        for family in self.digests:
+            mutants = [mutant for mutant in self.wanted if mutant.family == family]
+            if mutants:
+                self._remember(family, mutants, self._dead(mutants))
         return True
 
-    def report(self) -> list[tuple[str, str]]:
-        """Print and record what came out; return the survivors without a reason."""
-        record = self.record[self.kind]
-        for family in self.digests:
-            if family not in self.known:
-                mutants = [mutant for mutant in self.wanted if mutant.family == family]
-                alive = [mutant for mutant in mutants if mutant.number not in self.dead]
-                totals = Counter(mutant.kernel for mutant in mutants)
-                survived = Counter(mutant.kernel for mutant in alive)
-                record[family] = {
-                    "digest": self.digests[family],
-                    "kernels": {k: [n - survived[k], n] for k, n in totals.items()},
-                    "survivors": [[mutant.kernel, mutant.line] for mutant in alive],
-                }
-            for kernel, (killed, total) in record[family]["kernels"].items():
-                recorded = " (recorded)" * (family in self.known)
-                print(f"{family}.{kernel}: {killed}/{total} killed{recorded}")
+    def _remember(self, family: str, mutants: list[Any], dead: set[int]) -> None:
+        alive = [mutant for mutant in mutants if mutant.number not in dead]
+        totals = Counter(mutant.kernel for mutant in mutants)
+        survived = Counter(mutant.kernel for mutant in alive)
+        self.record[family] = {
+            "digest": self.digests[family],
+            "kernels": {k: [n - survived[k], n] for k, n in totals.items()},
+            "survivors": [[mutant.kernel, mutant.line] for mutant in alive],
+        }
+        self._print(family)
         if not self.kernels:
-            self.record[self.kind] = {family: record[family] for family in self.digests}
-            RECORD.write_text(json.dumps(self.record, indent=1, ensure_ascii=False) + "\n")
-        survivors = (tuple(s) for family in self.digests for s in record[family]["survivors"])
+            records = _records() | {self.kind: self.record}
+            RECORD.write_text(json.dumps(records, indent=1, ensure_ascii=False) + "\n")
+
+    def _print(self, family: str, remark: str = "") -> None:
+        for kernel, (killed, total) in self.record[family]["kernels"].items():
+            print(f"{family}.{kernel}: {killed}/{total} killed{remark}", flush=True)
+
+    def unexplained(self) -> list[tuple[str, str]]:
+        """Return the survivors without a reason, the recorded ones included."""
+        for family in self.known:
+            self._print(family, " (recorded)")
+        record = self.record
+        families = self.known | {mutant.family for mutant in self.wanted}
+        survivors = (tuple(s) for family in sorted(families) for s in record[family]["survivors"])
         return [survivor for survivor in survivors if survivor not in SURVIVORS]
 
     def _fails(self, index: int) -> bool:
@@ -116,9 +128,9 @@ class Plugin:
                 self.reach[number].append(index)
         print(f"{len(self.items)} tests in {sum(self.seconds):.0f} s", flush=True)
 
-    def _all(self) -> set[int]:
+    def _dead(self, mutants: list[Any]) -> set[int]:
         """Test the mutants, one process for each, as many at once as there are processors."""
-        waiting, running, dead = self.wanted[::-1], dict[int, tuple[int, Any]](), set[int]()
+        waiting, running, dead = mutants[::-1], dict[int, tuple[int, Any]](), set[int]()
         while waiting or running:
             while waiting and len(running) < (os.cpu_count() or 1):
                 mutant = waiting.pop()
@@ -178,7 +190,7 @@ def main() -> None:
         options = ["-s", "-p", "no:cacheprovider", "-p", "no:faulthandler"]
         if code := pytest.main([*options, *tests], plugins=[plugin]):
             sys.exit(code)
-    if survivors := plugin.report():
+    if survivors := plugin.unexplained():
         lines = "\n".join(f"    {kernel}: {line}" for kernel, line in survivors)
         sys.exit(f"{len(survivors)} survivors without a reason:\n{lines}")
 
