@@ -51,7 +51,7 @@ def test_widths(ops, dim, planes):
         check(ops, whole(queries, dim), documents, 9)
 
 
-@pytest.mark.parametrize("rows", [1, TILE - 1, TILE, TILE + 1, 3 * TILE + 1])
+@pytest.mark.parametrize("rows", [1, TILE - 1, TILE, TILE + 1, 9 * TILE + 1])
 def test_tile_edges(ops, rows):
     for queries in (1, 3):
         for blocks in (1, MANY):

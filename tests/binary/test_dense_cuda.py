@@ -50,7 +50,7 @@ def test_widths(ops, dtype):
             check(ops, wanted, documents, 9, L2)
 
 
-@pytest.mark.parametrize("rows", [1, TILE - 1, TILE, TILE + 1, 3 * TILE + 1])
+@pytest.mark.parametrize("rows", [1, TILE - 1, TILE, TILE + 1, 9 * TILE + 1])
 def test_tile_edges(ops, rows):
     for queries in (1, 3):
         for blocks in (1, MANY):
