@@ -66,6 +66,14 @@ SURVIVORS: dict[tuple[str, str], str] = {
     ("_attend", "if first > queries:"): _MORE_WORK,
     (
         "_attend",
+        "highest = tl.minimum(first + BLOCK_M - 1 + (keys - queries) + right, keys + 1)",
+    ): _MORE_WORK,
+    (
+        "load_values",
+        "packed = tl.load(x + row[:, None] * row_stride + byte[None, :], mask=inside)",
+    ): _UNUSED,
+    (
+        "_attend",
         "highest = tl.minimum(first + BLOCK_M + 1 + (keys - queries) + right, keys - 1)",
     ): _MORE_WORK,
     (
