@@ -43,7 +43,8 @@ def check(ops, queries, documents, k, metric=DOT, filter=None, blocks=MANY):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_widths(ops, dtype):
     slab = SLAB // dtype.itemsize
-    for dim in (0, 1, 3, slab // 4, slab // 4 + 1, slab - 1, slab, slab + 1, 2 * slab + 3):
+    narrow = (0, 1, 3, slab // 4, slab // 4 + 1, slab - 1, slab)
+    for dim in (*narrow, slab + 1, slab + slab // 4, 2 * slab + 3):
         for queries in (1, 3, 5):
             wanted, documents = whole(queries, dim), whole(40, dim, dtype)
             check(ops, wanted, documents, 9)
@@ -135,9 +136,10 @@ def test_gather_scores(ops, dtype, metric):
     vector = 16 // dtype.itemsize
     for dim in (0, 1, vector, vector + 1, 32 * vector, 32 * vector + 1):
         wide = whole(11, dim + 16, dtype)
+        padded = whole(11, -(-dim // vector) * vector, dtype)[:, :dim]  # rows begin aligned
         ids = torch.tensor([[0, 10, 11, -1, 2**40], [5, 5, -(2**63), 1, 10]])
         existing = ids.where((ids >= 0) & (ids < 11), -1)
-        for documents in (wide[:, 16:], wide[:, 1 : 1 + dim], wide[:, :dim].contiguous()):
+        for documents in (wide[:, 16:], wide[:, 1 : 1 + dim], wide[:, :dim].contiguous(), padded):
             wanted = whole(2, dim)
             with emulator.schedule("reverse"):
                 actual = ops.gather_scores_cuda(wanted, documents, ids, metric)

@@ -134,6 +134,18 @@ SURVIVORS: dict[tuple[str, str], str] = {
             ),
             ("scan_codes", "} while (offset «<» args.bytes);"),
             (
+                "scan_dense",
+                "const int pieces = left «<» kDenseBytes ? (left + 15) / 16 : kDensePieces;",
+            ),
+            ("scan_dense", "} while (offset «<» args.bytes);"),
+            (
+                "gather_rows",
+                "for (int64_t c = lane * values; exists && c «<» args.dim; c += 32 * values) {",
+            ),
+            ("gather_rows", "if (aligned && c + values «<=» args.dim) {"),
+            ("rotate_rows", "for (int c = thread * vector; c «<» dim; c += threads * vector) {"),
+            ("rotate_rows", "if (aligned && c + vector «<=» dim) {"),
+            (
                 "scan_codes_by_mma",
                 "const int pieces = left «<» kSlabBytes ? (left + kMmaBytes - 1) / kMmaBytes * 2 : "
                 "kSlabPieces;",
