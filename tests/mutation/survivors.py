@@ -64,6 +64,12 @@ SURVIVORS: dict[tuple[str, str], str] = {
         "if tl.max(tl.max((number >= limit[:, None]).to(tl.int32), 1), 0) > 0:",
     ): _MORE_WORK,
     ("_attend", "if first > queries:"): _MORE_WORK,
+    ("_highest_of_chunk", "if tl.max(given.to(tl.int32), 0) >= 0:"): _MORE_WORK,
+    ("_highest_of_chunk", "scores *= tl.load(scale + row, mask=given)[None, :]"): _UNUSED,
+    (
+        "_highest_of_chunk",
+        "place = (chunk * tiles - tile) * BLOCK_N + tl.arange(0, BLOCK_N)",
+    ): "no test has more tiles than programs: that takes 131,072 rows",
     ("_scan_tile", "if tl.max(given.to(tl.int32), 0) >= 0:"): _MORE_WORK,
     ("_collect_chunk", "if tl.max(tl.max(wanted.to(tl.int32), 1), 0) >= 0:"): _MORE_WORK,
     (
