@@ -64,6 +64,7 @@ SURVIVORS: dict[tuple[str, str], str] = {
         "if tl.max(tl.max((number >= limit[:, None]).to(tl.int32), 1), 0) > 0:",
     ): _MORE_WORK,
     ("_attend", "if first > queries:"): _MORE_WORK,
+    ("may_return", "byte = tl.load(at, mask=allowed).to(tl.int32)"): _UNUSED,
     ("_highest_of_chunk", "if tl.max(given.to(tl.int32), 0) >= 0:"): _MORE_WORK,
     ("_highest_of_chunk", "scores *= tl.load(scale + row, mask=given)[None, :]"): _UNUSED,
     (
@@ -149,6 +150,9 @@ SURVIVORS: dict[tuple[str, str], str] = {
                 "const int pieces = left «<» kSlabBytes ? (left + 15) / 16 : kSlabPieces;",
             ),
             ("scan_codes", "} while (offset «<» args.bytes);"),
+            ("scan_codes", "const int left = args.bytes «-» offset;"),
+            ("scan_codes_by_mma", "const int left = args.bytes «-» offset;"),
+            ("scan_dense", "const int left = args.bytes «-» offset;"),
             (
                 "scan_dense",
                 "const int pieces = left «<» kDenseBytes ? (left + 15) / 16 : kDensePieces;",
