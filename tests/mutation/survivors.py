@@ -64,6 +64,20 @@ SURVIVORS: dict[tuple[str, str], str] = {
         "if tl.max(tl.max((number >= limit[:, None]).to(tl.int32), 1), 0) > 0:",
     ): _MORE_WORK,
     ("_attend", "if first > queries:"): _MORE_WORK,
+    (
+        "_slot_values",
+        "own = weights + i * weights_per_id + (first + number + tl.load(tile + 2))",
+    ): "weights of parts come with one feature only, whose first part is 0",
+    (
+        "_compose_bags",
+        "better = present[:, None] & ((winner <= 0) | (values > total))",
+    ): "only where id 0 is the largest of a long bag: no drawn table has that yet",
+    ("_lookups", "of = tl.load(segment_of + i, mask=i < count) // bags"): _UNUSED,
+    (
+        "_lookups",
+        "tl.store(numbers + at, 2 * row + (sign <= 0).to(tl.int64), mask=mine)",
+    ): "a sign is 1 or -1",
+    ("_places", "segment = tl.load(segment_of + i, mask=inside)"): _UNUSED,
     ("_linear", "key = tl.where(key > p, key - p, key)"): "twice a key is never an odd p",
     ("_rows_and_signs", "kind = tl.load(part - _KIND)"): "the kind is field 0",
     ("_load_ids", "id = tl.load(ids + i, mask=inside)"): _UNUSED,
