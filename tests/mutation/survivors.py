@@ -8,6 +8,7 @@ _EDGE = "differs only where the length is exactly the epsilon"
 _MORE_WORK = "the same result by more work"
 _UNUSED = "the lanes that the mask hides are not used"
 _FIRST = "hidden lanes hold index 0, which may be read, and their values are not used"
+_HIDDEN = "hidden lanes read what exists, and their gradients are 0"
 _NO_ROW = "the interpreter's garbage, -1 or huge, is no row; a GPU's may be one"
 SURVIVORS: dict[tuple[str, str], str] = {
     ("_normalize", "values = tl.load(mean + row * dim + d, mask=d < dim)"): _UNUSED,
@@ -64,6 +65,35 @@ SURVIVORS: dict[tuple[str, str], str] = {
         "if tl.max(tl.max((number >= limit[:, None]).to(tl.int32), 1), 0) > 0:",
     ): _MORE_WORK,
     ("_attend", "if first > queries:"): _MORE_WORK,
+    (
+        "_places",
+        "return (bag, feature, tl.load(first_parts + feature, mask=inside == inside, other=0))",
+    ): _FIRST,
+    ("_places", "return (bag, feature, tl.load(first_parts + feature, mask=inside))"): _UNUSED,
+    (
+        "_part_values",
+        "found = tl.load(numbers + i * most_parts + number - first, mask=inside & own)",
+    ): _UNUSED,
+    (
+        "_part_values",
+        "found = tl.load(numbers + i * most_parts + number - first, mask=inside | own, other=0)",
+    ): _HIDDEN,
+    ("_part_values", "wanted = inside | own"): _HIDDEN,
+    ("_part_values", "base = tl.load(part + _BASE, mask=wanted == wanted, other=0)"): _HIDDEN,
+    ("_part_values", "base = tl.load(part + _BASE, mask=wanted)"): _HIDDEN,
+    ("_part_values", "stride = tl.load(part + _STRIDE, mask=wanted == wanted, other=0)"): _HIDDEN,
+    ("_part_values", "stride = tl.load(part + _STRIDE, mask=wanted)"): _HIDDEN,
+    ("_part_values", "width = tl.load(part + _WIDTH, mask=wanted == wanted, other=0)"): _HIDDEN,
+    ("_part_values", "width = tl.load(part + _WIDTH, mask=wanted)"): _HIDDEN,
+    (
+        "_part_values",
+        "mask = wanted[:, None] & (d[None, :] <= tl.multiple_of(width, ALIGN)[:, None])",
+    ): "the column after a row exists, and its gradient is not stored",
+    ("_row_gradients", "lookup = tl.load(sources + place, mask=inside)"): _UNUSED,
+    (
+        "_row_gradients",
+        "size = tl.load(part + _SLOT_SIZE, mask=inside == inside, other=1)",
+    ): _HIDDEN,
     (
         "_slot_values",
         "own = weights + i * weights_per_id + (first + number + tl.load(tile + 2))",
