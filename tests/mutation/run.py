@@ -34,6 +34,8 @@ from mutation.survivors import SURVIVORS
 
 TESTS = Path(__file__).parents[1]
 RECORD = Path(__file__).with_name("record.json")
+# Families whose whole run has not come to its end yet: --changed names them and leaves them out.
+UNFINISHED = {("triton", "tables")}
 
 
 def digest(files: list[Path]) -> str:
@@ -63,7 +65,10 @@ class Plugin:
         same = {f for f in families if f in old and old[f]["digest"] == self.digests[f]}
         self.known = same if changed_only else set()
         wanted = [m for m in mutants.all if not kernels or m.kernel in kernels]
-        self.wanted = [mutant for mutant in wanted if mutant.family not in self.known]
+        left_out = {f for k, f in UNFINISHED if k == kind and changed_only} - self.known
+        for family in left_out:
+            print(f"{family}: left out")
+        self.wanted = [m for m in wanted if m.family not in self.known | left_out]
         self.kills: Counter[int] = Counter()  # of each test
         self.seconds: list[float] = []
         self.reach: dict[int, list[int]] = defaultdict(list)  # tests that reach a mutant

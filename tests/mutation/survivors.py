@@ -65,6 +65,21 @@ SURVIVORS: dict[tuple[str, str], str] = {
         "if tl.max(tl.max((number >= limit[:, None]).to(tl.int32), 1), 0) > 0:",
     ): _MORE_WORK,
     ("_attend", "if first > queries:"): _MORE_WORK,
+    ("_row_gradients", "sign = tl.load(numbers + lookup, mask=inside) & 1"): _UNUSED,
+    (
+        "_row_gradients",
+        "sign = tl.load(numbers + lookup, mask=inside == inside, other=0) & 1",
+    ): _HIDDEN,
+    (
+        "_row_gradients",
+        "factor *= tl.load(scale + feature * bags + bag, mask=inside == inside, other=0.0)",
+    ): _HIDDEN,
+    ("_row_gradients", "factor *= tl.load(at, mask=inside == inside, other=0.0)"): _HIDDEN,
+    ("_row_gradients", "winner = tl.load(argmax + at[:, None] + d[None, :], mask=wanted)"): _UNUSED,
+    (
+        "_row_gradients",
+        "slot = tl.load(part + _SLOT_FIRST, mask=inside == inside, other=0)",
+    ): _HIDDEN,
     (
         "_places",
         "return (bag, feature, tl.load(first_parts + feature, mask=inside == inside, other=0))",
