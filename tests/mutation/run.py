@@ -34,7 +34,7 @@ from mutation.survivors import SURVIVORS
 
 TESTS = Path(__file__).parents[1]
 RECORD = Path(__file__).with_name("record.json")
-# Families whose last whole run has not come to its end yet: --changed names them and leaves them out.
+# Families whose last whole run has not come to its end: --changed names them and leaves them out.
 UNFINISHED = {("cuda", "binary"), ("cuda", "tables"), ("triton", "tables")}
 
 
