@@ -15,7 +15,8 @@ TRITON_INTERPRET when it is imported: the interpreted kernels run in a process o
 
 from __future__ import annotations
 
-import itertools
+import os
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -86,15 +87,13 @@ def _emulated(op: _op.Op) -> Callable[..., Any]:
     return run
 
 
-_seeds = itertools.count()
-
-
 @contextmanager
 def _interpreted(names: tuple[str, ...]) -> Iterator[None]:
-    """The Triton kernels in the checked interpreter, their programs in another order each time."""
+    """The Triton kernels in the checked interpreter, their programs in another order each test."""
     from triton_check import checked_interpreter
 
-    with checked_interpreter(next(_seeds)), use_backend("triton"):
+    seed = zlib.crc32(os.environ.get("PYTEST_CURRENT_TEST", "").encode())
+    with checked_interpreter(seed), use_backend("triton"):
         yield
 
 

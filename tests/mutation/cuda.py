@@ -201,10 +201,13 @@ class CudaMutants:
         """Return what the results of a family depend on."""
         csrc = CSRC if family == "common" else CSRC / family
         tests = emulator.ROOT / "tests"
+        calls = [tests / "cases" / "case.py", tests / "cases" / f"{family}.py"]
         here = Path(__file__)
         device = [*csrc.rglob("*_cuda.*"), *(CSRC / "common").rglob("*.h")]
         device += [here, here.with_name("mutant.h"), here.with_name("mutant.cpp")]
-        return [*device, tests / "simt", tests / "cases.py", tests / "executors.py", tests / family]
+        device += [tests / "simt", tests / "executors.py"]
+        emulated = (f for f in (tests / family).glob("*.py") if "executors" in f.read_text())
+        return [*device, *calls, *emulated, *(tests / family).glob("*_cuda.py")]
 
     @staticmethod
     def concerns(item: pytest.Item) -> bool:

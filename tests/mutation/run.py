@@ -39,8 +39,8 @@ UNFINISHED = {("cuda", "binary"), ("cuda", "tables"), ("triton", "tables")}
 
 
 def digest(files: list[Path]) -> str:
-    """Return a digest of files, and of folders with all that they hold."""
-    found = {f for file in files for f in (file, *file.rglob("*"))}
+    """Return a digest of the files that exist, and of folders with all that they hold."""
+    found = {f for file in files for f in (file, *file.rglob("*")) if f.is_file()}
     hash = hashlib.sha256()
     for file in sorted(f for f in found if f.suffix in (".py", ".h", ".cpp", ".cu", ".cuh")):
         hash.update(f"{file.relative_to(TESTS.parent)}\n".encode() + file.read_bytes())

@@ -136,8 +136,8 @@ class TritonMutants:
             *kernels.rglob("triton/*.py"),
             package / "_triton.py",
         ]
-        device.append(Path(__file__))
-        return [*device, tests / "interpreted", tests / "cases.py", tests / "triton_check.py"]
+        device += [Path(__file__), tests / "interpreted", tests / "triton_check.py"]
+        return [*device, tests / "cases" / "case.py", tests / "cases" / f"{family}.py"]
 
     @staticmethod
     def concerns(item: pytest.Item) -> bool:

@@ -1,0 +1,70 @@
+"""Calls of the operators of pooling."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from contract import packed
+
+from cases.case import HALVES, Case, short, unaligned
+
+
+def _pool(
+    lengths: tuple[int, ...],
+    dim: int,
+    dtype: torch.dtype = torch.float32,
+    weighted: bool = False,
+    normalize: bool = False,
+    strided: bool = False,
+) -> tuple[Any, ...]:
+    x = torch.randn(sum(lengths), dim).to(dtype)
+    weights = torch.rand(sum(lengths)) if weighted else None
+    if weighted and lengths:
+        weights[::3] = 0
+        x[::3] = torch.nan  # rows of weight 0 are not read
+        first = packed(lengths)[1]
+        weights[:first] = 0  # nothing is left of the first sequence
+    return (unaligned(x) if strided else x), packed(lengths), weights, normalize
+
+
+def _pooling() -> Iterator[tuple[str, Callable[[], Case]]]:
+    mixed = (0, 5, 1, 0, 130, 64, 0)
+    for dtype, weighted, normalize in itertools.product(
+        (torch.float32, *HALVES), (False, True), (False, True)
+    ):
+        name = f"{short(dtype)}{'-weights' * weighted}{'-normalize' * normalize}"
+        yield name, lambda a=(mixed, 67, dtype, weighted, normalize): Case(_pool(*a), 130)
+    for name, lengths, dim in (
+        ("no sequence", (), 5),
+        ("empty sequences", (0, 0), 5),
+        ("no dimension", (3,), 0),
+        ("one dimension", (3, 1), 1),
+        ("one token", (1,), 64),
+        ("wide", (2, 3), 1100),
+    ):
+        yield name, lambda a=(lengths, dim): Case(_pool(*a, normalize=True), 1100)
+    yield "strided", lambda: Case(_pool(mixed, 40, strided=True, weighted=True), 130)
+
+
+def _pooling_backward() -> Iterator[tuple[str, Callable[[], Case]]]:
+    def backward(case: Case, need_x: bool = True, need_weights: bool = True) -> Case:
+        x, cu_seqlens, weights, normalize = case.args
+        x = torch.nan_to_num(x) if x.is_contiguous() else unaligned(torch.nan_to_num(x))
+        out, norm = torch.ops.emblas.segment_pool(x, cu_seqlens, weights, normalize)
+        grad = torch.randn(out.shape).to(x.dtype)
+        needs = (normalize, need_x, need_weights)
+        return Case((grad, x, out, norm, cu_seqlens, weights, *needs), max(case.length, x.shape[1]))
+
+    for name, make in _pooling():
+        yield name, lambda make=make: backward(make())
+    for needs in ((True, False), (False, True)):
+        yield f"needs {needs}", lambda a=needs: backward(Case(_pool((3, 70), 70)), *a)
+
+
+CASES: dict[str, dict[str, Callable[[], Case]]] = {
+    "segment_pool": dict(_pooling()),
+    "segment_pool_backward": dict(_pooling_backward()),
+}

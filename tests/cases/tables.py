@@ -1,0 +1,197 @@
+"""Calls of the operators of tables."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from contract import packed
+from emblas.tables import Composition, Part
+from emblas.tables.compose_op import MODES
+from emblas.tables.composition import COMBINES
+from torch import Tensor
+
+from cases.case import HALVES, Case, short, unaligned
+
+
+def _ids(count: int) -> Tensor:
+    ids = torch.randint(-(2**63), 2**63 - 1, (count,))
+    ids[: count // 2] %= 7  # some come again
+    return ids
+
+
+def _hash_keys() -> Iterator[tuple[str, Callable[[], Case]]]:
+    for family, hashes, rows in itertools.product(
+        (0, 1), (1, 4, 7, 16), (1, 2, 1000, 2**31 + 11, 2**32)
+    ):
+        name = f"family {family}, {hashes} hashes, {rows} rows"
+        yield name, lambda a=(family, 2**32 - 1, hashes, rows): Case((_ids(70), *a))
+    yield "no ids", lambda: Case((_ids(0), 0, 1, 4, 10))
+    yield "every other id", lambda: Case((_ids(600)[::2], 1, 5, 4, 10))
+
+
+def _bag_arguments(
+    count: int,
+    rows: int = 20,
+    dim: int = 37,
+    *,
+    dtype: torch.dtype = torch.float32,
+    lengths: tuple[int, ...] | None = None,
+    weighted: bool = False,
+    family: int = 0,
+    hashes: int = 4,
+    padding: int | None = None,
+    strided: bool = False,
+) -> tuple[Any, ...]:
+    table = torch.randn(rows, dim).to(dtype)
+    return (
+        _ids(count),
+        unaligned(table) if strided else table,
+        None if lengths is None else packed(lengths),
+        torch.randn(count) if weighted else None,
+        family, 3, hashes, padding,
+    )  # fmt: skip
+
+
+def _hash_bag() -> Iterator[tuple[str, Callable[[], Case]]]:
+    lengths = (0, 1, 7, 0, 20, 12)
+    for name, options in {
+        **{short(dtype): {"dtype": dtype} for dtype in (torch.float32, *HALVES)},
+        "weights": {"weighted": True},
+        "splitmix64": {"family": 1, "hashes": 3},
+        "2 hashes": {"hashes": 2},
+        "5 hashes": {"hashes": 5},
+        "7 hashes": {"hashes": 7},
+        "padding": {"padding": 3, "weighted": True},
+        "negative padding": {"padding": -(2**63)},
+        "strided": {"strided": True},
+        "one row": {"rows": 1, "dim": 1},
+        "wide": {"dim": 130},
+        "no dimension": {"dim": 0},
+    }.items():
+        yield name, lambda a=options: Case(_bag_arguments(40, **a), 40)
+        yield f"bags, {name}", lambda a=options: Case(_bag_arguments(40, lengths=lengths, **a), 80)
+    long = (127, 0, 128, 1, 129, 200)
+    yield "long bags", lambda: Case(_bag_arguments(585, 3, 8, lengths=long, hashes=2), 1200)
+    yield "no ids", lambda: Case(_bag_arguments(0))
+    yield "empty bags", lambda: Case(_bag_arguments(0, lengths=(0, 0)))
+    yield "no bags", lambda: Case(_bag_arguments(0, lengths=()))
+
+
+def _hash_bag_backward() -> Iterator[tuple[str, Callable[[], Case]]]:
+    def backward(case: Case, need_table: bool = True, need_weights: bool = True) -> Case:
+        ids, table, offsets, *_ = case.args
+        bags = len(ids) if offsets is None else len(offsets) - 1
+        grad = torch.randn(bags, table.shape[1]).to(table.dtype)
+        return Case((grad, *case.args, need_table, need_weights), 160)
+
+    for name, make in _hash_bag():
+        yield name, lambda make=make: backward(make())
+    for needs in ((True, False), (False, True)):
+        yield f"needs {needs}", lambda a=needs: backward(Case(_bag_arguments(9)), *a)
+
+
+# Two features: a signed slot of two hashes and a slot of one digit; a slot of three unlike keys.
+_TWO_FEATURES = (
+    Part(11, 16, a=1, b=0, signed=True),
+    Part(11, 16, a=1, b=6, signed=True),
+    Part(30, 7, "radix", a=3, base=176, column=16),
+    Part(20, 5, "linear", a=77, b=2**62 + 3, p=2**61 - 1, base=386, column=23, feature=1),
+    Part(9, 5, "splitmix64", a=5, b=1, base=486, column=23, feature=1),
+    Part(9, 5, "splitmix64", a=5, b=7, base=486, column=23, feature=1),
+)
+# Overlapping chunks of one array, keys by the largest moduli and by one that sums often reach.
+_CHUNKS = tuple(
+    Part(50, 4, "linear", a=2**63 - 2, b=c, p=p, stride=1, column=4 * c)
+    for c, p in enumerate((2**63 - 1, 2**63 - 2, 7))
+)
+_FOUR_HASHES = tuple(Part(6, 130, "splitmix64", a=9, b=b) for b in range(4))
+_SHARED = (  # by two features of unlike size; an element before and after it is nobody's
+    Part(7, 8, "radix", a=1, base=1),
+    Part(5, 8, "radix", a=5, base=1, column=8, feature=1),
+    Part(4, 8, a=2, b=3, base=57, column=8, feature=1),
+)
+
+
+def _composed(
+    parts: tuple[Part, ...] = _TWO_FEATURES,
+    combine: str = "sum",
+    mode: str = "sum",
+    *,
+    lengths: tuple[int, ...] | None = None,
+    bags: int = 17,
+    dtype: torch.dtype = torch.float32,
+    weights: int = 0,  # per id
+    padding: int | None = None,
+) -> Case:
+    composition = Composition(parts, combine)
+    count = bags * composition.num_features if lengths is None else sum(lengths)
+    shape = (count,) if weights == 1 else (count, weights)
+    args = (
+        _ids(count),
+        torch.randn(composition.size + 1).to(dtype),
+        None if lengths is None else packed(lengths),
+        torch.randn(shape) if weights else None,
+        composition.fields, COMBINES.index(combine), MODES.index(mode), padding,
+    )  # fmt: skip
+    return Case(args, 80)
+
+
+def _compose_bag(backward: bool) -> Iterator[tuple[str, Callable[[], Case]]]:
+    lengths = (3, 0, 17, 9, 1, 8, 0, 7)
+    for combine, padding in itertools.product(COMBINES, (None, 3)):
+        options = {"combine": combine, "padding": padding}
+        name = combine + ", padding" * bool(padding)
+        yield name, lambda a=options: _composed(**a)
+        for mode in MODES:
+            yield (
+                f"{name}, bags, {mode}",
+                lambda a=options, m=mode: _composed(mode=m, lengths=lengths, **a),
+            )
+        for bags in (None, lengths):
+            yield (
+                f"{name}, {'bags, ' * bool(bags)}weights",
+                lambda a=options, b=bags: _composed(weights=1, lengths=b, **a),
+            )
+    hashes = {"parts": _FOUR_HASHES, "padding": 2}
+    for combine, bags in itertools.product(("sum", "mean"), (None, (3, 0, 17))):
+        name = f"four hashes, {combine}{', bags' * bool(bags)}, weights per part"
+        yield name, lambda a=combine, b=bags: _composed(combine=a, lengths=b, weights=4, **hashes)
+    yield "four hashes, product", lambda: _composed(combine="product", bags=5, **hashes)
+    slots = (*_FOUR_HASHES[:2], Part(9, 6, "radix", a=1, base=780, column=130))
+    yield "two slots, weights per part", lambda: _composed(slots, bags=9, weights=3)
+    yield "long first bag, max", lambda: _composed(mode="max", lengths=(60, 2))
+    for dtype in HALVES:
+        yield short(dtype), lambda a=dtype: _composed(dtype=a)
+        yield f"{short(dtype)}, bags", lambda a=dtype: _composed(dtype=a, lengths=lengths)
+    for combine in COMBINES:
+        yield f"shared, {combine}", lambda a=combine: _composed(_SHARED, a, lengths=(3, 2, 9, 0))
+    yield "no ids", lambda: _composed(bags=0)
+    yield "no bags", lambda: _composed(lengths=())
+    yield "empty bags", lambda: _composed(lengths=(0,) * 4, mode="max")
+    if not backward:
+        yield "overlapping rows", lambda: _composed(_CHUNKS, bags=70)
+
+
+def _compose_bag_backward() -> Iterator[tuple[str, Callable[[], Case]]]:
+    def differentiated(case: Case, need_table: bool = True, need_weights: bool = True) -> Case:
+        out, argmax = torch.ops.emblas.compose_bag(*case.args)
+        grad = torch.randn(out.shape).to(out.dtype)
+        wanted = (need_table, need_weights and case.args[3] is not None)
+        return Case((grad, *case.args[:4], argmax, *case.args[4:], *wanted), 200)
+
+    for name, make in _compose_bag(backward=True):
+        yield name, lambda make=make: differentiated(make())
+    for needs in ((True, False), (False, True), (False, False)):
+        yield f"needs {needs}", lambda a=needs: differentiated(_composed(weights=1), *a)
+
+
+CASES: dict[str, dict[str, Callable[[], Case]]] = {
+    "hash_keys": dict(_hash_keys()),
+    "hash_bag": dict(_hash_bag()),
+    "hash_bag_backward": dict(_hash_bag_backward()),
+    "compose_bag": dict(_compose_bag(backward=False)),
+    "compose_bag_backward": dict(_compose_bag_backward()),
+}
