@@ -125,12 +125,13 @@ def _composed(
     dtype: torch.dtype = torch.float32,
     weights: int = 0,  # per id
     padding: int | None = None,
+    same_id: bool = False,
 ) -> Case:
     composition = Composition(parts, combine)
     count = bags * composition.num_features if lengths is None else sum(lengths)
     shape = (count,) if weights == 1 else (count, weights)
     args = (
-        _ids(count),
+        torch.full((count,), 5) if same_id else _ids(count),
         torch.randn(composition.size + 1).to(dtype),
         None if lengths is None else packed(lengths),
         torch.randn(shape) if weights else None,
@@ -163,6 +164,7 @@ def _compose_bag(backward: bool) -> Iterator[tuple[str, Callable[[], Case]]]:
     slots = (*_FOUR_HASHES[:2], Part(9, 6, "radix", a=1, base=780, column=130))
     yield "two slots, weights per part", lambda: _composed(slots, bags=9, weights=3)
     yield "long first bag, max", lambda: _composed(mode="max", lengths=(60, 2))
+    yield "one id, max", lambda: _composed(mode="max", lengths=(40, 3), same_id=True)
     for dtype in HALVES:
         yield short(dtype), lambda a=dtype: _composed(dtype=a)
         yield f"{short(dtype)}, bags", lambda a=dtype: _composed(dtype=a, lengths=lengths)

@@ -169,16 +169,12 @@ def check_hamming_topk(monkeypatch, k, programs, nearest):
 
 
 @pytest.mark.parametrize("later_only", [False, True])
-@pytest.mark.parametrize("programs", [1, 2048])
-def test_range_search_over_many_tiles(monkeypatch, programs, later_only):
-    check_range_search(monkeypatch, programs, later_only)
-
-
-def check_range_search(monkeypatch, programs, later_only):
-    """Results and ties begin and end in the middle of tiles and chunks."""
+@pytest.mark.parametrize(("rows", "programs"), [(28, 1), (28, 2048), (72, 54)])
+def test_range_search_over_many_tiles(monkeypatch, rows, programs, later_only):
+    """Results and ties begin and end in the middle of tiles and chunks; the last has three each."""
     monkeypatch.setattr("emblas.binary.triton.select._PROGRAMS", programs)
     monkeypatch.setattr("emblas.binary.triton.hamming._BLOCK_CODES", 8)
-    codes = torch.randint(0, 8, (28, 1), dtype=torch.uint8)
+    codes = torch.randint(0, 8, (rows, 1), dtype=torch.uint8)
     for name, args in (
         ("range_search", (codes, codes, 2, 9, None, later_only)),
         ("range_search_csr", (codes, codes, 1, None, later_only)),
@@ -186,3 +182,13 @@ def check_range_search(monkeypatch, programs, later_only):
         expected = _op.ops()[name].reference(*args)
         for actual, e in zip(run(name, *args), expected, strict=True):
             assert torch.equal(actual, e)
+
+
+@pytest.mark.parametrize("k", [3, 70])
+def test_dense_topk_over_many_tiles(monkeypatch, k):
+    """One program walks through all of the tiles, with a list and without."""
+    monkeypatch.setattr("emblas.binary.triton.select._PROGRAMS", 1)
+    queries, documents = (torch.randint(-8, 9, (rows, 5)).float() for rows in (2, 300))
+    expected = _op.ops()["dense_topk"].reference(queries, documents, k, 0, None)
+    for actual, e in zip(run("dense_topk", queries, documents, k, 0, None), expected, strict=True):
+        assert torch.equal(actual, e)

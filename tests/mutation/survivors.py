@@ -113,10 +113,6 @@ SURVIVORS: dict[tuple[str, str], str] = {
         "_slot_values",
         "own = weights + i * weights_per_id + (first + number + tl.load(tile + 2))",
     ): "weights of parts come with one feature only, whose first part is 0",
-    (
-        "_compose_bags",
-        "better = present[:, None] & ((winner <= 0) | (values > total))",
-    ): "only where id 0 is the largest of a long bag: no drawn table has that yet",
     ("_lookups", "of = tl.load(segment_of + i, mask=i < count) // bags"): _UNUSED,
     (
         "_lookups",
@@ -129,20 +125,12 @@ SURVIVORS: dict[tuple[str, str], str] = {
     ("may_return", "byte = tl.load(at, mask=allowed).to(tl.int32)"): _UNUSED,
     ("_highest_of_chunk", "if tl.max(given.to(tl.int32), 0) >= 0:"): _MORE_WORK,
     ("_highest_of_chunk", "scores *= tl.load(scale + row, mask=given)[None, :]"): _UNUSED,
-    (
-        "_highest_of_chunk",
-        "place = (chunk * tiles - tile) * BLOCK_N + tl.arange(0, BLOCK_N)",
-    ): "no test has more tiles than programs: that takes 131,072 rows",
     ("_scan_tile", "if tl.max(given.to(tl.int32), 0) >= 0:"): _MORE_WORK,
     ("_collect_chunk", "if tl.max(tl.max(wanted.to(tl.int32), 1), 0) >= 0:"): _MORE_WORK,
     (
         "_first_tile",
         "first = tl.maximum((tl.min(query, 0) - 1) // BLOCK_N - chunk * tiles, 0)",
     ): _MORE_WORK,
-    (
-        "_first_tile",
-        "first = tl.maximum((tl.min(query, 0) + 1) // BLOCK_N - (chunk + tiles), 0)",
-    ): "skips a tile from 1536 queries on, more than the interpreter can run in a test",
     (
         "_attend",
         "highest = tl.minimum(first + BLOCK_M - 1 + (keys - queries) + right, keys + 1)",
