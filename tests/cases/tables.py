@@ -114,6 +114,12 @@ _SHARED = (  # by two features of unlike size; an element before and after it is
     Part(4, 8, a=2, b=3, base=57, column=8, feature=1),
 )
 
+_FEWER_PARTS_LATER = (
+    Part(5, 8, "radix", a=5),
+    Part(4, 8, a=2, b=3, base=40),
+    Part(7, 8, "radix", a=1, base=72, column=8, feature=1),
+)
+
 
 def _composed(
     parts: tuple[Part, ...] = _TWO_FEATURES,
@@ -169,6 +175,8 @@ def _compose_bag(backward: bool) -> Iterator[tuple[str, Callable[[], Case]]]:
         yield short(dtype), lambda a=dtype: _composed(dtype=a)
         yield f"{short(dtype)}, bags", lambda a=dtype: _composed(dtype=a, lengths=lengths)
     for combine in COMBINES:
+        name = f"fewer parts later, {combine}, weights"
+        yield name, lambda a=combine: _composed(_FEWER_PARTS_LATER, a, bags=9, weights=1)
         yield f"shared, {combine}", lambda a=combine: _composed(_SHARED, a, lengths=(3, 2, 9, 0))
     yield "no ids", lambda: _composed(bags=0)
     yield "no bags", lambda: _composed(lengths=())

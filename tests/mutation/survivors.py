@@ -66,6 +66,26 @@ SURVIVORS: dict[tuple[str, str], str] = {
     ): _MORE_WORK,
     ("_attend", "if first > queries:"): _MORE_WORK,
     ("_row_gradients", "sign = tl.load(numbers + lookup, mask=inside) & 1"): _UNUSED,
+    ("_row_gradients", "slot = tl.load(part + _SLOT_FIRST, mask=inside)"): _HIDDEN,
+    (
+        "_row_gradients",
+        "at = tl.multiple_of(bag * dim + tl.load(part + _COLUMN, mask=inside == inside, other=0), "
+        "ALIGN)",
+    ): _HIDDEN,
+    (
+        "_row_gradients",
+        "at = tl.multiple_of(bag * dim + tl.load(part + _COLUMN, mask=inside), ALIGN)",
+    ): _UNUSED,
+    (
+        "_weight_gradients",
+        "size = tl.load(first_parts + feature + 1, mask=(i < count) == (i < count), other=0) - "
+        "first",
+    ): _FIRST,
+    (
+        "_weight_gradients",
+        "size = tl.load(first_parts + feature + 1, mask=i < count) - first",
+    ): _UNUSED,
+    ("_weight_gradients", "slot = tl.load(part + _SLOT_FIRST, mask=own)"): _UNUSED,
     (
         "_row_gradients",
         "sign = tl.load(numbers + lookup, mask=inside == inside, other=0) & 1",
@@ -180,6 +200,10 @@ SURVIVORS: dict[tuple[str, str], str] = {
         "compose_bags",
         "other > total[k] || (other == total[k] && theirs «<» winner[k]) || winner[k] < 0;",
     ): "two lanes never hold the same id, and -1 never wins",
+    (
+        "compose_bags",
+        "if (theirs «<» 0 || !better) continue;",
+    ): "id 0 belongs to the lanes that store: they never learn of it from others",
     (
         "compose_bags",
         "for (int k = 0; k «<» C::size; ++k) total[k] *= A(1) / A(used);",
