@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "binary/binary.h"
 
@@ -103,6 +104,16 @@ void finish_search(const Search& search, Value* values, void* stream);
 void hamming_search(const Search& search, const CodeRows& queries, const CodeRows& codes,
                     int64_t bytes, int64_t radius, int32_t* distances, void* stream);
 
+// All rows up to the radius, in two steps. The first one sets offsets [queries + 1]: where each
+// query's rows begin among all; the caller waits for the last of them, so many rows there are.
+void hamming_count(const Search& search, const CodeRows& queries, const CodeRows& codes,
+                   int64_t bytes, int64_t radius, int64_t* offsets, void* stream);
+// The second one takes `lists`, `merged`, `ids` and `distances` for so many, and what the first one
+// left in `list_counts`.
+void hamming_collect(const Search& search, const CodeRows& queries, const CodeRows& codes,
+                     int64_t bytes, int64_t radius, const int64_t* offsets, int32_t* distances,
+                     void* stream);
+
 // out: [queries, codes].
 void hamming_distance(const CodeRows& queries, const CodeRows& codes, int64_t bytes,
                       const SearchPlan& plan, int32_t* out, void* stream);
@@ -140,5 +151,44 @@ void dense_search(const Search& search, const DenseArgs<T>& args, float* scores,
 template <class T>
 void gather_scores(const DenseArgs<T>& args, const int64_t* ids, int64_t queries, int64_t count,
                    int64_t rows, float* scores, void* stream);
+
+struct Bits {};  // +1 and -1, packed
+
+// Sets of tokens, one after the other.
+struct TokenRows {
+  const uint8_t* data;
+  int64_t stride;  // bytes from one token to the next
+  int bytes;       // of a token
+  int64_t count;
+  const int32_t* offsets;  // [sets + 1]
+  int64_t sets;
+};
+
+template <class Q>  // tokens of queries
+using Score = std::conditional_t<std::is_same_v<Q, double>, double, float>;
+
+template <class A>
+struct MaxSimArgs {
+  TokenRows queries, documents;
+  int64_t dim;
+  A* scores;        // [queries.sets, documents.sets]
+  int32_t* argmax;  // [queries.count, documents.sets], -1 where a document has no token; or null
+};
+// Tokens are Q = float and D = float, bfloat16, float16 or Bits; or double and double; or Bits and
+// Bits.
+template <class Q, class D>
+void maxsim(const MaxSimArgs<Score<Q>>& args, void* stream);
+
+template <class A>
+struct MaxSimBackwardArgs {
+  const A* grad;                            // [queries.sets, documents.sets]
+  TokenRows queries, documents;             // in A, contiguous
+  const A *query_values, *document_values;  // their data
+  int64_t dim;
+  const int32_t* argmax;
+  A *grad_queries, *grad_documents;  // contiguous
+};
+template <class A>
+void maxsim_backward(const MaxSimBackwardArgs<A>& args, void* stream);
 
 }  // namespace emblas::cuda

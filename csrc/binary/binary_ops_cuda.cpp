@@ -116,6 +116,17 @@ Prepared prepare(const DeviceCall& call, int64_t queries, const Tensor& codes, i
   return out;
 }
 
+struct QueriesAndCodes {
+  cuda::CodeRows queries, codes;
+};
+QueriesAndCodes queries_and_codes(const DeviceCall& call, const Tensor& queries,
+                                  const Tensor& codes) {
+  check(queries.dim() == 2 && codes.dim() == 2 && queries.size(1) == codes.size(1),
+        "queries and codes must have the same width in bytes");
+  return {code_rows(call, queries, "queries must be uint8 (queries, bytes), rows contiguous"),
+          code_rows(call, codes, "codes must be uint8 (rows, bytes), rows contiguous")};
+}
+
 // counts, distances, ids. `blocks` and `tensor_cores` are for tests.
 std::tuple<Tensor, Tensor, Tensor> search_codes(const Tensor& queries, const Tensor& codes,
                                                 int64_t k, int64_t radius,
@@ -123,11 +134,7 @@ std::tuple<Tensor, Tensor, Tensor> search_codes(const Tensor& queries, const Ten
                                                 bool later_only, bool count, int64_t blocks,
                                                 bool tensor_cores) {
   const DeviceCall call(queries);
-  const auto wanted =
-      code_rows(call, queries, "queries must be uint8 (queries, bytes), rows contiguous");
-  const auto documents =
-      code_rows(call, codes, "codes must be uint8 (rows, bytes), rows contiguous");
-  check(queries.size(1) == codes.size(1), "queries and codes must have the same width in bytes");
+  const auto [wanted, documents] = queries_and_codes(call, queries, codes);
   Prepared prepared =
       prepare(call, wanted.count, codes, k, filter, count, blocks,
               cuda::hamming_queries_per_block(wanted.count, tensor_cores), wanted.count);
@@ -154,6 +161,43 @@ std::tuple<Tensor, Tensor, Tensor> range_search_cuda(const Tensor& queries, cons
   check(radius >= 0, "radius must not be negative");
   return search_codes(queries, codes, max_results, radius, filter, later_only, true, blocks,
                       tensor_cores);
+}
+
+std::tuple<Tensor, Tensor, Tensor> range_search_csr_cuda(const Tensor& queries, const Tensor& codes,
+                                                         int64_t radius,
+                                                         const std::optional<Tensor>& filter,
+                                                         bool later_only, int64_t blocks,
+                                                         bool tensor_cores) {
+  check(radius >= 0, "radius must not be negative");
+  check(blocks >= 1, "blocks must be at least 1");
+  const DeviceCall call(queries);
+  const auto [wanted, documents] = queries_and_codes(call, queries, codes);
+  const int64_t count = wanted.count, bytes = codes.size(1);
+  cuda::Search search{};
+  search.queries = count;
+  search.rows = documents.count;
+  search.later_only = later_only;
+  search.filter = row_filter(call, filter, count, documents.count);
+  search.plan = cuda::plan_search(count, search.places(), 0, blocks,
+                                  cuda::hamming_queries_per_block(count, tensor_cores));
+  const Tensor list_counts = call.empty<2>(ScalarType::Long, {count, search.plan.lists.count});
+  const Tensor offsets = call.empty<1>(ScalarType::Long, {count + 1});
+  search.list_counts = call.write<int64_t>(list_counts);
+  int64_t* begins = call.write<int64_t>(offsets);
+  cuda::hamming_count(search, wanted, documents, bytes, radius, begins, call.stream());
+
+  const int64_t found = call.wait_for_last(offsets);
+  const Tensor distances = call.empty<1>(ScalarType::Int, {found});
+  const Tensor ids = call.empty<1>(ScalarType::Long, {found});
+  if (found == 0) return {offsets, distances, ids};
+  const Tensor entries = call.empty<1>(ScalarType::Long, {found});
+  const Tensor spare = call.empty<1>(ScalarType::Long, {found});
+  search.lists = call.write<uint64_t>(entries);
+  search.merged = call.write<uint64_t>(spare);
+  search.ids = call.write<int64_t>(ids);
+  cuda::hamming_collect(search, wanted, documents, bytes, radius, begins,
+                        call.write<int32_t>(distances), call.stream());
+  return {offsets, distances, ids};
 }
 
 std::tuple<Tensor, Tensor> asymmetric_topk_cuda(const Tensor& queries, const Tensor& codes,
@@ -283,6 +327,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(EMBLAS_CUDA_NAMESPACE, library) {
       " Tensor? filter=None, bool later_only=False, int blocks=1024, bool tensor_cores=True)"
       " -> (Tensor counts, Tensor distances, Tensor ids)");
   library.def(
+      "range_search_csr_cuda(Tensor queries, Tensor codes, int radius, Tensor? filter=None,"
+      " bool later_only=False, int blocks=1024, bool tensor_cores=True)"
+      " -> (Tensor offsets, Tensor distances, Tensor ids)");
+  library.def(
       "hamming_distance_cuda(Tensor a, Tensor b, int blocks=1024, bool tensor_cores=True)"
       " -> Tensor");
   library.def(
@@ -300,6 +348,7 @@ STABLE_TORCH_LIBRARY_IMPL(EMBLAS_CUDA_NAMESPACE, EMBLAS_CUDA_KEY, library) {
   library.impl("hadamard_unrotate_cuda", TORCH_BOX(&emblas::hadamard_unrotate_cuda));
   library.impl("hamming_topk_cuda", TORCH_BOX(&emblas::hamming_topk_cuda));
   library.impl("range_search_cuda", TORCH_BOX(&emblas::range_search_cuda));
+  library.impl("range_search_csr_cuda", TORCH_BOX(&emblas::range_search_csr_cuda));
   library.impl("asymmetric_topk_cuda", TORCH_BOX(&emblas::asymmetric_topk_cuda));
   library.impl("gather_scores_cuda", TORCH_BOX(&emblas::gather_scores_cuda));
   library.impl("dense_topk_cuda", TORCH_BOX(&emblas::dense_topk_cuda));

@@ -13,6 +13,13 @@ inline int unit_of(const CodeRows& rows, int64_t bytes) {
   return all % 16 == 0 ? 16 : all % 4 == 0 ? 4 : 1;
 }
 
+__device__ inline int bits_set(const uint4& a) {
+  return __popc(a.x) + __popc(a.y) + __popc(a.z) + __popc(a.w);
+}
+__device__ inline int differing_bits(const uint4& a, const uint4& b) {
+  return bits_set({a.x ^ b.x, a.y ^ b.y, a.z ^ b.z, a.w ^ b.w});
+}
+
 // `valid` bytes of a code, filled up with zeros to 16. `unit`: see unit_of.
 template <int unit>
 __device__ inline uint4 load_piece(const uint8_t* from, int valid) {

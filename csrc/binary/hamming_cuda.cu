@@ -1,10 +1,20 @@
 // Launches scans of Hamming distances; shapes alone decide the grids.
 #include <algorithm>
+#include <bit>
 
 #include "binary/hamming_cuda.cuh"
+#include "binary/within_cuda.cuh"
 
 namespace emblas::cuda {
 namespace {
+
+// Which places are searched, and the first distance that is too far.
+Places places_of(const Search& search) {
+  return {search.filter, search.places(), search.rows, search.later_only};
+}
+unsigned limit_of(int64_t radius, int64_t bytes) {
+  return unsigned(std::min(radius, 8 * bytes) + 1);
+}
 
 template <class Sink>
 void scan(const CodeRows& queries, const CodeRows& codes, int64_t bytes, const SearchPlan& plan,
@@ -37,12 +47,33 @@ int hamming_queries_per_block(int64_t queries, bool tensor_cores) {
 
 void hamming_search(const Search& search, const CodeRows& queries, const CodeRows& codes,
                     int64_t bytes, int64_t radius, int32_t* distances, void* stream) {
-  const Places places{search.filter, search.places(), codes.count, search.later_only};
-  const unsigned limit = unsigned(std::min(radius, 8 * bytes) + 1);
-  scan(queries, codes, bytes, search.plan, places,
-       KeepNearest<kHammingBits>{search.plan.lists, limit, search.lists, search.list_counts},
+  scan(queries, codes, bytes, search.plan, places_of(search),
+       KeepNearest<kHammingBits>{search.plan.lists, limit_of(radius, bytes), search.lists,
+                                 search.list_counts},
        stream);
   finish_search<kHammingBits>(search, distances, stream);
+}
+
+void hamming_count(const Search& search, const CodeRows& queries, const CodeRows& codes,
+                   int64_t bytes, int64_t radius, int64_t* offsets, void* stream) {
+  const bool scanned = search.rows > 0 && search.places() > 0;
+  const int64_t lists = scanned ? search.plan.lists.count : 0;
+  scan(queries, codes, bytes, search.plan, places_of(search),
+       TakeWithin{limit_of(radius, bytes), lists, search.list_counts, nullptr}, stream);
+  simt::launch(begin_lists, 1, kSearchThreads, 0, stream, search.list_counts, lists, search.queries,
+               offsets);
+}
+
+void hamming_collect(const Search& search, const CodeRows& queries, const CodeRows& codes,
+                     int64_t bytes, int64_t radius, const int64_t* offsets, int32_t* distances,
+                     void* stream) {
+  const unsigned limit = limit_of(radius, bytes);
+  scan(queries, codes, bytes, search.plan, places_of(search),
+       TakeWithin{limit, search.plan.lists.count, search.list_counts, search.lists}, stream);
+  const int digits = int(divide_up(std::bit_width(limit - 1), kDigitBits));
+  simt::launch(sort_found, unsigned(divide_up(search.queries, kSearchWarps)), kSearchThreads, 0,
+               stream, search.lists, search.merged, offsets, search.queries, std::max(digits, 1),
+               search.filter.ids, distances, search.ids);
 }
 
 void hamming_distance(const CodeRows& queries, const CodeRows& codes, int64_t bytes,

@@ -37,13 +37,6 @@ struct ScanArgs {
   Places places;
 };
 
-__device__ inline int bits_set(const uint4& a) {
-  return __popc(a.x) + __popc(a.y) + __popc(a.z) + __popc(a.w);
-}
-__device__ inline int differing_bits(const uint4& a, const uint4& b) {
-  return bits_set({a.x ^ b.x, a.y ^ b.y, a.z ^ b.z, a.w ^ b.w});
-}
-
 // Copies `pieces` times 16 bytes of each of the block's queries to shared memory; beyond the end
 // the last one stands in.
 template <int unit, int queries, int width>

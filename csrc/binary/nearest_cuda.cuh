@@ -30,6 +30,22 @@ __device__ inline uint64_t entry_of(unsigned distance, int64_t row) {
   return uint64_t(distance) << 32 | uint64_t(row);
 }
 
+// How many of the lanes that are set come before the own one.
+__device__ inline unsigned count_before(unsigned lanes) {
+  return __popc(lanes & ((1u << threadIdx.x % 32) - 1));
+}
+
+// Sum over the lanes up to the own one.
+template <class A>
+__device__ inline A sum_through(A x) {
+  const int lane = threadIdx.x % 32;
+  for (int step = 1; step < 32; step *= 2) {
+    const A others = __shfl_up_sync(simt::kAllLanes, x, step);
+    if (lane >= step) x += others;
+  }
+  return x;
+}
+
 struct ListState {
   int count;
   unsigned limit;  // only distances below are found
@@ -55,7 +71,7 @@ class Nearest {
   __device__ __forceinline__ void offer(uint64_t entry, bool last) {
     const bool nearer = distance_of(entry) < limit_;
     const unsigned found = __ballot_sync(simt::kAllLanes, nearer);
-    if (nearer) list_[count_ + lanes_before(found)] = entry;
+    if (nearer) list_[count_ + count_before(found)] = entry;
     count_ += __popc(found);
     if (count_ > keep_ + (last ? 0 : kListSlack - 32)) shrink();
     if (!last) return;
@@ -63,10 +79,6 @@ class Nearest {
   }
 
  private:
-  __device__ unsigned lanes_before(unsigned lanes) const {
-    return __popc(lanes & ((1u << lane_) - 1));
-  }
-
   __device__ __forceinline__ void shrink() {
     // The keep-th smallest distance, five bits at a time; `ties` of the entries at it are kept.
     unsigned last = 0, ties = unsigned(keep_);
@@ -88,12 +100,12 @@ class Nearest {
       const uint64_t entry = first + lane_ < count_ ? list_[first + lane_] : kNothing;
       const unsigned distance = distance_of(entry);
       const unsigned equal = __ballot_sync(simt::kAllLanes, distance == last);
-      const bool keep = distance < last || (distance == last && lanes_before(equal) < ties);
+      const bool keep = distance < last || (distance == last && count_before(equal) < ties);
       const unsigned passed = __popc(equal);
       ties -= min(passed, ties);
       const unsigned lanes = __ballot_sync(simt::kAllLanes, keep);
       __syncwarp();
-      if (keep) list_[kept + lanes_before(lanes)] = entry;
+      if (keep) list_[kept + count_before(lanes)] = entry;
       kept += __popc(lanes);
     }
     count_ = keep_;
@@ -102,11 +114,7 @@ class Nearest {
   // The bin that holds the wanted-th entry (from 1); leaves its number within the bin.
   __device__ __forceinline__ unsigned bin_of(unsigned& wanted) const {
     const unsigned own = bins_[lane_];
-    unsigned through = own;
-    for (int step = 1; step < 32; step *= 2) {
-      const unsigned others = __shfl_up_sync(simt::kAllLanes, through, step);
-      if (lane_ >= step) through += others;
-    }
+    const unsigned through = sum_through(own);
     const unsigned before = through - own;
     const bool holds = before < wanted && wanted <= through;
     const int bin = __ffs(__ballot_sync(simt::kAllLanes, holds)) - 1;

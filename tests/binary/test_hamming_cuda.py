@@ -48,6 +48,12 @@ def check_range(ops, queries, documents, radius, k, filter=None, later_only=Fals
     assert all(map(torch.equal, actual, expected))
 
 
+def check_all(ops, queries, documents, radius, filter=None, later_only=False, *launch):
+    actual = ops.range_search_csr_cuda(queries, documents, radius, filter, later_only, *launch)
+    expected = reference.range_search_csr(queries, documents, radius, filter, later_only)
+    assert all(map(torch.equal, actual, expected))
+
+
 def check_distance(ops, a, b, *launch):
     assert torch.equal(ops.hamming_distance_cuda(a, b, *launch), reference.hamming_distance(a, b))
 
@@ -60,6 +66,7 @@ def test_tile_edges(ops, queries, tensor_cores):
         check(ops, wanted, documents, 3, None, 1, tensor_cores)
         check_distance(ops, wanted, documents, 1, tensor_cores)
         check_range(ops, wanted, documents, 1, 5, None, True, 1, tensor_cores)
+        check_all(ops, wanted, documents, 1, None, True, 1, tensor_cores)
 
 
 @pytest.mark.parametrize("width", [0, 1, 3, 4, 15, 16, 17, 32, 33, 48, SLAB, SLAB + 1, SLAB + 20])
@@ -109,6 +116,7 @@ def test_merges(ops, lists):
     check(ops, codes(1, 1, seed=1), codes(rows, 1), 5)
     check(ops, codes(5, 1, 2, 1), codes(rows, 1, 2), 40)
     check_range(ops, codes(5, 1, 2, 1), codes(rows, 1, 2), 2, 40)
+    check_all(ops, codes(17, 1, 2, 1), codes(rows, 1, 2), 0)
 
 
 def test_three_merges(ops):
@@ -137,6 +145,7 @@ def test_filters(ops, rows, tensor_cores):
         for filter in (bitmaps, bitmaps[3:4], allowed[0].nonzero().flatten()):
             check(ops, wanted, documents, 20, filter, MANY, tensor_cores)
             check_range(ops, wanted, documents, 7, 6, filter, True, MANY, tensor_cores)
+            check_all(ops, wanted, documents, 7, filter, True, MANY, tensor_cores)
         check(ops, wanted[:1], documents, 1, bitmaps[:1], 1)
 
 
@@ -148,6 +157,20 @@ def test_radii(ops, radius):
         for later_only in (False, True):
             wanted = documents[:queries]
             check_range(ops, wanted, documents, radius, most, None, later_only, blocks)
+            if most == 0 or queries == 9:
+                check_all(ops, wanted, documents, radius, None, later_only, blocks)
+
+
+def test_every_digit(ops):
+    """A radius of one, two and three digits, distances around powers of 32, long runs of equals."""
+    width = 130
+    distance = torch.tensor([0, 1, 31, 32, 33, 63, 64, 1023, 1024, 1025, 1040] * 12)
+    distance = distance[torch.randperm(len(distance))]
+    documents = pack_sign((torch.arange(8 * width) < distance[:, None]).float())
+    wanted = torch.zeros(3, width, dtype=torch.uint8)
+    for radius in (0, 31, 32, 1023, 1024, 2**40):
+        check_all(ops, wanted[:1], documents, radius)
+    check_all(ops, wanted, documents, 1024, torch.arange(0, len(documents), 3))
 
 
 @settings(max_examples=15)
@@ -178,6 +201,7 @@ def test_same_bits_in_any_order(ops):
                 check(ops, wanted, documents, 50, None, blocks)
                 check(ops, wanted[:1], documents, 300, None, blocks)
                 check_range(ops, wanted[:3], documents, 30, 70, None, True, blocks)
+                check_all(ops, wanted[:3], documents, 60, None, True, blocks)
             check_distance(ops, wanted, documents)
 
 
@@ -190,6 +214,7 @@ def test_wrong_ids_stay_in_bounds(ops, order):
             distances, _ = ops.hamming_topk_cuda(wanted, documents, 3, torch.tensor(ids))
             assert (distances <= 64).all()
             ops.range_search_cuda(wanted, documents, 9, 3, torch.tensor(ids), True)
+            ops.range_search_csr_cuda(wanted, documents, 40, torch.tensor(ids), True)
     empty = ops.hamming_topk_cuda(wanted, documents[:0], 3, torch.tensor([0]))
     assert (empty[1] == -1).all()
 
@@ -238,6 +263,9 @@ def test_bad_arguments(ops):
     for args in ((documents, documents, -1, 1), (documents, documents, 1, -1)):
         with pytest.raises(RuntimeError, match="emblas: "):
             ops.range_search_cuda(*args)
+    for args in ((documents, documents, -1), (documents, documents[:, :3], 1)):
+        with pytest.raises(RuntimeError, match="emblas: "):
+            ops.range_search_csr_cuda(*args)
     for args in ((documents, documents[:, :3]), (documents[0], documents), (documents, bitmap[0])):
         with pytest.raises(RuntimeError, match="emblas: "):
             ops.hamming_distance_cuda(*args)

@@ -253,7 +253,7 @@ SURVIVORS: dict[tuple[str, str], str] = {
             ("Nearest", "if (count_ «>» keep_ + (last ? 0 : kListSlack - 32)) shrink();"),
             ("Nearest", "for (int shift = (bits «-» 1) / 5 * 5; shift >= 0; shift -= 5) {"),
             ("Nearest", "for (int first = 0; first «<» count_; first += 32) {"),
-            ("Nearest", "for (int step = 1; step «<» 32; step *= 2) {"),
+            ("sum_through", "for (int step = 1; step «<» 32; step *= 2) {"),
             (
                 "pack_rows",
                 "for (int64_t first = 0; first «<» rows * row_pieces; first += kPackThreads) {",

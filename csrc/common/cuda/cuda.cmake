@@ -25,6 +25,8 @@ add_library(
   csrc/binary/dense_cuda.cu
   csrc/binary/hadamard_rotate_cuda.cu
   csrc/binary/hamming_cuda.cu
+  csrc/binary/maxsim_cuda.cu
+  csrc/binary/maxsim_ops_cuda.cpp
   csrc/binary/merge_cuda.cu
   csrc/binary/pack_sign_cuda.cu
   csrc/pooling/pooling_ops_cuda.cpp

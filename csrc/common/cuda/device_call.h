@@ -1,5 +1,6 @@
 // The door between torch and the CUDA kernels: one DeviceCall per operator call holds the device,
-// the stream and the memory that its kernels may use. No operator waits for the GPU.
+// the stream and the memory that its kernels may use. No operator waits for the GPU, but those
+// whose results have a size that only the GPU knows.
 //
 // In the emulated build (EMBLAS_SIMT, tests only) the same adapters take CPU tensors, register in a
 // namespace of their own, and a DeviceCall tells the emulator which bytes kernels may touch.
@@ -70,6 +71,14 @@ class DeviceCall {
   T* write(const Tensor& tensor) const {
     allow(tensor, false);
     return emblas::write<T>(tensor);
+  }
+
+  // The last number of an int64 vector; waits for the GPU.
+  int64_t wait_for_last(Tensor numbers) const {
+    const Tensor last = torch::stable::narrow(numbers, 0, numbers.size(0) - 1, 1);
+    int64_t value;
+    check_torch(aoti_torch_item_int64(last.get(), &value));
+    return value;
   }
 
   // An uninitialized contiguous tensor on this device, for an output or a workspace.

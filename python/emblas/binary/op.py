@@ -133,6 +133,16 @@ def _cuda_range(
     return _cuda_topk(queries, codes, max_results)
 
 
+def _cuda_range_csr(
+    queries: Tensor,
+    codes: Tensor,
+    radius: int,
+    filter: Tensor | None = None,
+    later_only: bool = False,
+) -> bool:
+    return _cuda_distances(queries, codes)
+
+
 def _cuda_scores(
     queries: Tensor,
     codes: Tensor,
@@ -147,6 +157,21 @@ def _cuda_dense(
     queries: Tensor, documents: Tensor, k: int, metric: int, filter: Tensor | None = None
 ) -> bool:
     return queries.shape[1] < 2**28 and k <= _CUDA_RESULTS
+
+
+def _cuda_maxsim(
+    queries: Tensor,
+    query_offsets: Tensor,
+    documents: Tensor,
+    document_offsets: Tensor,
+    dim: int,
+    need_argmax: bool,
+) -> bool:
+    return dim < 2**28 and (query_offsets.shape[0] - 1) * (document_offsets.shape[0] - 1) < 2**31
+
+
+def _cuda_maxsim_backward(grad: Tensor, queries: Tensor, *_: Tensor) -> bool:
+    return queries.shape[1] < 2**22
 
 
 _pack_sign = Op(
@@ -196,6 +221,7 @@ _range_search_csr = Op(
     reference=reference.range_search_csr,
     fake=_range_search_csr_fake,
     triton="emblas.binary.triton",
+    cuda_supports=_cuda_range_csr,
 )
 _asymmetric_topk = Op(
     "asymmetric_topk",
@@ -223,12 +249,14 @@ _maxsim = Op(
     fake=_maxsim_fake,
     backward="maxsim_backward",
     triton="emblas.binary.triton",
+    cuda_supports=_cuda_maxsim,
 )
 _maxsim_backward = Op(
     "maxsim_backward",
     reference=reference.maxsim_backward,
     fake=_maxsim_backward_fake,
     triton="emblas.binary.triton",
+    cuda_supports=_cuda_maxsim_backward,
 )
 
 

@@ -154,6 +154,22 @@ def _search_cuda(s: Search) -> dict[str, Work]:
     return _lists_cuda(s, together, functools.partial(_scan_cuda, s))
 
 
+def _all_in_range_cuda(s: AllInRange) -> dict[str, Work]:
+    """Count, then collect: the codes twice. What is found and sorted is for the data to say."""
+    together = 1 if s.queries == 1 else 4 if s.queries <= 4 else 32
+    lists, tiles_per_list = _lists(s, together)
+    counts, offered = 8 * s.queries * lists, s.queries * lists * 256 * tiles_per_list
+    offsets, found = 8 * (s.queries + 1), 8 * s.queries * s.k
+    ((scan, count),) = _scan_cuda(s, counts, 16 * offered).items()
+    collect = dataclasses.replace(count, read=count.read + counts, written=0)
+    return {
+        scan: count,
+        "begin_lists": Work(counts, counts + offsets),
+        f"{scan} again": collect,
+        "sort_found": Work(offsets, 0, slack=4 * found),
+    }
+
+
 def _scores_cuda(s: Scores) -> dict[str, Work]:
     tables = 128 * s.queries * s.width
 
@@ -166,14 +182,20 @@ def _scores_cuda(s: Scores) -> dict[str, Work]:
     return _lists_cuda(s, min(s.queries, 2), scan)
 
 
+def _lists(s: Search | Dense, together: int) -> tuple[int, int]:
+    """Return how many lists a query has, and of how many tiles of codes each is."""
+    groups = -(-s.queries // together)
+    tiles = -(-s.codes // 256)
+    tiles_per_list = -(-tiles // (max(1024 // groups, 1) * max(8 // together, 1)))
+    return -(-tiles // tiles_per_list), tiles_per_list
+
+
 def _lists_cuda(
     s: Search | Dense, together: int, scan: Callable[[int, int], dict[str, Work]]
 ) -> dict[str, Work]:
     """Lists of the nearest, one for each query and range of codes, are merged 16 to 1."""
-    groups = -(-s.queries // together)
-    tiles = -(-s.codes // 256)
-    tiles_per_list = -(-tiles // (max(1024 // groups, 1) * max(8 // together, 1)))
-    count, keep = -(-tiles // tiles_per_list), min(s.k, 256 * tiles_per_list)
+    count, tiles_per_list = _lists(s, together)
+    keep = min(s.k, 256 * tiles_per_list)
     counts = 8 * s.queries * count if isinstance(s, RangeSearch) else 0
     offered = s.queries * count * 256 * tiles_per_list
     kernels = scan(8 * s.queries * count * keep + counts, 16 * offered)
@@ -357,6 +379,22 @@ def _maxsim_backward_triton(m: MaxSimBackward) -> dict[str, Work]:
     }
 
 
+def _maxsim_cuda(m: MaxSim) -> dict[str, Work]:
+    read = m.query + m.documents + m.offsets
+    return {"score_pairs": Work(read, 4 * len(m.lengths) + m.argmax, m.products)}
+
+
+def _maxsim_backward_cuda(m: MaxSimBackward) -> dict[str, Work]:
+    read = m.argmax + 4 * len(m.lengths)
+    adds = 2 * m.tokens * len(m.lengths) * m.dim
+    return {  # which tokens of the documents matter is for the data to say
+        "sum_winners of queries": Work(read, m.query, adds, slack=m.documents),
+        "sum_winners of documents": Work(
+            read + m.query, m.documents, adds, slack=m.offsets + m.query
+        ),
+    }
+
+
 _BF16, _F32 = torch.bfloat16, torch.float32
 MODELS: dict[tuple[str, str], Callable[[Any], dict[str, Work]]] = {
     ("pack_sign", "CUDA C++"): _pack("pack_rows"),
@@ -371,6 +409,7 @@ MODELS: dict[tuple[str, str], Callable[[Any], dict[str, Work]]] = {
     ("hamming_topk", "Triton"): _search_triton,
     ("range_search", "CUDA C++"): _search_cuda,
     ("range_search", "Triton"): _range_triton,
+    ("range_search_csr", "CUDA C++"): _all_in_range_cuda,
     ("range_search_csr", "Triton"): _range_triton,
     ("asymmetric_topk", "CUDA C++"): _scores_cuda,
     ("asymmetric_topk", "Triton"): _scores_triton,
@@ -378,7 +417,9 @@ MODELS: dict[tuple[str, str], Callable[[Any], dict[str, Work]]] = {
     ("dense_topk", "Triton"): _dense_triton,
     ("gather_scores", "CUDA C++"): _gather("gather_rows"),
     ("gather_scores", "Triton"): _gather("_gather_scores"),
+    ("maxsim", "CUDA C++"): _maxsim_cuda,
     ("maxsim", "Triton"): _maxsim_triton,
+    ("maxsim_backward", "CUDA C++"): _maxsim_backward_cuda,
     ("maxsim_backward", "Triton"): _maxsim_backward_triton,
 }
 SMALL: dict[str, tuple[Any, ...]] = {
@@ -388,7 +429,7 @@ SMALL: dict[str, tuple[Any, ...]] = {
     "hamming_distance": (Distances(4, 512, 16), Distances(32, 256, 32)),
     "hamming_topk": (Search(1, 600, 16, 5), Search(4, 300, 16, 20), Search(32, 512, 32, 9)),
     "range_search": (RangeSearch(1, 600, 16, 5, 60), RangeSearch(32, 512, 32, 20, 110)),
-    "range_search_csr": (AllInRange(3, 600, 16, 600, 60),),
+    "range_search_csr": (AllInRange(3, 600, 16, 600, 60), AllInRange(32, 512, 32, 512, 110)),
     "asymmetric_topk": (Scores(16, 128, 8, 20), Scores(16, 512, 16, 5)),
     "dense_topk": (Dense(16, 128, 64, _F32, 20), Dense(16, 128, 64, _BF16, 5)),
     "gather_scores": (Gather(3, 90, 40, _F32, 10),),
