@@ -55,13 +55,13 @@ inline std::pair<py::array, py::array> hamming_topk_door(const py::array& querie
   const auto code_array = as_array<uint8_t>(codes, 2, "codes");
   check_array(query_array.shape(1) == code_array.shape(1),
               "queries and codes must have the same width in bytes");
-  check_array(k >= 0, "k must not be negative, got " + std::to_string(k));
+  check_array(k >= 1, "k must be at least 1, got " + std::to_string(k));
   const Codes query_codes = codes_of(query_array), documents = codes_of(code_array);
   Array<int32_t> distances({query_codes.count, k});
   Array<int64_t> ids({query_codes.count, k});
   int32_t* distance = distances.mutable_data();
   int64_t* id = ids.mutable_data();
-  if (k > 0) {
+  {
     const py::gil_scoped_release unlocked;
     write_topk<HammingScan>(search(HammingScan(query_codes, k), documents, {}, kSerial), k,
                             std::numeric_limits<int32_t>::max(), distance, id);
@@ -127,7 +127,7 @@ inline std::pair<py::array, py::array> asymmetric_topk_door(const py::array& que
   check_array(dim > 0 && documents.bytes > 0 && documents.bytes % width == 0,
               "codes must hold one or more planes of ceil(dim / 8) bytes");
   check_array(documents.count < int64_t(1) << ScoreKey::kRowBits, "codes have too many rows");
-  check_array(k >= 0, "k must not be negative, got " + std::to_string(k));
+  check_array(k >= 1, "k must be at least 1, got " + std::to_string(k));
   const float* query = query_array.data();
   check_array(std::all_of(query, query + count * dim, [](float x) { return std::isfinite(x); }),
               "queries must be finite");
@@ -147,7 +147,7 @@ inline std::pair<py::array, py::array> asymmetric_topk_door(const py::array& que
   {
     const py::gil_scoped_release unlocked;
     constexpr int64_t kQueriesAtOnce = 256;  // bounds the memory of their tables
-    for (int64_t first = 0; first < count && k > 0; first += kQueriesAtOnce) {
+    for (int64_t first = 0; first < count; first += kQueriesAtOnce) {
       const int64_t some = std::min(kQueriesAtOnce, count - first);
       const ScoreScan scan(query + first * dim, dim, some, dim, documents.bytes, k, scales,
                            documents.count);

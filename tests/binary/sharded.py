@@ -27,7 +27,7 @@ def check_functions() -> None:
     codes = pack_sign(x)
     rank, size = dist.get_rank(), dist.get_world_size()
     first, last = (len(x) * number // size for number in (rank, rank + 1))
-    for k in (0, 1, 12, 70, 100):
+    for k in (1, 12, 70, 100):
         for search, documents, asked in (
             (hamming_topk, codes, pack_sign(queries)),
             (asymmetric_topk, codes, queries),
@@ -57,7 +57,7 @@ def check_index(folder: str) -> None:
         dist.barrier()
         for sharded in (ShardedIndex(index), ShardedIndex.open(path)):
             for k, multiplier, chosen in ((1, 1, None), (7, 3, None), (9, 2, ids[40:70]),
-                                          (150, 1, None), (0, 4, None)):  # fmt: skip
+                                          (150, 1, None)):  # fmt: skip
                 kept = chosen
                 if chosen is not None:
                     kept = chosen[~torch.isin(chosen, torch.tensor([1000, 930]))]

@@ -68,7 +68,7 @@ def test_wide_codes(isa):
     rows=st.integers(0, 90),
     queries=st.integers(0, 12),
     width=st.integers(0, 70),
-    k=st.integers(0, 100),
+    k=st.integers(1, 100),
     seed=st.integers(0, 2**31),
     distinct=st.sampled_from([2, 256]),
 )
@@ -139,8 +139,8 @@ def test_numpy_door(isa):
         arrays.hamming_topk(codes, codes.astype(np.int32), 1)
     with pytest.raises(ValueError, match="same width in bytes"):
         arrays.hamming_topk(codes, codes[:, :3].copy(), 1)
-    with pytest.raises(ValueError, match="k must not be negative"):
-        arrays.hamming_topk(codes, codes, -1)
+    with pytest.raises(ValueError, match="k must be at least 1, got 0"):
+        arrays.hamming_topk(codes, codes, 0)
 
 
 CODES = torch.zeros(3, 4, dtype=torch.uint8)
@@ -152,7 +152,7 @@ CODES = torch.zeros(3, 4, dtype=torch.uint8)
         (TypeError, "queries must have dtype uint8", lambda: hamming_topk(CODES.int(), CODES, 1)),
         (ValueError, "codes must have 2 dimensions", lambda: hamming_topk(CODES, CODES[0], 1)),
         (ValueError, "the same width, got 4 and 3", lambda: hamming_topk(CODES, CODES[:, :3], 1)),
-        (ValueError, "k must be at least 0, got -1", lambda: hamming_topk(CODES, CODES, -1)),
+        (ValueError, "k must be at least 1, got 0", lambda: hamming_topk(CODES, CODES, 0)),
     ],
 )
 def test_bad_arguments(error, message, call):

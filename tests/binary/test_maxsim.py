@@ -169,7 +169,7 @@ THREE = packed((3,))
         (ValueError, "documents must have 8 columns", lambda: maxsim(Q, Q[:, :7], ONE, ONE)),
         (ValueError, "query_offsets must start at 0", lambda: maxsim(Q, Q, THREE, ONE)),
         (ValueError, "document_offsets must start", lambda: maxsim(Q, Q, ONE, THREE)),
-        (ValueError, "k must be at least 0", lambda: maxsim_topk(Q, Q, ONE, ONE, -1)),
+        (ValueError, "k must be at least 1, got 0", lambda: maxsim_topk(Q, Q, ONE, ONE, 0)),
     ],
 )
 def test_bad_arguments(error, message, call):

@@ -230,7 +230,7 @@ def test_asymmetric_float_queries(isa):
     queries=st.integers(0, 10),
     dim=st.integers(1, 70),
     bits=st.integers(1, 4),
-    k=st.integers(0, 220),
+    k=st.integers(1, 220),
     seed=st.integers(0, 2**31),
     largest=st.sampled_from([0, 1, 3, 127]),
 )
@@ -402,7 +402,7 @@ CODES, X = torch.zeros(3, 4, dtype=torch.uint8), torch.zeros(2, 32)
         ),
         (ValueError, "multiple of .* = 4 bytes", lambda: asymmetric_topk(X, CODES[:, 1:], 1)),
         (ValueError, "queries must be finite", lambda: asymmetric_topk(X * torch.nan, CODES, 1)),
-        (ValueError, "k must be at least 0", lambda: asymmetric_topk(X, CODES, -1)),
+        (ValueError, "k must be at least 1, got 0", lambda: asymmetric_topk(X, CODES, 0)),
         (TypeError, "queries must have dtype", lambda: asymmetric_topk(CODES, CODES, 1)),
         (
             ValueError,

@@ -98,7 +98,7 @@ def test_scales_do_not_reverse_ranks():
         (TypeError, "embeddings must be a tensor", lambda: quantize_embeddings(3, "binary")),
         (ValueError, "single embedding", lambda: quantize_embeddings(X[:1], "int8")),
         (ValueError, "ranges must be given", lambda: semantic_search(X, X.astype(np.int8), "int8")),
-        (ValueError, "top_k must be", lambda: semantic_search(X, X, top_k=-1)),
+        (ValueError, "top_k must be", lambda: semantic_search(X, X, top_k=0)),
     ],
 )
 def test_bad_arguments(error, message, call):

@@ -51,7 +51,7 @@ def hamming_topk(
     queries, codes : ndarray
         C-contiguous uint8 ``(Q, bytes)`` and ``(N, bytes)``.
     k : int
-        Number of results per query.
+        Number of results per query, at least 1.
 
     Returns
     -------
@@ -63,7 +63,7 @@ def hamming_topk(
     TypeError
         If an array is not C-contiguous uint8.
     ValueError
-        If widths differ or ``k`` is negative.
+        If widths differ or ``k`` is below 1.
     """
     return _C.hamming_topk(queries, codes, k)
 
@@ -139,7 +139,7 @@ def asymmetric_topk(
     codes : ndarray
         C-contiguous uint8 ``(N, bits * ceil(dim / 8))``.
     k : int
-        Number of results per query.
+        Number of results per query, at least 1.
     scale : ndarray, optional
         float32 ``(N,)``, above 0 and finite: multiplies the scores of each code.
 
@@ -153,7 +153,7 @@ def asymmetric_topk(
     TypeError
         If an array has another dtype or memory layout.
     ValueError
-        If shapes don't fit together, ``k`` is negative or a number is out of range.
+        If shapes don't fit together, ``k`` is below 1 or a number is out of range.
     """
     return _C.asymmetric_topk(queries, codes, k, scale)
 

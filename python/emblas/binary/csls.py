@@ -40,7 +40,7 @@ def csls_topk(
     queries, documents
         As in :func:`dense_topk`.
     k : int
-        Number of results per query, at least 0.
+        Number of results per query, at least 1.
     neighbors : int, default 10
         Vectors that r is a mean of, at least 1; fewer where a set is smaller.
     reference : Tensor, optional
@@ -69,7 +69,7 @@ def csls_topk(
     written. :func:`emblas.evaluation.csls` gives the matrix, in float64.
     """
     unit = _check_vectors(queries, documents, "cosine")
-    _check_at_least("k", k, 0)
+    _check_at_least("k", k, 1)
     _check_at_least("neighbors", neighbors, 1)
     if reference is None:
         reference = queries

@@ -47,7 +47,7 @@ def dense_topk(
         ``(N, dim)``; float32, bfloat16, float16 or int8, rows any stride apart, such as a memory
         map. Less than 2^32 rows. int8 values are taken as they are; see :class:`Int8Quantizer`.
     k : int
-        Number of results per query, at least 0.
+        Number of results per query, at least 1.
     metric : {"dot", "cosine", "l2"}, default "dot"
         "l2" scores minus the squared distance. The cosine with a zero vector is 0.
     filter : Tensor, optional
@@ -66,11 +66,11 @@ def dense_topk(
     TypeError
         If an argument has a wrong type.
     ValueError
-        If shapes or devices don't fit together, ``k`` is negative, ``metric`` is unknown, an id
+        If shapes or devices don't fit together, ``k`` is below 1, ``metric`` is unknown, an id
         doesn't exist or a query is not finite.
     """
     wanted = _check_vectors(queries, documents, metric)
-    _check_at_least("k", k, 0)
+    _check_at_least("k", k, 1)
     allowed = _filter(filter, queries, documents.shape[0])
     return op.dense_topk(wanted, _op.rows(documents), k, METRICS.index(metric), allowed)
 
@@ -113,7 +113,7 @@ def rescore(
     ids : Tensor
         int64 ``(Q, candidates)``: rows of ``documents``, -1 where there is none.
     k : int
-        Number of results per query, at least 0.
+        Number of results per query, at least 1.
 
     Returns
     -------
@@ -127,7 +127,7 @@ def rescore(
     """
     wanted = _check_vectors(queries, documents, metric)
     _op.check_tensor("ids", ids, ndim=2, dtypes=(torch.int64,), device=queries.device)
-    _check_at_least("k", k, 0)
+    _check_at_least("k", k, 1)
     if ids.shape[0] != queries.shape[0]:
         raise ValueError(f"ids must have {queries.shape[0]} rows, got {ids.shape[0]}")
     scores = op.gather_scores(wanted, _op.rows(documents), ids.contiguous(), METRICS.index(metric))
@@ -204,7 +204,7 @@ def rescored_topk(
     codes : Tensor
         uint8 ``(N, ceil(dim / 8))``, signs of the documents.
     k : int
-        Number of results per query, at least 0.
+        Number of results per query, at least 1.
     documents : Tensor, optional
         ``(N, dim)``; float32, bfloat16, float16, or int8 codes of ``quantizer``; a memory map
         serves. Without them, the bits' scores decide.
@@ -237,7 +237,7 @@ def rescored_topk(
         argument is given that nothing uses.
     """
     _op.check_tensor("queries", queries, ndim=2, dtypes=_op.FLOATS)
-    _check_at_least("k", k, 0)
+    _check_at_least("k", k, 1)
     _check_at_least("multiplier", multiplier, 1)
     if narrow is not None:
         _check_at_least("narrow", narrow, 1)

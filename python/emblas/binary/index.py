@@ -19,7 +19,12 @@ from emblas.binary.correction import pack_rabitq
 from emblas.binary.dense import Int8Quantizer, best_candidates, bit_scores
 from emblas.binary.functions import pack_sign
 from emblas.binary.rotation import HadamardRotation
-from emblas.binary.search import asymmetric_topk, hamming_topk, range_search_csr
+from emblas.binary.search import (
+    _check_at_least,
+    asymmetric_topk,
+    hamming_topk,
+    range_search_csr,
+)
 from emblas.binary.segment import Segment
 
 SECOND_LEVELS = ("none", "float32", "float16", "int8")
@@ -276,8 +281,8 @@ class BinaryIndex:
 
     def _check_search(self, queries: Tensor, k: int, multiplier: int) -> None:
         self._check_queries(queries)
-        if k < 0 or multiplier < 1:
-            raise ValueError(f"k must be at least 0 and multiplier 1, got {k} and {multiplier}")
+        _check_at_least("k", k, 1)
+        _check_at_least("multiplier", multiplier, 1)
 
     def _pack(self, x: Tensor) -> Tensor:
         return pack_sign(x, threshold=self.threshold, rotation=self.rotation)
@@ -341,7 +346,7 @@ class BinaryIndex:
         queries : Tensor
             ``(Q, dim)``; floating-point, finite.
         k : int
-            Number of results per query, at least 0.
+            Number of results per query, at least 1.
         multiplier : int, default 4
             Candidates per result that are rescored, with the second level or, without one, with
             the query's real values against the bits. At least 1; not used by a correction without

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from emblas import _op
 from emblas.binary import op
+from emblas.binary.search import _check_at_least
 
 
 def maxsim(
@@ -89,7 +90,7 @@ def maxsim_topk(
     queries, documents, query_offsets, document_offsets, dim
         As in :func:`maxsim`.
     k : int
-        Number of results per query, at least 0.
+        Number of results per query, at least 1.
 
     Returns
     -------
@@ -101,10 +102,9 @@ def maxsim_topk(
     Raises
     ------
     TypeError, ValueError
-        As :func:`maxsim`; ValueError if ``k`` is negative.
+        As :func:`maxsim`; ValueError if ``k`` is below 1.
     """
-    if k < 0:
-        raise ValueError(f"k must be at least 0, got {k}")
+    _check_at_least("k", k, 1)
     scores = maxsim(queries, documents, query_offsets, document_offsets, dim=dim)
     order = scores.sort(dim=1, descending=True, stable=True)
     pad = (0, max(0, k - scores.shape[1]))

@@ -95,7 +95,7 @@ def hamming_topk(
     codes : Tensor
         uint8 ``(N, bytes)``, of any width below 2^20 bytes. They are read once for all queries.
     k : int
-        Number of results per query, at least 0.
+        Number of results per query, at least 1.
     filter : Tensor, optional
         Which rows may be returned: bool ``(N,)``, the same packed by :func:`pack_sign` to uint8
         ``(ceil(N / 8),)``, either of them with a first dimension ``Q`` for a filter per query, or
@@ -114,7 +114,7 @@ def hamming_topk(
     TypeError
         If an argument has a wrong type.
     ValueError
-        If shapes or devices don't fit together, ``k`` is negative or an id doesn't exist.
+        If shapes or devices don't fit together, ``k`` is below 1 or an id doesn't exist.
 
     Examples
     --------
@@ -123,7 +123,7 @@ def hamming_topk(
     (tensor([[0, 1]], dtype=torch.int32), tensor([[0, 2]]))
     """
     _check_codes("queries", queries, "codes", codes)
-    _check_at_least("k", k, 0)
+    _check_at_least("k", k, 1)
     allowed = _filter(filter, queries, codes.shape[0])
     return op.hamming_topk(_op.rows(queries), _op.rows(codes), k, allowed)
 
@@ -323,7 +323,7 @@ def asymmetric_topk(
         uint8 ``(N, bits * ceil(dim / 8))``: sign codes of :func:`pack_sign`, or several planes of
         :func:`pack_planes`. Their number is taken from the width. Less than 2^32 rows.
     k : int
-        Number of results per query, at least 0.
+        Number of results per query, at least 1.
     filter : Tensor, optional
         As in :func:`hamming_topk`.
     scale : Tensor, optional
@@ -346,7 +346,7 @@ def asymmetric_topk(
     TypeError
         If an argument has a wrong type.
     ValueError
-        If shapes or devices don't fit together, ``k`` is negative, an id doesn't exist or a query
+        If shapes or devices don't fit together, ``k`` is below 1, an id doesn't exist or a query
         is not finite.
     """
     _op.check_tensor("queries", queries, ndim=2, dtypes=(*_op.FLOATS, torch.int8))
@@ -357,7 +357,7 @@ def asymmetric_topk(
             f"codes must be a multiple of ceil(dim / 8) = {width} bytes wide for queries of "
             f"{queries.shape[1]} dimensions, got {codes.shape[1]}"
         )
-    _check_at_least("k", k, 0)
+    _check_at_least("k", k, 1)
     if scale is not None:
         _op.check_tensor("scale", scale, ndim=1, dtypes=(torch.float32,), device=queries.device)
         if scale.shape[0] != codes.shape[0]:
@@ -391,7 +391,7 @@ def symmetric_topk(
     codes : Tensor
         uint8 ``(N, bits * ceil(dim / 8))``.
     k : int
-        Number of results per query, at least 0.
+        Number of results per query, at least 1.
     dim : int
         Dimensions of the vectors.
     filter, scale : Tensor, optional
@@ -408,7 +408,7 @@ def symmetric_topk(
     TypeError
         If an argument has a wrong type.
     ValueError
-        If shapes or devices don't fit together, ``k`` is negative or an id doesn't exist.
+        If shapes or devices don't fit together, ``k`` is below 1 or an id doesn't exist.
     """
     _check_codes("queries", queries, "codes", codes)
     return asymmetric_topk(unpack_planes(queries, dim), codes, k, filter=filter, scale=scale)

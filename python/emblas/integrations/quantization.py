@@ -146,7 +146,7 @@ def semantic_search(
     corpus_precision : {"float32", "int8", "uint8", "binary", "ubinary"}, default "float32"
         What the corpus is.
     top_k : int, default 10
-        Results per query; fewer if the corpus is smaller.
+        Results per query, at least 1; fewer if the corpus is smaller.
     ranges : ndarray, optional
         ``(2, dim)``, with which an "int8" or "uint8" corpus was quantized; needed there.
     rescore : bool, default True
@@ -172,8 +172,8 @@ def semantic_search(
         If shapes don't fit together, ``ranges`` are missing or a number is out of range.
     """
     _op.check_choice("corpus_precision", corpus_precision, PRECISIONS)
-    if top_k < 0:
-        raise ValueError(f"top_k must be at least 0, got {top_k}")
+    if top_k < 1:
+        raise ValueError(f"top_k must be at least 1, got {top_k}")
     queries = _as_tensor("query_embeddings", query_embeddings)
     _op.check_tensor("query_embeddings", queries, ndim=2, dtypes=_op.FLOATS)
     corpus = _as_tensor("corpus_embeddings", corpus_embeddings)
