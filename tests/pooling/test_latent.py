@@ -176,7 +176,7 @@ def test_memory_does_not_grow_with_the_tokens():
 @pytest.mark.parametrize("ln", [False, True])
 def test_key_map_of_pma(ln):
     """C2LLM nests the layers of the block under the module's seeds."""
-    module = AttentionPooling(6, 2, num_seeds=3, dim_out=4, ln=ln)
+    module = AttentionPooling(6, 2, num_seeds=3, compress_dim=4, ln=ln)
     state = {
         "mha_pma." + (key if key == "S" else f"mab.{key}"): torch.randn_like(value)
         for key, value in module.state_dict().items()

@@ -239,7 +239,7 @@ def test_direct_call_is_guarded():
 @pytest.mark.parametrize("ln", [False, True])
 def test_attention_pooling_is_pma(ln):
     """The folded projections against the module as published, step by step."""
-    module = AttentionPooling(12, 4, num_seeds=2, dim_out=8, ln=ln).double()
+    module = AttentionPooling(12, 4, num_seeds=2, compress_dim=8, ln=ln).double()
     x = torch.randn(40, 12).double()
     actual = module(x, CU)
     for b, (begin, end) in enumerate(BOUNDS):

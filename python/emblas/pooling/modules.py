@@ -121,7 +121,7 @@ class AttentionPooling(nn.Module):
         Heads; a divisor of the width of the output.
     num_seeds : int, default 1
         Vectors per sequence.
-    dim_out : int, optional
+    compress_dim : int, optional
         Width of the output; default ``dim``.
     ln : bool, default False
         Normalize layers after either step.
@@ -129,7 +129,7 @@ class AttentionPooling(nn.Module):
     Raises
     ------
     ValueError
-        If ``num_heads`` doesn't divide ``dim_out``.
+        If ``num_heads`` doesn't divide ``compress_dim``.
     """
 
     def __init__(
@@ -137,27 +137,27 @@ class AttentionPooling(nn.Module):
         dim: int,
         num_heads: int,
         num_seeds: int = 1,
-        dim_out: int | None = None,
+        compress_dim: int | None = None,
         *,
         ln: bool = False,
     ) -> None:
         super().__init__()
-        dim_out = dim_out or dim
-        if dim_out % num_heads:
-            raise ValueError(f"num_heads must divide dim_out {dim_out}, got {num_heads}")
+        compress_dim = compress_dim or dim
+        if compress_dim % num_heads:
+            raise ValueError(f"num_heads must divide compress_dim {compress_dim}, got {num_heads}")
         self.num_heads = num_heads
-        self.S = nn.Parameter(nn.init.xavier_uniform_(torch.empty(1, num_seeds, dim_out)))
-        self.fc_q = nn.Linear(dim_out, dim_out)
-        self.fc_k = nn.Linear(dim, dim_out)
-        self.fc_v = nn.Linear(dim, dim_out)
-        self.fc_o = nn.Linear(dim_out, dim_out)
-        self.ln0 = nn.LayerNorm(dim_out) if ln else nn.Identity()
-        self.ln1 = nn.LayerNorm(dim_out) if ln else nn.Identity()
+        self.S = nn.Parameter(nn.init.xavier_uniform_(torch.empty(1, num_seeds, compress_dim)))
+        self.fc_q = nn.Linear(compress_dim, compress_dim)
+        self.fc_k = nn.Linear(dim, compress_dim)
+        self.fc_v = nn.Linear(dim, compress_dim)
+        self.fc_o = nn.Linear(compress_dim, compress_dim)
+        self.ln0 = nn.LayerNorm(compress_dim) if ln else nn.Identity()
+        self.ln1 = nn.LayerNorm(compress_dim) if ln else nn.Identity()
 
     def forward(
         self, x: Tensor, cu_seqlens: Tensor | None = None, *, mask: Tensor | None = None
     ) -> Tensor:
-        """Return ``(batch, num_seeds, dim_out)``; zeros for sequences without tokens."""
+        """Return ``(batch, num_seeds, compress_dim)``; zeros for sequences without tokens."""
         seeds, heads = self.S[0], self.num_heads
         q = self.fc_q(seeds).unflatten(1, (heads, -1))
         keys = self.fc_k.weight.unflatten(0, (heads, -1))

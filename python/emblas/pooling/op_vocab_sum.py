@@ -214,13 +214,17 @@ def _backward_reference(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of the reference."""
     zero = weight.new_zeros(weight.shape[0], dtype=grad_out.dtype)
-    leaves = [t.detach().requires_grad_() for t in (x, weight, zero if bias is None else bias)]
+    x, weight, bias = (
+        tensor.detach().requires_grad_() for tensor in (x, weight, zero if bias is None else bias)
+    )
     with torch.enable_grad():
-        out = _reference(*leaves, cu_seqlens, activation, weights, ends)
-    needs = need_x, need_weight, need_bias
-    grads = torch.autograd.grad(out, leaves, grad_out)
-    gx, gw, gb = (g if need else g[:0] for g, need in zip(grads, needs, strict=True))
-    return gx, gw, gb
+        out = _reference(x, weight, bias, cu_seqlens, activation, weights, ends)
+    grad_x, grad_weight, grad_bias = torch.autograd.grad(out, (x, weight, bias), grad_out)
+    return (
+        grad_x if need_x else grad_x[:0],
+        grad_weight if need_weight else grad_weight[:0],
+        grad_bias if need_bias else grad_bias[:0],
+    )
 
 
 def _fake(
