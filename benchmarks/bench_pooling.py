@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import rotate
-from emblas.pooling import attention_pool, segment_pool, vocab_pool
+from emblas.pooling import Epilogue, segment_pool
 from torch import Tensor
 
 SHAPES = {
@@ -69,49 +69,6 @@ def bench_segment_pool(row: Any, shape: str, dtype: torch.dtype, who: str) -> No
     )  # fmt: skip
 
 
-def _splade(x: Tensor, weight: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """Pool as SPLADE does, over the logits of all tokens."""
-    logits = (x @ weight.T).relu().log1p()
-    return logits.view(len(cu_seqlens) - 1, -1, len(weight)).amax(1)
-
-
-@pytest.mark.parametrize("who", ["emblas", "torch, materialized"])
-def bench_vocab_pool(row: Any, who: str) -> None:
-    batch, length, dim, vocab = 8, 256, 384, 30_522
-    cu_seqlens = torch.arange(batch + 1, dtype=torch.int32) * length
-
-    def ours(x: Tensor, weight: Tensor, cu_seqlens: Tensor) -> Tensor:
-        return vocab_pool(x, weight, None, cu_seqlens)
-
-    row(
-        "pooling", "SPLADE max", who,
-        shape=f"{batch} x {length} x {dim}, vocabulary {vocab}", dtype="float32",
-        call=ours if who == "emblas" else _splade,
-        inputs=[(torch.randn(batch * length, dim), torch.randn(vocab, dim), cu_seqlens)],
-        flops=2 * batch * length * dim * vocab,
-    )  # fmt: skip
-
-
-@pytest.mark.parametrize("who", ["emblas", "torch, padded MultiheadAttention"])
-def bench_attention_pool(row: Any, who: str) -> None:
-    batch, length, dim = 64, 256, 1024
-    cu_seqlens = torch.arange(batch + 1, dtype=torch.int32) * length
-    peer = torch.nn.MultiheadAttention(dim, 1, batch_first=True)
-
-    def theirs(x: Tensor, query: Tensor, cu_seqlens: Tensor) -> Tensor:
-        padded = x.view(batch, length, dim)
-        pooled: Tensor = peer(query.expand(batch, 1, dim), padded, padded, need_weights=False)[0]
-        return pooled
-
-    row(
-        "pooling", "attention of one query", who,
-        shape=f"{batch} x {length} x {dim}", dtype="float32",
-        call=attention_pool if who == "emblas" else theirs,
-        inputs=[(torch.randn(batch * length, dim), torch.randn(1, dim), cu_seqlens)] * 2,
-        bytes=batch * length * dim * 4,
-    )  # fmt: skip
-
-
 def _backward(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def run(*batch: Tensor) -> Tensor:
         with torch.inference_mode(False), torch.enable_grad():
@@ -136,4 +93,66 @@ def bench_segment_pool_training(row: Any, shape: str, who: str) -> None:
         call=_backward(CONTENDERS[who]),
         inputs=rotate(lambda seed: _batch(shape, torch.float32, seed), size),
         bytes=2 * size,
+    )  # fmt: skip
+
+
+def _large(dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """65,536 tokens in sequences of 64 to 448, and padded to 512: half of that is padding."""
+    lengths = torch.randint(64, 449, (256,), generator=torch.Generator().manual_seed(0))
+    lengths[-1] += 65_536 - lengths.sum()
+    cu_seqlens = torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)]).int()
+    x = torch.randn(65_536, dim).to(dtype)
+    mask = torch.arange(512)[None] < lengths[:, None]
+    padded = x.new_zeros(256, 512, dim)
+    padded[mask] = x
+    return x, cu_seqlens, padded, mask
+
+
+def _peers(dim: int) -> dict[str, Callable[..., Tensor]]:
+    """The modules of sentence-transformers on packed and on padded input."""
+    modules = pytest.importorskip("sentence_transformers.sentence_transformer.modules")
+    pooling, normalize = modules.Pooling(dim, "mean"), modules.Normalize()
+
+    def flat(x: Tensor, cu_seqlens: Tensor, padded: Tensor, mask: Tensor) -> Tensor:
+        features = {"token_embeddings": x[None], "cu_seq_lens_q": cu_seqlens}
+        result: Tensor = normalize(pooling(features))["sentence_embedding"]
+        return result
+
+    def filled(x: Tensor, cu_seqlens: Tensor, padded: Tensor, mask: Tensor) -> Tensor:
+        features = {"token_embeddings": padded, "attention_mask": mask}
+        result: Tensor = normalize(pooling(features))["sentence_embedding"]
+        return result
+
+    return {"sentence-transformers, packed": flat, "sentence-transformers, padded": filled}
+
+
+LARGE = ("emblas", "sentence-transformers, packed", "sentence-transformers, padded")
+
+
+@pytest.mark.parametrize("who", LARGE)
+@pytest.mark.parametrize("train", [False, True], ids=["forward", "training"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("dim", [384, 768, 1024])
+def bench_pooling_large(row: Any, dim: int, dtype: torch.dtype, train: bool, who: str) -> None:
+    contender = CONTENDERS["emblas"] if who == "emblas" else _peers(dim)[who]
+    size = 65_536 * dim * dtype.itemsize
+    row(
+        "pooling", "mean + normalize" + ", forward and backward" * train, who,
+        shape=f"65536 tokens in 256 sequences x {dim}",
+        dtype=str(dtype).removeprefix("torch."),
+        call=_backward(contender) if train else contender,
+        inputs=[_large(dim, dtype)], bytes=(1 + train) * size,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("dim", [384, 768, 1024])
+def bench_pooling_bits(row: Any, dim: int, dtype: torch.dtype) -> None:
+    epilogue = Epilogue(quantize="binary")
+    row(
+        "pooling", "mean + bits", "emblas",
+        shape=f"65536 tokens in 256 sequences x {dim}",
+        dtype=str(dtype).removeprefix("torch."),
+        call=lambda x, cu_seqlens, *_: segment_pool(x, cu_seqlens, epilogue=epilogue),
+        inputs=[_large(dim, dtype)], bytes=65_536 * dim * dtype.itemsize,
     )  # fmt: skip

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from emblas import _op
 from torch import Tensor
@@ -123,6 +125,24 @@ def check_threads(function: Callable[[], Tensor | tuple[Tensor, ...]]) -> None:
     for result in results[1:]:
         for expected, actual in zip(results[0], result, strict=True):
             assert torch.equal(actual, expected)
+
+
+def peak_memory(call: Callable[[], Any]) -> int:
+    """Most resident bytes that a call adds (Linux)."""
+
+    def status(key: str) -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) << 10 for line in lines if line.startswith(key))
+
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        pytest.skip("the kernel does not reset the peak of resident memory")
+    before = status("VmRSS")
+    result = call()
+    peak = status("VmHWM")
+    del result
+    return peak - before
 
 
 def packed(lengths: Sequence[int], dtype: torch.dtype = torch.int32) -> Tensor:

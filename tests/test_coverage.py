@@ -57,6 +57,9 @@ CALLS = {
     "vocab_max": lambda: vocab_pool(
         torch.randn(8, 4, requires_grad=True), torch.randn(9, 4), None, CU
     ),
+    "vocab_sum": lambda: vocab_pool(
+        torch.randn(8, 4, requires_grad=True), torch.randn(9, 4), None, CU, mode="sum"
+    ),
     "lexical_index": lambda: lexical_weights(torch.arange(8), torch.rand(8), CU),
     "finish": lambda: Matryoshka([3, 4])(torch.randn(8, 4, requires_grad=True))[0],
     "varlen_attention": lambda: varlen_attention(
@@ -98,7 +101,7 @@ NO_TRITON = (
     "attention_pool", "attention_pool_backward", "compose_bag_backward_rows", "compose_bag_update_",
     "finish", "finish_backward", "lexical_index", "segment_gem", "segment_gem_backward",
     "segment_max", "segment_max_backward", "varlen_attention_backward", "vocab_max",
-    "vocab_max_backward",
+    "vocab_max_backward", "vocab_sum", "vocab_sum_backward",
 )  # fmt: skip
 
 

@@ -99,6 +99,12 @@ def test_value_checks_agree_with_the_cpu_kernels(name):
     parts = Composition((Part(*X.shape),)).fields
     calls = {
         "segment_pool": lambda cu: (X, cu, None, False),
+        "segment_max": lambda cu: (X, cu, None),
+        "segment_gem": lambda cu: (X, cu, None, torch.ones(1), 1e-6),
+        "attention_pool": lambda cu: (X, X, cu, 1.0),
+        "vocab_max": lambda cu: (X, X, None, cu),
+        "vocab_sum": lambda cu: (X, X, None, cu, 0),
+        "lexical_index": lambda cu: (ids, X[:, 0].contiguous(), cu, []),
         "hash_bag": lambda cu: (ids, X, cu, None, 0, 0, 4, None),
         "compose_bag": lambda cu: (ids, X.flatten(), cu, None, parts, 0, 0, None),
         "varlen_attention": lambda cu: (q, q, q, CU, cu, 4, 4, None, -1, -1, False),

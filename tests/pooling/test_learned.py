@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +10,7 @@ from contract import (
     check_op,
     check_threads,
     packed,
+    peak_memory,
     tolerance,
 )
 from emblas import use_backend
@@ -163,24 +163,6 @@ def test_vocab_beside_sentence_transformers():
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
-def _peak(call):
-    """Most resident bytes that a call adds (Linux)."""
-
-    def status(key):
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) << 10 for line in lines if line.startswith(key))
-
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        pytest.skip("the kernel does not reset the peak of resident memory")
-    before = status("VmRSS")
-    result = call()
-    peak = status("VmHWM")
-    del result
-    return peak - before
-
-
 def test_peak_memory_at_a_vocabulary_of_250_000():
     vocab, tokens, batch = 250_000, 512, 2
     x = torch.randn(tokens, 4, requires_grad=True)
@@ -197,8 +179,8 @@ def test_peak_memory_at_a_vocabulary_of_250_000():
     vocab_pool(x, weight[:100], None, cu).sum().backward()
     lexical()
     logits = tokens * vocab * 4  # 512 MB
-    assert _peak(splade) < logits / 10  # results, gradients and the 4 MiB tile
-    assert _peak(lexical) < vocab * 4  # not even one row of the vocabulary
+    assert peak_memory(splade) < logits / 10  # results, gradients and the 4 MiB tile
+    assert peak_memory(lexical) < vocab * 4  # not even one row of the vocabulary
 
 
 def test_lexical_weights():
@@ -257,7 +239,7 @@ def test_direct_call_is_guarded():
 @pytest.mark.parametrize("ln", [False, True])
 def test_attention_pooling_is_pma(ln):
     """The folded projections against the module as published, step by step."""
-    module = AttentionPooling(12, 4, num_seeds=2, dim_out=8, ln=ln).double()
+    module = AttentionPooling(12, 4, num_seeds=2, compress_dim=8, ln=ln).double()
     x = torch.randn(40, 12).double()
     actual = module(x, CU)
     for b, (begin, end) in enumerate(BOUNDS):

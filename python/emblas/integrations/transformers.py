@@ -185,6 +185,66 @@ def forward_packed(
     return outputs.last_hidden_state[0]
 
 
+def layers(model: nn.Module, start: int = 1) -> list[nn.Module]:
+    """Return the modules that give the hidden states of a model's layers.
+
+    For :func:`emblas.pooling.pooled_outputs`: the layers themselves but, in place of the last one,
+    the model without its head, since its final norm belongs to the last hidden state. The outputs
+    are then those of ``output_hidden_states=True``, without ever being kept together.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        With or without a head.
+    start : int, default 1
+        The first layer taken, counted from 1.
+
+    Returns
+    -------
+    list of Module
+
+    Raises
+    ------
+    ValueError
+        If ``start`` isn't a layer, or the layers of the model can't be told.
+    """
+    base: nn.Module = getattr(model, "base_model")  # noqa: B009
+    count: int = getattr(base.config, "num_hidden_layers")  # noqa: B009
+    if not 1 <= start <= count:
+        raise ValueError(f"start must be between 1 and {count}, got {start}")
+    for module in base.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return [*list(module)[start - 1 : -1], base]
+    raise ValueError(f"model must hold a torch.nn.ModuleList of its {count} layers, found none")
+
+
+def routers(model: nn.Module) -> list[nn.Module]:
+    """Return the modules of a mixture of experts that compute the routers' logits, in order.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        With or without a head.
+
+    Returns
+    -------
+    list of Module
+        Whose output, or its first part, is ``(tokens, experts)``.
+
+    Raises
+    ------
+    ValueError
+        If the model names no routers.
+    """
+    recorded = getattr(model, "_can_record_outputs", None) or {}
+    recorder = recorded.get("router_logits")
+    kind = getattr(recorder, "target_class", recorder)
+    found = [m for m in model.modules() if kind is not None and isinstance(m, kind)]
+    if not found or getattr(recorder, "index", 0) != 0:
+        raise ValueError("model must be a mixture of experts that names its routers, got another")
+    return found
+
+
 @torch.no_grad()
 def verify(model: nn.Module, texts: Sequence[Tensor], **kwargs: Any) -> float:
     """Return how far a packed batch is from the same texts one at a time.

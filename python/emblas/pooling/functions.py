@@ -114,17 +114,7 @@ def segment_pool(
     tensor([[2., 0.],
             [0., 2.]])
     """
-    if (cu_seqlens is None) == (mask is None):
-        raise ValueError("give either cu_seqlens (packed x) or mask (padded x), not both or none")
-    _op.check_tensor("x", x, ndim=2 if mask is None else 3, dtypes=_op.FLOATS)
-    token_weights = _weights(weights, token_ids, x.shape[:-1], x)
-    if mask is None:
-        starts, ends = _op.offsets("cu_seqlens", cu_seqlens, x.device), None
-    else:
-        starts, ends, token_weights = padded_segments(x, mask, token_weights)
-    batch = starts.shape[0] - int(ends is None)  # symbolic sizes take no bool
-    skip = _skip(skip_prefix, batch, x.device)
-    segments = Segments(_op.rows(x), starts, token_weights, ends, skip)
+    segments = token_segments(x, cu_seqlens, mask, skip_prefix, weights, token_ids)
     return _pool(segments, mode, p, normalize, dims, epilogue)
 
 
@@ -351,6 +341,40 @@ def sif_weights(frequencies: Tensor, a: float = 1e-3) -> Tensor:
 # --- arguments to segments -----------------------------------------------------------------------
 
 
+def token_segments(
+    x: Tensor,
+    cu_seqlens: Tensor | None,
+    mask: Tensor | None,
+    skip_prefix: int | Tensor | None = None,
+    weights: Tensor | None = None,
+    token_ids: Tensor | None = None,
+) -> Segments:
+    """Return the segments of packed or padded input."""
+    if (cu_seqlens is None) == (mask is None):
+        raise ValueError("give either cu_seqlens (packed x) or mask (padded x), not both or none")
+    _op.check_tensor("x", x, ndim=2 if mask is None else 3, dtypes=_op.FLOATS)
+    token_weights = _weights(weights, token_ids, x.shape[:-1], x)
+    if mask is None:
+        starts, ends = _op.offsets("cu_seqlens", cu_seqlens, x.device), None
+    else:
+        starts, ends, token_weights = _padded_segments(x, mask, token_weights)
+    batch = starts.shape[0] - int(ends is None)  # symbolic sizes take no bool
+    skip = _skip(skip_prefix, batch, x.device)
+    return Segments(_op.rows(x), starts, token_weights, ends, skip)
+
+
+def pooled_spans(segments: Segments) -> tuple[Tensor, Tensor]:
+    """Return where the pooled tokens of each segment start and end, without its skipped prefix."""
+    if segments.x.device.type == "cpu" and not torch.compiler.is_compiling():
+        op.check_segments(segments)  # the kernels won't see what they'd have named
+    _, starts, _, ends, skip, _ = segments
+    if ends is None:
+        starts, ends = starts[:-1], starts[1:]
+    if skip is not None:
+        starts = torch.minimum(starts.long() + skip, ends.long()).to(torch.int32)
+    return starts, ends
+
+
 def _int32(positions: Tensor) -> Tensor:
     """Narrow to int32; what doesn't fit stays out of range."""
     if positions.dtype != torch.int32:
@@ -395,7 +419,7 @@ def _masked(x: Tensor, mask: Tensor, weights: Tensor | None) -> Tensor:
     return flat if weights is None else flat * weights
 
 
-def padded_segments(
+def _padded_segments(
     x: Tensor, mask: Tensor, weights: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Segments of padded input, each from its first token to the end of its row."""

@@ -111,7 +111,7 @@ class AttentionPooling(nn.Module):
     ``O = S + heads(S, x)``, then ``O + relu(fc_o(O))``, with ``S`` the learned seeds; scores are
     divided by the root of the whole width, as in the authors' code. The key projection is folded
     into the seeds and the value projection follows the sum, so tokens are read once and never
-    projected.
+    projected. :data:`emblas.pooling.key_maps.PMA` renames the state dict of C2LLM's module.
 
     Parameters
     ----------
@@ -121,7 +121,7 @@ class AttentionPooling(nn.Module):
         Heads; a divisor of the width of the output.
     num_seeds : int, default 1
         Vectors per sequence.
-    dim_out : int, optional
+    compress_dim : int, optional
         Width of the output; default ``dim``.
     ln : bool, default False
         Normalize layers after either step.
@@ -129,7 +129,7 @@ class AttentionPooling(nn.Module):
     Raises
     ------
     ValueError
-        If ``num_heads`` doesn't divide ``dim_out``.
+        If ``num_heads`` doesn't divide ``compress_dim``.
     """
 
     def __init__(
@@ -137,27 +137,27 @@ class AttentionPooling(nn.Module):
         dim: int,
         num_heads: int,
         num_seeds: int = 1,
-        dim_out: int | None = None,
+        compress_dim: int | None = None,
         *,
         ln: bool = False,
     ) -> None:
         super().__init__()
-        dim_out = dim_out or dim
-        if dim_out % num_heads:
-            raise ValueError(f"num_heads must divide dim_out {dim_out}, got {num_heads}")
+        compress_dim = compress_dim or dim
+        if compress_dim % num_heads:
+            raise ValueError(f"num_heads must divide compress_dim {compress_dim}, got {num_heads}")
         self.num_heads = num_heads
-        self.S = nn.Parameter(nn.init.xavier_uniform_(torch.empty(1, num_seeds, dim_out)))
-        self.fc_q = nn.Linear(dim_out, dim_out)
-        self.fc_k = nn.Linear(dim, dim_out)
-        self.fc_v = nn.Linear(dim, dim_out)
-        self.fc_o = nn.Linear(dim_out, dim_out)
-        self.ln0 = nn.LayerNorm(dim_out) if ln else nn.Identity()
-        self.ln1 = nn.LayerNorm(dim_out) if ln else nn.Identity()
+        self.S = nn.Parameter(nn.init.xavier_uniform_(torch.empty(1, num_seeds, compress_dim)))
+        self.fc_q = nn.Linear(compress_dim, compress_dim)
+        self.fc_k = nn.Linear(dim, compress_dim)
+        self.fc_v = nn.Linear(dim, compress_dim)
+        self.fc_o = nn.Linear(compress_dim, compress_dim)
+        self.ln0 = nn.LayerNorm(compress_dim) if ln else nn.Identity()
+        self.ln1 = nn.LayerNorm(compress_dim) if ln else nn.Identity()
 
     def forward(
         self, x: Tensor, cu_seqlens: Tensor | None = None, *, mask: Tensor | None = None
     ) -> Tensor:
-        """Return ``(batch, num_seeds, dim_out)``; zeros for sequences without tokens."""
+        """Return ``(batch, num_seeds, compress_dim)``; zeros for sequences without tokens."""
         seeds, heads = self.S[0], self.num_heads
         q = self.fc_q(seeds).unflatten(1, (heads, -1))
         keys = self.fc_k.weight.unflatten(0, (heads, -1))
@@ -165,7 +165,7 @@ class AttentionPooling(nn.Module):
         queries = torch.einsum("khd,hdi->khi", q, keys).flatten(0, 1)
         scale = seeds.shape[1] ** -0.5
         pooled = attention_pool(x, queries, cu_seqlens, mask=mask, scale=scale)
-        pooled = pooled.unflatten(1, (len(seeds), heads))
+        pooled = pooled.to(seeds.dtype).unflatten(1, (len(seeds), heads))
         values = self.fc_v.weight.unflatten(0, (heads, -1))
         out = torch.einsum("bkhi,hdi->bkhd", pooled, values).flatten(2) + self.fc_v.bias
         out = self.ln0(seeds + out)
@@ -186,21 +186,44 @@ class SpladePooling(nn.Module):
     decoder : Linear
         The output layer of a masked language model, shared, not copied. What the model's head does
         before it (transform, norm) is the caller's.
-    activation : str, default "log1p_relu"
+    activation, mode, top_n
         As in :func:`emblas.pooling.vocab_pool`.
     """
 
-    def __init__(self, decoder: nn.Linear, activation: str | None = "log1p_relu") -> None:
+    def __init__(
+        self,
+        decoder: nn.Linear,
+        activation: str | None = "log1p_relu",
+        *,
+        mode: str = "max",
+        top_n: int | None = None,
+    ) -> None:
         super().__init__()
         self.decoder = decoder
         self.activation = activation
+        self.mode = mode
+        self.top_n = top_n
 
     def forward(
-        self, x: Tensor, cu_seqlens: Tensor | None = None, *, mask: Tensor | None = None
-    ) -> Tensor:
-        """Return ``(batch, vocabulary)``."""
-        weight, bias = self.decoder.weight, self.decoder.bias
-        return vocab_pool(x, weight, bias, cu_seqlens, mask=mask, activation=self.activation)
+        self,
+        x: Tensor,
+        cu_seqlens: Tensor | None = None,
+        *,
+        mask: Tensor | None = None,
+        skip_prefix: int | Tensor | None = None,
+    ) -> Any:
+        """Return ``(batch, vocabulary)``, or with ``top_n`` its largest values."""
+        return vocab_pool(
+            x,
+            self.decoder.weight,
+            self.decoder.bias,
+            cu_seqlens,
+            mask=mask,
+            mode=self.mode,
+            activation=self.activation,
+            skip_prefix=skip_prefix,
+            top_n=self.top_n,
+        )
 
 
 class LexicalWeights(nn.Module):
@@ -219,7 +242,16 @@ class LexicalWeights(nn.Module):
         self.sparse_linear = nn.Linear(dim, 1)
         self.ignored_ids = tuple(ignored_ids)
 
-    def forward(self, x: Tensor, token_ids: Tensor, cu_seqlens: Tensor) -> SparseRows:
-        """Weigh the tokens ``x`` (tokens, dim), whose ids are ``token_ids`` (tokens,)."""
-        weights = self.sparse_linear(x).squeeze(1).relu()
-        return lexical_weights(token_ids, weights, cu_seqlens, ignored_ids=self.ignored_ids)
+    def forward(
+        self,
+        x: Tensor,
+        token_ids: Tensor,
+        cu_seqlens: Tensor | None = None,
+        *,
+        mask: Tensor | None = None,
+    ) -> SparseRows:
+        """Weigh the tokens ``x`` (tokens, dim) or (batch, length, dim) with ids ``token_ids``."""
+        weights = self.sparse_linear(x).squeeze(-1).relu()
+        return lexical_weights(
+            token_ids, weights, cu_seqlens, mask=mask, ignored_ids=self.ignored_ids
+        )

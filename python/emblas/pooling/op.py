@@ -36,6 +36,25 @@ class Segments(NamedTuple):
         return self.starts.shape[0] - 1 if self.ends is None else self.ends.shape[0]
 
 
+def check_segments(segments: Segments, *, disjoint: bool = False) -> None:
+    """Raise what the CPU kernels raise for values that are out of range; waits for a GPU."""
+    x, starts, weights, ends, skip, index = segments
+    rows = math.prod(x.shape[:-1])
+    positions = rows if index is None else index.shape[0]
+    if index is not None and ((index < 0) | (index >= rows)).any():
+        raise ValueError("index must hold rows of x, 0 to the number of tokens - 1")
+    if ends is None:
+        check_offsets("cu_seqlens", starts, positions, "tokens")
+    elif ((starts < 0) | (starts > ends) | (ends > positions)).any():
+        raise ValueError("starts and ends must hold 0 <= start <= end <= number of tokens")
+    if skip is not None and (skip < 0).any():
+        raise ValueError("skip_prefix must not be negative")
+    if weights is not None and weights.isnan().any():
+        raise ValueError("weights must not hold NaN")
+    if disjoint and ends is not None and (starts[1:] < ends[:-1]).any():
+        raise ValueError("segments must be in order and disjoint")
+
+
 # --- linear modes --------------------------------------------------------------------------------
 
 
@@ -77,8 +96,18 @@ def _segment_pool_backward_fake(
     return x.new_empty(x.shape if need_x else (0,)), grad_weights
 
 
-def _check_values(x: Tensor, cu_seqlens: Tensor, *others: Any) -> None:
-    check_offsets("cu_seqlens", cu_seqlens, x.shape[0], "tokens")
+def _check_segment_pool(
+    x: Tensor,
+    cu_seqlens: Tensor,
+    weights: Tensor | None,
+    normalize: bool,
+    mode: int = 0,
+    ends: Tensor | None = None,
+    skip: Tensor | None = None,
+    index: Tensor | None = None,
+    wide: bool = False,
+) -> None:
+    check_segments(Segments(x, cu_seqlens, weights, ends, skip, index))
 
 
 _segment_pool = Op(
@@ -87,7 +116,7 @@ _segment_pool = Op(
     fake=_segment_pool_fake,
     backward="segment_pool_backward",
     triton="emblas.pooling.triton",
-    check_values=_check_values,
+    check_values=_check_segment_pool,
 )
 _segment_pool_backward = Op(
     "segment_pool_backward",
@@ -162,6 +191,7 @@ _segment_max = Op(
     reference=reference.segment_max,
     fake=_segment_max_fake,
     backward="segment_max_backward",
+    check_values=lambda *fields: check_segments(Segments(*fields)),
 )
 _segment_max_backward = Op(
     "segment_max_backward",
@@ -240,6 +270,9 @@ _segment_gem = Op(
     reference=reference.segment_gem,
     fake=_segment_gem_fake,
     backward="segment_gem_backward",
+    check_values=lambda x, starts, weights, power, epsilon, *others: check_segments(
+        Segments(x, starts, weights, *others)
+    ),
 )
 _segment_gem_backward = Op(
     "segment_gem_backward",

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from emblas._op import Op, needs_grad, use_reference
-from emblas.pooling.op import Segments
+from emblas.pooling.op import Segments, check_segments
 from emblas.pooling.reference import accumulator, segment_entries
 
 
@@ -97,8 +97,23 @@ def _backward_fake(
     return x.new_empty(x.shape), torch.empty_like(out)
 
 
+def _check_values(
+    x: Tensor,
+    queries: Tensor,
+    cu_seqlens: Tensor,
+    scale: float,
+    weights: Tensor | None = None,
+    ends: Tensor | None = None,
+) -> None:
+    check_segments(Segments(x, cu_seqlens, weights, ends), disjoint=True)
+
+
 _attention_pool = Op(
-    "attention_pool", reference=_reference, fake=_fake, backward="attention_pool_backward"
+    "attention_pool",
+    reference=_reference,
+    fake=_fake,
+    backward="attention_pool_backward",
+    check_values=_check_values,
 )
 _attention_pool_backward = Op(
     "attention_pool_backward", reference=_backward_reference, fake=_backward_fake

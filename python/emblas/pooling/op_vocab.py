@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from emblas._op import Op, needs_grad, use_reference
+from emblas._op import Op, check_offsets, needs_grad, use_reference
 from emblas.pooling import reference
-from emblas.pooling.op import Segments
+from emblas.pooling.op import Segments, check_segments
 from emblas.pooling.reference import accumulator
 
 
@@ -79,7 +79,24 @@ def _backward_fake(
     )
 
 
-_vocab_max = Op("vocab_max", reference=_reference, fake=_fake, backward="vocab_max_backward")
+def _check_values(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    cu_seqlens: Tensor,
+    weights: Tensor | None = None,
+    ends: Tensor | None = None,
+) -> None:
+    check_segments(Segments(x, cu_seqlens, weights, ends), disjoint=True)
+
+
+_vocab_max = Op(
+    "vocab_max",
+    reference=_reference,
+    fake=_fake,
+    backward="vocab_max_backward",
+    check_values=_check_values,
+)
 _vocab_max_backward = Op("vocab_max_backward", reference=_backward_reference, fake=_backward_fake)
 
 
@@ -131,7 +148,7 @@ def _lexical_reference(
         best: dict[int, int] = {}
         for t in range(begin, end):
             word, weight = int(token_ids[t]), float(weights[t])
-            if weight <= 0 or word in ignored:
+            if not weight > 0 or word in ignored:
                 continue
             if word not in best or weight > float(weights[best[word]]):
                 best[word] = t
@@ -150,7 +167,14 @@ def _lexical_fake(
     return crow, torch.empty_like(token_ids), torch.empty_like(token_ids)
 
 
-_lexical_index = Op("lexical_index", reference=_lexical_reference, fake=_lexical_fake)
+_lexical_index = Op(
+    "lexical_index",
+    reference=_lexical_reference,
+    fake=_lexical_fake,
+    check_values=lambda token_ids, weights, cu_seqlens, ignored: check_offsets(
+        "cu_seqlens", cu_seqlens, token_ids.shape[0], "tokens"
+    ),
+)
 
 
 def lexical_index(
