@@ -37,13 +37,35 @@ class PaddedBatch(NamedTuple):
     max_seqlen: int
 
 
+class PackedBatch(NamedTuple):
+    """Sequences end to end, for modules that get no keyword arguments of their model."""
+
+    cu_seqlens: Tensor
+    max_seqlen: int
+
+
+class RelativeBias(NamedTuple):
+    """Table and lookup of ``relative_bias``, in the place of a bias for each pair of tokens."""
+
+    table: Tensor
+    lookup: Tensor
+
+
+class PackedEncoder(nn.Module):
+    """What an encoder inherits whose model has no way for packed input to it."""
+
+    def forward_packed(self, x: Tensor, batch: PackedBatch) -> Tensor:
+        """Map embedded tokens ``(1, tokens, hidden)`` to the last hidden states."""
+        raise NotImplementedError
+
+
 def register() -> None:
     """Make ``attn_implementation="emblas"`` known to transformers.
 
     Both halves are registered. With the attention function alone, a model would hand it no mask and
     attend to padding without a word.
     """
-    AttentionInterface.register(NAME, _attention)
+    AttentionInterface.register(NAME, attend)
     AttentionMaskInterface.register(NAME, _mask)
 
 
@@ -59,18 +81,18 @@ def _mask(*, attention_mask: Tensor | None = None, **kwargs: Any) -> PaddedBatch
     )
 
 
-def _attention(
+def attend(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: PaddedBatch | None,
+    attention_mask: PaddedBatch | PackedBatch | None,
     dropout: float = 0.0,
     scaling: float | None = None,
     is_causal: bool | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    position_bias: Tensor | None = None,
+    position_bias: RelativeBias | Tensor | None = None,
     s_aux: Tensor | None = None,
     cu_seq_lens_q: Tensor | None = None,
     cu_seq_lens_k: Tensor | None = None,
@@ -79,10 +101,17 @@ def _attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attend as transformers asks: heads first in, tokens first out."""
-    for name, extra in (("position_bias", position_bias), ("s_aux", s_aux)):
-        if extra is not None:
-            raise NotImplementedError(f"attn_implementation='emblas' can't take {name} yet")
-    if attention_mask is not None and not isinstance(attention_mask, PaddedBatch):
+    if isinstance(position_bias, Tensor):
+        raise NotImplementedError(
+            "attn_implementation='emblas' takes no position_bias for each pair of tokens; "
+            "emblas.integrations.transformers_modules.replace_modules(model) gives T5 a table"
+        )
+    if s_aux is not None:
+        raise NotImplementedError("attn_implementation='emblas' can't take s_aux yet")
+    if isinstance(attention_mask, PackedBatch):
+        cu_seq_lens_q = cu_seq_lens_k = attention_mask.cu_seqlens
+        max_length_q = max_length_k = attention_mask.max_seqlen
+    elif attention_mask is not None and not isinstance(attention_mask, PaddedBatch):
         raise TypeError(
             "attention_mask must be (batch, length) with attn_implementation='emblas', "
             f"got one that the model passed on as {type(attention_mask).__name__}"
@@ -94,12 +123,13 @@ def _attention(
         window = (sliding_window - 1, 0 if causal else sliding_window - 1)
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
 
-    def attend(
+    def run(
         q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int
     ) -> Tensor:
         return varlen_attention(
-            q, k, v, cu_q, cu_k, max_q, max_k, dropout, scaling, causal, window, softcap or 0.0
-        )
+            q, k, v, cu_q, cu_k, max_q, max_k, dropout, scaling, causal, window, softcap or 0.0,
+            relative_bias=position_bias,
+        )  # fmt: skip
 
     batch_size, heads, length, _ = query.shape
     if cu_seq_lens_q is not None:
@@ -107,21 +137,21 @@ def _attention(
             raise ValueError(
                 "packed input needs cu_seq_lens_q, cu_seq_lens_k, max_length_q and max_length_k"
             )
-        out = attend(q, k, v, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
+        out = run(q, k, v, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
     elif attention_mask is None:
         offsets_q, offsets_k = (
             torch.arange(batch_size + 1, dtype=torch.int32, device=x.device) * x.shape[2]
             for x in (query, key)
         )
-        out = attend(q, k, v, offsets_q, offsets_k, length, key.shape[2])
+        out = run(q, k, v, offsets_q, offsets_k, length, key.shape[2])
     elif length == key.shape[2]:
         rows, offsets, longest = attention_mask
-        tokens = attend(q[rows], k[rows], v[rows], offsets, offsets, longest, longest)
+        tokens = run(q[rows], k[rows], v[rows], offsets, offsets, longest, longest)
         out = q.new_zeros(len(q), heads, v.shape[-1]).index_copy(0, rows, tokens)
     else:  # cross-attention: every query is a token, the keys are padded
         rows, offsets, longest = attention_mask
         offsets_q = torch.arange(batch_size + 1, dtype=torch.int32, device=q.device) * length
-        out = attend(q, k[rows], v[rows], offsets_q, offsets, length, longest)
+        out = run(q, k[rows], v[rows], offsets_q, offsets, length, longest)
     return out.unflatten(0, (batch_size, length)), None
 
 
@@ -173,9 +203,14 @@ def forward_packed(
             f"packed sequences attend to each other; call model.set_attn_implementation({NAME!r})"
         )
     longest = int(cu_seqlens.diff().max()) if len(cu_seqlens) > 1 else 0
+    position_ids = packed.positions(cu_seqlens)[None] + position_start(model)
+    encoder = getattr(model, "encoder", None)
+    if isinstance(encoder, PackedEncoder):
+        x = model.embeddings(input_ids=input_ids[None], position_ids=position_ids, **kwargs)
+        return encoder.forward_packed(x, PackedBatch(cu_seqlens, longest))[0]
     outputs = model(
         input_ids=input_ids[None],
-        position_ids=packed.positions(cu_seqlens)[None] + position_start(model),
+        position_ids=position_ids,
         cu_seq_lens_q=cu_seqlens,
         cu_seq_lens_k=cu_seqlens,
         max_length_q=longest,
