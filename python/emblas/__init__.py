@@ -14,10 +14,13 @@ __version__ = _version("emblas")
 _op.force_backend(_os.environ.get("EMBLAS_BACKEND") or "auto")
 
 if _TYPE_CHECKING:
+    from emblas.encoder import Encoder, EncoderPair
     from emblas.integrations.optimize import optimize, verify
 
 # They need transformers, which is imported when one of them is first asked for.
 _LAZY = {
+    "Encoder": "emblas.encoder",
+    "EncoderPair": "emblas.encoder",
     "optimize": "emblas.integrations.optimize",
     "verify": "emblas.integrations.optimize",
 }
@@ -30,6 +33,8 @@ def __getattr__(name: str) -> _Any:
 
 
 __all__ = [
+    "Encoder",
+    "EncoderPair",
     "attention",
     "binary",
     "evaluation",
