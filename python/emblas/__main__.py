@@ -1,9 +1,11 @@
-"""Command line: ``python -m emblas info``."""
+"""Command line: ``python -m emblas info`` and ``python -m emblas encode``."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import time
+from pathlib import Path
 
 from emblas._info import info, render
 
@@ -16,9 +18,55 @@ def main() -> None:
         "info", help="versions, instruction set, threads, backends of each op"
     )
     info_parser.add_argument("--json", action="store_true", help="print JSON")
+    info_parser.set_defaults(run=_info)
+    encode = commands.add_parser(
+        "encode", help="embed the texts of a file; the same command goes on after a stop"
+    )
+    encode.set_defaults(run=_encode)
+    encode.add_argument("input", type=Path, help="lines, .jsonl, .csv or .tsv, also compressed")
+    encode.add_argument("folder", type=Path, help="where the embeddings go")
+    encode.add_argument("--model", required=True, help="folder or name of the model")
+    encode.add_argument("--field", help="key or column of the text (default: text)")
+    encode.add_argument("--outputs", nargs="+", default=["dense"], help="dense, int8, bits, ...")
+    encode.add_argument("--dims", nargs="+", type=int, help="lengths for the output matryoshka")
+    encode.add_argument("--prompt", default="", help="a text, or the name of one of the model")
+    encode.add_argument("--shard-size", type=int, default=8192, help="texts in a file")
+    encode.add_argument("--token-budget", type=int, default=2048, help="most tokens in a batch")
+    encode.add_argument("--device", help="cpu, cuda, ...")
+    encode.add_argument("--quiet", action="store_true", help="no progress bar")
     arguments = parser.parse_args()
+    try:
+        arguments.run(arguments)
+    except (OSError, RuntimeError, ValueError) as error:
+        parser.exit(1, f"python -m emblas {arguments.command}: {error}\n")
+
+
+def _info(arguments: argparse.Namespace) -> None:
     facts = info()
     print(json.dumps(facts, indent=2) if arguments.json else render(facts))
+
+
+def _encode(arguments: argparse.Namespace) -> None:
+    from emblas.encoder import Encoder, encode_file, read_texts
+
+    options = {"device": arguments.device, "token_budget": arguments.token_budget}
+    encoder = Encoder.load(arguments.model, **options)
+    begin = time.perf_counter()
+    report = encode_file(
+        encoder,
+        read_texts(arguments.input, arguments.field),
+        arguments.folder,
+        outputs=arguments.outputs,
+        dims=arguments.dims,
+        prompt=arguments.prompt,
+        shard_size=arguments.shard_size,
+        progress=not arguments.quiet,
+    )
+    print(
+        f"{report['texts']} texts in {arguments.folder}, {report['encoded']} of them encoded now "
+        f"in {time.perf_counter() - begin:.1f} s; {report['cut']} were cut to "
+        f"{encoder.max_length} tokens"
+    )
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from emblas import packed
+from torch._dynamo.testing import CompileCounterWithBackend
 
 transformers = pytest.importorskip("transformers", reason="needs emblas[hf]")
 
@@ -114,7 +115,7 @@ def test_compiled(model):
     """One graph for every batch, whatever its lengths."""
     model.set_attn_implementation("emblas")
     torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("eager")
+    counter = CompileCounterWithBackend("eager")
 
     def run(input_ids, positions, cu_seqlens, longest):
         return model(
@@ -190,3 +191,29 @@ def test_verify(texts, monkeypatch):
     assert hf.verify(model, texts) > 1e-2
     with pytest.raises(ValueError, match="none that is empty"):
         hf.verify(model, [])
+
+
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("causal", [False, True])
+def test_attention_dropout(causal, window):
+    """Dropout of the weights leaves the mean as it is, and the bounds of every text."""
+    q, k, v = (torch.randn(1, heads, sum(LENGTHS), 8) for heads in (4, 2, 2))
+    cu_seqlens = packed.offsets(LENGTHS)
+
+    def attend(dropout, v=v):
+        return hf._attention(
+            torch.nn.Module(), q, k, v, None, dropout, is_causal=causal, sliding_window=window,
+            cu_seq_lens_q=cu_seqlens, cu_seq_lens_k=cu_seqlens, max_length_q=30, max_length_k=30,
+        )[0]  # fmt: skip
+
+    torch.testing.assert_close(attend(1e-9), attend(0.0), rtol=1e-4, atol=1e-5)
+    draws = torch.stack([attend(0.3) for _ in range(200)])
+    spread = draws.std(0) / 200**0.5
+    assert spread.max() > 1e-2
+    assert ((draws.mean(0) - attend(0.0)).abs() <= 6 * spread + 1e-4).all()
+    other = v.clone()
+    other[:, :, 3] += 1
+    torch.manual_seed(1)
+    before = attend(0.3)
+    torch.manual_seed(1)
+    assert torch.equal(attend(0.3, other)[:, 7:], before[:, 7:])

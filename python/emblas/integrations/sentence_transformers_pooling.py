@@ -32,45 +32,76 @@ MODES = {
 }
 
 
+Features = dict[str, Any]
+
+
+def pool(module: _Pooling, features: Features, **kwargs: Any) -> Features:
+    """Pool ``token_embeddings`` into ``sentence_embedding``, as ``module`` is configured."""
+    if "token_weights_sum" in features or "cls_token_embeddings" in features:
+        return _Pooling.forward(module, features, **kwargs)
+    x: Tensor = features["token_embeddings"]
+    modes = (module.pooling_mode,) if isinstance(module.pooling_mode, str) else module.pooling_mode
+    mode = [MODES[name] for name in modes]
+    skip = None
+    if not module.include_prompt and "prompt_length" in features:
+        length = features["prompt_length"]
+        skip = int(length[0] if isinstance(length, Tensor) else length)
+    if "cu_seq_lens_q" in features:
+        offsets = features["cu_seq_lens_q"]
+        pooled = segment_pool(x.squeeze(0), offsets, mode, skip_prefix=skip)
+    else:
+        mask = features.get("attention_mask")
+        if mask is None or mask.shape[-1] != x.shape[1]:
+            mask = torch.ones(x.shape[:-1], dtype=torch.int64, device=x.device)
+        pooled = segment_pool(x, mask=mask, mode=mode, skip_prefix=skip)
+    features["sentence_embedding"] = pooled
+    return features
+
+
+def normalize(module: _Normalize, features: Features, **kwargs: Any) -> Features:
+    """Normalize the rows of one of the features."""
+    x = features.get(module.module_input_name)
+    if x is None or x.dim() != 2:
+        return _Normalize.forward(module, features)
+    features[module.module_output_name] = Epilogue(normalize=True)(x)
+    return features
+
+
+def pool_splade(module: _SpladePooling, features: Features, **kwargs: Any) -> Features:
+    """Pool the logits in ``token_embeddings`` into ``sentence_embedding``."""
+    if module.pooling_strategy != "max":
+        return _SpladePooling.forward(module, features)
+    logits: Tensor = features["token_embeddings"]
+    if "cu_seq_lens_q" in features:
+        pooled = segment_pool(logits.squeeze(0), features["cu_seq_lens_q"], "max")
+    else:
+        pooled = segment_pool(logits, mask=features["attention_mask"], mode="max")
+    pooled = pooled.relu().log1p()
+    if module.activation_function == "log1p_relu":
+        pooled = pooled.log1p()
+    if module.embedding_dimension is None:
+        module.embedding_dimension = pooled.shape[1]
+    features["sentence_embedding"] = pooled
+    return features
+
+
+# What `emblas.optimize` puts in place of the methods of these classes.
+FORWARD = {_Pooling: pool, _Normalize: normalize, _SpladePooling: pool_splade}
+
+
 class Pooling(_Pooling):
     """Pooling with the results of its twin, but zeros for texts without a pooled token.
 
     Weights of whole words (``token_weights_sum``) and ready-made CLS vectors are left to the twin.
     """
 
-    def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
-        """Pool ``token_embeddings`` into ``sentence_embedding``."""
-        if "token_weights_sum" in features or "cls_token_embeddings" in features:
-            return super().forward(features, **kwargs)
-        x: Tensor = features["token_embeddings"]
-        modes = (self.pooling_mode,) if isinstance(self.pooling_mode, str) else self.pooling_mode
-        mode = [MODES[name] for name in modes]
-        skip = None
-        if not self.include_prompt and "prompt_length" in features:
-            length = features["prompt_length"]
-            skip = int(length[0] if isinstance(length, Tensor) else length)
-        if "cu_seq_lens_q" in features:
-            offsets = features["cu_seq_lens_q"]
-            pooled = segment_pool(x.squeeze(0), offsets, mode, skip_prefix=skip)
-        else:
-            mask = features.get("attention_mask")
-            if mask is None or mask.shape[-1] != x.shape[1]:
-                mask = torch.ones(x.shape[:-1], dtype=torch.int64, device=x.device)
-            pooled = segment_pool(x, mask=mask, mode=mode, skip_prefix=skip)
-        features["sentence_embedding"] = pooled
-        return features
+    forward = pool
 
 
 class Normalize(_Normalize):
     """Normalization with the results of its twin."""
 
-    def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
-        """Normalize the rows of one of the features."""
-        x = features.get(self.module_input_name)
-        if x is None or x.dim() != 2:
-            return super().forward(features)
-        features[self.module_output_name] = Epilogue(normalize=True)(x)
-        return features
+    forward = normalize
 
 
 class SpladePooling(_SpladePooling):
@@ -80,19 +111,4 @@ class SpladePooling(_SpladePooling):
     to the twin. To spare the logits themselves, see :func:`emblas.pooling.vocab_pool`.
     """
 
-    def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
-        """Pool the logits in ``token_embeddings`` into ``sentence_embedding``."""
-        if self.pooling_strategy != "max":
-            return super().forward(features)
-        logits: Tensor = features["token_embeddings"]
-        if "cu_seq_lens_q" in features:
-            pooled = segment_pool(logits.squeeze(0), features["cu_seq_lens_q"], "max")
-        else:
-            pooled = segment_pool(logits, mask=features["attention_mask"], mode="max")
-        pooled = pooled.relu().log1p()
-        if self.activation_function == "log1p_relu":
-            pooled = pooled.log1p()
-        if self.embedding_dimension is None:
-            self.embedding_dimension = pooled.shape[1]
-        features["sentence_embedding"] = pooled
-        return features
+    forward = pool_splade

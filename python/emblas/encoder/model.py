@@ -1,0 +1,600 @@
+"""Encoders: a tokenizer, a model and what turns its hidden states into embeddings."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import itertools
+import json
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from emblas import _op, packed
+from emblas.binary import Int8Quantizer, pack_sign
+from emblas.encoder.outputs import (
+    OUTPUTS,
+    Collector,
+    Embeddings,
+    TruncationWarning,
+    concatenate,
+    to_numpy,
+)
+from emblas.integrations import transformers as hf
+from emblas.integrations.optimize import optimize
+from emblas.losses import gather_rows
+from emblas.pooling import Epilogue, LexicalWeights, segment_pool, span_pool
+from emblas.pooling.functions import check_modes
+
+WINDOW = 16384  # texts that are tokenized and sorted by length together
+TRUNCATION = ("warn", "error", "ignore")
+
+
+class _Tokens(NamedTuple):
+    ids: list[list[int]]
+    cut: list[int]
+    """Tokens that each text has lost."""
+    prompt: int
+    """Tokens of the prompt, which some models leave out of the pooling."""
+
+
+class Encoder:
+    """Texts to embeddings, without padding from the tokenizer to the pooled vector.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        It is optimized in place (see :func:`emblas.optimize`) and put into evaluation mode.
+    tokenizer : transformers tokenizer
+        Of that model.
+    pooling : str or sequence of str, default "mean"
+        See :func:`emblas.pooling.segment_pool`.
+    normalize : bool, default True
+        Vectors of length 1, dense and of prefixes, chunks and tokens.
+    head : callable, optional
+        Turns pooled vectors ``(texts, hidden)`` into embeddings, before they are normalized.
+    prompts : mapping of str to str, optional
+        Texts to put before queries (``"query"``) and documents (``"document"``), and others.
+    include_prompt : bool, default True
+        Pool the tokens of the prompt as well.
+    max_length : int, optional
+        Most tokens of a text; default: the tokenizer's ``model_max_length``, where it has one, or
+        the model's ``max_position_embeddings``.
+    lexical : LexicalWeights, optional
+        The sparse head, for the output "lexical".
+    token_head : callable, optional
+        Turns hidden states ``(tokens, hidden)`` into the vectors of the output "tokens".
+    token_budget : int, default 2048
+        Most tokens in a batch; a GPU wants more.
+
+    Attributes
+    ----------
+    dim : int
+        Length of the dense vectors.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If the model can't be optimized.
+
+    Examples
+    --------
+    >>> encoder = emblas.Encoder.load("model-folder")  # doctest: +SKIP
+    >>> vectors = encoder.encode(["one text", "another"])  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        pooling: str | Sequence[str] = "mean",
+        normalize: bool = True,
+        head: Callable[[Tensor], Tensor] | None = None,
+        prompts: Mapping[str, str] | None = None,
+        include_prompt: bool = True,
+        max_length: int | None = None,
+        lexical: LexicalWeights | None = None,
+        token_head: Callable[[Tensor], Tensor] | None = None,
+        token_budget: int = 2048,
+    ) -> None:
+        self.modes = check_modes(pooling)
+        if max_length is not None and max_length < 1:
+            raise ValueError(f"max_length must be at least 1 token, got {max_length}")
+        if token_budget < 1:
+            raise ValueError(f"token_budget must be at least 1 token, got {token_budget}")
+        if getattr(model.config, "_attn_implementation", None) != hf.NAME:
+            optimize(model)
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        self.normalize = normalize
+        self.head = head
+        self.prompts = dict(prompts or {})
+        self.include_prompt = include_prompt
+        self.max_length = max_length or _longest(model, tokenizer)
+        self.lexical = lexical
+        self.token_head = token_head
+        self.token_budget = token_budget
+        with torch.no_grad():
+            zeros = torch.zeros(1, model.config.hidden_size, dtype=model.dtype, device=model.device)
+            self.dim: int = self._pool(zeros, packed.offsets([1]).to(zeros.device), 0).shape[1]
+
+    @classmethod
+    def load(cls, folder: str | Path, *, device: str | None = None, **options: Any) -> Encoder:
+        """Load a model from its folder or its name on a hub.
+
+        Parameters
+        ----------
+        folder : str or Path
+            Of sentence-transformers (with a ``modules.json``), whose pooling, layers, prompts and
+            maximum length are taken over, or of transformers.
+        device : str, optional
+            Where it runs; default: where the library puts it.
+        **options
+            Further arguments of :class:`Encoder`, over what the folder says.
+        """
+        if Path(folder).is_dir() and not (Path(folder) / "modules.json").exists():
+            from transformers import AutoModel, AutoTokenizer
+
+            model = AutoModel.from_pretrained(folder)
+            return cls(model.to(device), AutoTokenizer.from_pretrained(folder), **options)
+        try:
+            from sentence_transformers import SentenceTransformer
+        except ImportError as error:
+            raise ImportError(
+                "models of sentence-transformers need that package: pip install 'emblas[hf]'"
+            ) from error
+        loaded = SentenceTransformer(str(folder), device=device)
+        return cls.from_sentence_transformer(loaded, **options)
+
+    @classmethod
+    def from_sentence_transformer(cls, model: Any, **options: Any) -> Encoder:
+        """Take over a loaded model of sentence-transformers, which shares its parameters.
+
+        Raises
+        ------
+        ValueError
+            If it isn't a transformer, a pooling of its tokens and layers on the pooled vectors, or
+            if it reads chat messages instead of texts.
+        """
+        from sentence_transformers.base.modules import Normalize, Transformer
+        from sentence_transformers.sentence_transformer.modules import Pooling
+
+        from emblas.integrations.sentence_transformers_pooling import MODES
+
+        first, pooling, *rest = [*model, None, None][: max(len(model), 2)]
+        if not isinstance(first, Transformer) or not isinstance(pooling, Pooling):
+            names = ", ".join(type(module).__name__ for module in model)
+            raise ValueError(f"model must start with Transformer and Pooling, got {names}")
+        if "message" in first.modality_config:
+            raise ValueError("model must take plain texts, got one that takes chat messages")
+        modes = pooling.pooling_mode
+        layers = nn.Sequential(*rest)
+        normalize = bool(rest) and isinstance(rest[-1], Normalize)
+        if normalize:
+            layers = layers[:-1]
+
+        def head(pooled: Tensor) -> Tensor:
+            features: Any = {"sentence_embedding": pooled}
+            embedding: Tensor = layers(features)["sentence_embedding"]
+            return embedding
+
+        settings: dict[str, Any] = {
+            "pooling": MODES[modes] if isinstance(modes, str) else [MODES[mode] for mode in modes],
+            "normalize": normalize,
+            "head": head if len(layers) else None,
+            "prompts": {name: text for name, text in model.prompts.items() if text},
+            "include_prompt": pooling.include_prompt,
+            "max_length": model.max_seq_length,
+        }
+        layers.eval()
+        return cls(first.model, model.tokenizer, **{**settings, **options})
+
+    # --- the public calls --------------------------------------------------------------------
+
+    def encode(
+        self,
+        texts: str | Iterable[str],
+        *,
+        prompt: str = "",
+        truncation: str = "warn",
+        progress: bool = False,
+        as_numpy: bool = True,
+    ) -> Any:
+        """Embed texts.
+
+        Parameters
+        ----------
+        texts : str or iterable of str
+            One text, a list, or an iterator, which is read by and by. Empty texts are legal.
+        prompt : str, default ""
+            The name of one of ``prompts``, or a text, to put before every text.
+        truncation : {"warn", "error", "ignore"}, default "warn"
+            What to do about texts of more than ``max_length`` tokens, which are cut: one
+            :class:`TruncationWarning` with their number, or a ValueError before anything is
+            computed.
+        progress : bool, default False
+            Show a progress bar (needs tqdm).
+        as_numpy : bool, default True
+            Return numpy arrays; otherwise tensors, on the model's device.
+
+        Returns
+        -------
+        ndarray or Tensor
+            float32 ``(texts, dim)``; ``(dim,)`` for a single ``str``.
+
+        Raises
+        ------
+        TypeError
+            If a text is not a str.
+        ValueError
+            If a text is too long and ``truncation="error"``.
+        """
+        if isinstance(texts, str):
+            return self.encode([texts], prompt=prompt, truncation=truncation, as_numpy=as_numpy)[0]
+        return self.embed(
+            texts, prompt=prompt, truncation=truncation, progress=progress, as_numpy=as_numpy
+        ).dense
+
+    def encode_query(self, texts: str | Iterable[str], **options: Any) -> Any:
+        """:meth:`encode` with the prompt "query", if the model has one."""
+        return self.encode(texts, **{"prompt": self.prompts.get("query", ""), **options})
+
+    def encode_document(self, texts: str | Iterable[str], **options: Any) -> Any:
+        """:meth:`encode` with the prompt "document", if the model has one."""
+        return self.encode(texts, **{"prompt": self.prompts.get("document", ""), **options})
+
+    def embed(
+        self, texts: Iterable[str], outputs: Sequence[str] = ("dense",), **options: Any
+    ) -> Embeddings:
+        """Compute several outputs in one pass through the model.
+
+        Parameters
+        ----------
+        texts : iterable of str
+            As in :meth:`encode`.
+        outputs : sequence of str, default ("dense",)
+            Of "dense", "matryoshka" (``dims``), "int8", "bits", "lexical" (the encoder needs that
+            head), "tokens" (one vector per token) and "chunks" (late chunking, arXiv 2409.04701:
+            one vector per ``chunk_size`` tokens, pooled after the model has read all of the text).
+        **options
+            ``prompt``, ``truncation``, ``progress``, ``as_numpy`` as in :meth:`encode`; ``dims``
+            (sequence of int); ``quantizer`` (:class:`emblas.binary.Int8Quantizer`, without which
+            the range of the dense vectors of these texts is taken); ``chunk_size`` (default 128
+            tokens) and ``chunk_overlap`` (default 0).
+
+        Returns
+        -------
+        Embeddings
+            A field per output.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As in :meth:`encode`, and if an output is unknown or lacks what it needs.
+        """
+        _check_names(outputs)
+        options = dict(options)
+        quantizer, as_numpy = options.pop("quantizer", None), options.pop("as_numpy", True)
+        late = "int8" in outputs and quantizer is None  # the range is known when all are done
+        asked = [*outputs, *(["dense"] if late and "dense" not in outputs else [])]
+        if late:
+            asked.remove("int8")
+        parts = list(self.stream(texts, asked, quantizer=quantizer, as_numpy=False, **options))
+        if not parts:
+            settings = {
+                k: options[k] for k in ("dims", "chunk_size", "chunk_overlap") if k in options
+            }
+            parts = [self._embed([], asked, "", "ignore", quantizer=quantizer, **settings)]
+        result = concatenate(parts)
+        if late:
+            if len(result):
+                result.quantizer = Int8Quantizer.fit(result.dense)
+                result.int8 = result.quantizer.quantize(result.dense)
+            else:
+                result.int8 = result.dense.to(torch.int8)
+            if "dense" not in outputs:
+                result.dense = None
+        converted: Embeddings = to_numpy(result) if as_numpy else result
+        return converted
+
+    def stream(
+        self,
+        texts: Iterable[str],
+        outputs: Sequence[str] = ("dense",),
+        *,
+        prompt: str = "",
+        truncation: str = "warn",
+        progress: bool = False,
+        as_numpy: bool = True,
+        window: int = WINDOW,
+        **options: Any,
+    ) -> Iterator[Embeddings]:
+        """Yield the embeddings of ``window`` texts after the other, in the order of the texts.
+
+        Texts are read as they are needed, so that an iterator without end will do. Arguments are
+        those of :meth:`embed`; "int8" needs a ``quantizer``.
+        """
+        _check_names(outputs)
+        self._check(outputs, truncation, **options)
+        if isinstance(texts, str):
+            raise TypeError("texts must be a list or an iterator of str, got a single str")
+        prompt = self.prompts.get(prompt, prompt)
+        total = len(texts) if isinstance(texts, Sequence) else None
+        rest = iter(texts)
+        cut = longest = done = 0
+        with _progress_bar(progress, total) as bar:
+            while part := list(itertools.islice(rest, window)):
+                for i, text in enumerate(part):
+                    if not isinstance(text, str):
+                        raise TypeError(
+                            f"texts[{done + i}] must be a str, got {type(text).__name__}"
+                        )
+                result = self._embed(part, outputs, prompt, truncation, bar=bar, **options)
+                done += len(part)
+                cut += int((result.tokens_cut > 0).sum())
+                longest = max(longest, int((result.tokens_cut + result.num_tokens).max()))
+                yield to_numpy(result) if as_numpy else result
+        if cut and truncation == "warn":
+            warnings.warn(
+                f"{cut} of {done} texts were cut to {self.max_length} tokens, the longest has "
+                f"{longest}; Embeddings.tokens_cut says which",
+                TruncationWarning,
+                stacklevel=2,
+            )
+
+    def encode_distributed(self, texts: Sequence[str], **options: Any) -> Any:
+        """:meth:`encode`, shared among the processes of ``torch.distributed``.
+
+        Every process calls this with the same texts and gets all embeddings.
+        """
+        options = dict(options)
+        as_numpy = options.pop("as_numpy", True)
+        rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        own = self.encode(texts[rank::world], as_numpy=False, **options)
+        rows, _ = gather_rows(own)
+        order = torch.cat([torch.arange(r, len(texts), world) for r in range(world)])
+        out = torch.empty_like(rows)
+        out[order.to(rows.device)] = rows
+        return to_numpy(out) if as_numpy else out
+
+    def fingerprint(self) -> str:
+        """Return a hash of the parameters and of what is done with them."""
+        settings = {
+            "config": self.model.config.to_dict(),
+            "pooling": self.modes,
+            "normalize": self.normalize,
+            "include_prompt": self.include_prompt,
+            "max_length": self.max_length,
+        }
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
+        for name, value in sorted(self.model.state_dict().items()):
+            digest.update(name.encode())
+            data = value.detach().cpu().contiguous().reshape(-1)
+            digest.update(data.view(torch.uint8).numpy())
+        return digest.hexdigest()
+
+    # --- parts -------------------------------------------------------------------------------
+
+    def _check(
+        self,
+        outputs: Sequence[str],
+        truncation: str,
+        dims: Sequence[int] | None = None,
+        quantizer: Int8Quantizer | None = None,
+        chunk_size: int = 128,
+        chunk_overlap: int = 0,
+    ) -> None:
+        _op.check_choice("truncation", truncation, TRUNCATION)
+        if ("matryoshka" in outputs) != (dims is not None):
+            raise ValueError("dims and the output 'matryoshka' go together")
+        if dims is not None and not (dims and all(1 <= k <= self.dim for k in dims)):
+            raise ValueError(f"dims must lie between 1 and {self.dim}, got {list(dims)}")
+        if "int8" in outputs and quantizer is None:
+            raise ValueError("the output 'int8' of a stream needs a quantizer")
+        if "lexical" in outputs and self.lexical is None:
+            raise ValueError("the output 'lexical' needs an Encoder with a lexical head")
+        if not 0 <= chunk_overlap < chunk_size:
+            raise ValueError(
+                f"chunk_overlap must lie between 0 and chunk_size - 1, got {chunk_overlap} of "
+                f"{chunk_size}"
+            )
+
+    def _tokenize(self, texts: Sequence[str], prompt: str, truncation: str) -> _Tokens:
+        whole = [prompt + text for text in texts]
+        ids: list[list[int]] = self._ids(whole) if whole else []
+        cut = [0] * len(ids)
+        long = [i for i, text in enumerate(ids) if len(text) > self.max_length]
+        if long and truncation == "error":
+            raise ValueError(
+                f"texts[{long[0]}] has {len(ids[long[0]])} tokens, more than max_length = "
+                f"{self.max_length}; {len(long)} of {len(ids)} texts are too long"
+            )
+        if long:
+            # By the tokenizer, which knows the special tokens at the end.
+            short = self._ids([whole[i] for i in long], truncation=True, max_length=self.max_length)
+            for i, text in zip(long, short, strict=True):
+                cut[i] = len(ids[i]) - len(text)
+                ids[i] = text
+        return _Tokens(ids, cut, 0 if self.include_prompt else self._prompt_tokens(prompt))
+
+    def _ids(self, texts: list[str], **options: Any) -> list[list[int]]:
+        encoded = self.tokenizer(
+            texts,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+            **{"truncation": False, **options},
+        )
+        ids: list[list[int]] = encoded["input_ids"]
+        return ids
+
+    def _prompt_tokens(self, prompt: str) -> int:
+        if not prompt:
+            return 0
+        ids = self._ids([prompt])[0]
+        return len(ids) - (bool(ids) and ids[-1] in self.tokenizer.all_special_ids)
+
+    @torch.no_grad()
+    def _embed(
+        self,
+        texts: Sequence[str],
+        outputs: Sequence[str],
+        prompt: str,
+        truncation: str,
+        *,
+        dims: Sequence[int] | None = None,
+        quantizer: Int8Quantizer | None = None,
+        chunk_size: int = 128,
+        chunk_overlap: int = 0,
+        bar: Any = None,
+    ) -> Embeddings:
+        tokens = self._tokenize(texts, prompt, truncation)
+        lengths = [len(ids) for ids in tokens.ids]
+        kept = Collector(len(texts))
+        device = self.model.device
+        batches = packed.token_budget_batches(lengths, self.token_budget) if texts else [[]]
+        for batch in batches:
+            flat = list(itertools.chain.from_iterable(tokens.ids[i] for i in batch))
+            token_ids = torch.tensor(flat, dtype=torch.int64, device=device)
+            cu_seqlens = packed.offsets([lengths[i] for i in batch]).to(device)
+            hidden = self._hidden(token_ids, cu_seqlens)
+            dense = self._pool(hidden, cu_seqlens, tokens.prompt)
+            if "dense" in outputs:
+                kept.put("dense", batch, dense)
+            if dims is not None:
+                prefixes = Epilogue(dims=tuple(dims), normalize=self.normalize)(dense)
+                for k, prefix in zip(dims, prefixes, strict=True):
+                    kept.put(f"matryoshka {k}", batch, prefix)
+            if "int8" in outputs and quantizer is not None:
+                kept.put("int8", batch, quantizer.quantize(dense))
+            if "bits" in outputs:
+                kept.put("bits", batch, pack_sign(dense))
+            if "lexical" in outputs and self.lexical is not None:
+                sparse = self.lexical(hidden, token_ids, cu_seqlens)
+                kept.put_ragged("lexical ids", batch, sparse.col_indices, sparse.crow_indices)
+                kept.put_ragged(
+                    "lexical weights", batch, sparse.values.float(), sparse.crow_indices
+                )
+            if "tokens" in outputs:
+                vectors = hidden if self.token_head is None else self.token_head(hidden)
+                kept.put_ragged("tokens", batch, self._finish(vectors.float()), cu_seqlens)
+            if "chunks" in outputs:
+                starts, ends, offsets = _chunks(cu_seqlens, chunk_size, chunk_overlap)
+                vectors = span_pool(hidden, starts, ends, self.modes)
+                kept.put_ragged("chunks", batch, self._headed(vectors), offsets)
+                begins = cu_seqlens[:-1].long().repeat_interleave(offsets.diff())[:, None]
+                spans = torch.stack([starts, ends], 1) - begins
+                kept.put_ragged("chunk spans", batch, spans, offsets)
+            if bar is not None:
+                bar.update(len(batch))
+        matryoshka = None
+        if dims is not None:
+            matryoshka = {k: kept.rows(f"matryoshka {k}") for k in dims}
+        return Embeddings(
+            num_tokens=torch.tensor(lengths, dtype=torch.int64),
+            tokens_cut=torch.tensor(tokens.cut, dtype=torch.int64),
+            dense=kept.rows("dense"),
+            matryoshka=matryoshka,
+            int8=kept.rows("int8"),
+            quantizer=quantizer,
+            bits=kept.rows("bits"),
+            lexical_ids=kept.ragged("lexical ids"),
+            lexical_weights=kept.ragged("lexical weights"),
+            tokens=kept.ragged("tokens"),
+            chunks=kept.ragged("chunks"),
+            chunk_spans=kept.ragged("chunk spans"),
+        )
+
+    def _hidden(self, token_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
+        if len(token_ids) == 0:  # models don't take batches without a token
+            size = self.model.config.hidden_size
+            return torch.zeros(0, size, dtype=self.model.dtype, device=self.model.device)
+        return hf.forward_packed(self.model.base_model, token_ids, cu_seqlens)
+
+    def _pool(self, hidden: Tensor, cu_seqlens: Tensor, skip: int) -> Tensor:
+        pooled = segment_pool(hidden, cu_seqlens, self.modes, skip_prefix=skip or None)
+        return self._headed(pooled)
+
+    def _headed(self, pooled: Tensor) -> Tensor:
+        return self._finish((pooled if self.head is None else self.head(pooled)).float())
+
+    def _finish(self, vectors: Tensor) -> Tensor:
+        if not self.normalize:
+            return vectors
+        finished = Epilogue(normalize=True)(vectors)
+        assert isinstance(finished, Tensor)
+        return finished
+
+
+@dataclass(frozen=True)
+class EncoderPair:
+    """Different models for queries and for documents, whose vectors are compared.
+
+    Raises
+    ------
+    ValueError
+        If their vectors differ in length.
+    """
+
+    query: Encoder
+    document: Encoder
+
+    def __post_init__(self) -> None:
+        if self.query.dim != self.document.dim:
+            raise ValueError(
+                f"both encoders must have vectors of one length, got {self.query.dim} for queries "
+                f"and {self.document.dim} for documents"
+            )
+
+    def encode_query(self, texts: str | Iterable[str], **options: Any) -> Any:
+        """Embed queries; see :meth:`Encoder.encode`."""
+        return self.query.encode_query(texts, **options)
+
+    def encode_document(self, texts: str | Iterable[str], **options: Any) -> Any:
+        """Embed documents; see :meth:`Encoder.encode`."""
+        return self.document.encode_document(texts, **options)
+
+
+def _check_names(outputs: Sequence[str]) -> None:
+    if isinstance(outputs, str) or not outputs:
+        raise ValueError(f"outputs must be a list of names, got {outputs!r}")
+    for name in outputs:
+        _op.check_choice("outputs", name, OUTPUTS)
+
+
+def _longest(model: Any, tokenizer: Any) -> int:
+    limit = getattr(tokenizer, "model_max_length", None)
+    if limit is None or limit > 1 << 30:  # transformers writes 1e30 for "unknown"
+        limit = getattr(model.config, "max_position_embeddings", None)
+        if limit is None:
+            raise ValueError("max_length must be given: neither tokenizer nor model states one")
+        limit -= hf.position_start(model)
+    return int(limit)
+
+
+def _chunks(cu_seqlens: Tensor, size: int, overlap: int) -> tuple[Tensor, Tensor, Tensor]:
+    """First and last (exclusive) token of the chunks of a packed batch, and texts' offsets."""
+    lengths = cu_seqlens.diff().long()
+    step = size - overlap
+    # The last chunk is the first one that reaches the end.
+    counts = torch.where(lengths > 0, (lengths - size).clamp_min(0).add(step - 1) // step + 1, 0)
+    offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    inside = torch.arange(int(offsets[-1]), device=lengths.device)
+    inside = inside - offsets[:-1].repeat_interleave(counts)
+    starts = cu_seqlens[:-1].long().repeat_interleave(counts) + inside * step
+    ends = torch.minimum(starts + size, cu_seqlens[1:].long().repeat_interleave(counts))
+    return starts, ends, offsets
+
+
+def _progress_bar(wanted: bool, total: int | None) -> Any:
+    if not wanted:
+        return contextlib.nullcontext()
+    from tqdm import tqdm
+
+    return tqdm(total=total, unit=" texts")

@@ -1,0 +1,439 @@
+"""One line for somebody else's model: no padding inside, emblas' attention and pooling.
+
+>>> optimized = emblas.optimize(model)      # transformers or sentence-transformers, in place
+>>> model.encode(texts)                     # or a Trainer, or a loop of one's own
+>>> emblas.verify(model, texts)             # how far from the untouched model, on these texts
+>>> optimized.undo()
+
+A model keeps its interface. Where it is handed a padded batch and a mask, a hook takes the padding
+out before the first layer and puts it back behind the last one, so that every layer sees tokens
+only. Hooks, the attention interface of transformers and plain ``forward`` attributes are all that
+is used: saved folders are those of the untouched model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import sys
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from emblas import packed
+from emblas.integrations import transformers as hf
+
+try:
+    from transformers import PreTrainedModel, __version__
+    from transformers.utils import ModelOutput
+except ImportError as error:
+    raise ImportError(
+        "emblas.optimize needs transformers >= 5: pip install 'emblas[hf]'"
+    ) from error
+
+_ROWS = "emblas_rows"  # travels through a model's keyword arguments, like cu_seq_lens_q
+_PROBE_LENGTHS = (5, 1, 9)
+_LONGEST_PROBE = 600
+_ACTIVE: weakref.WeakKeyDictionary[nn.Module, Optimized] = weakref.WeakKeyDictionary()
+
+
+class UnsupportedModelError(ValueError):
+    """A model that :func:`optimize` refuses, and has left as it was.
+
+    Attributes
+    ----------
+    reason : str
+        "transformers_version", "already_optimized", "no_transformer", "encoder_decoder",
+        "attention_interface" (the architecture doesn't let its attention be replaced), "forward"
+        (it can't run on packed texts) or "outputs_differ".
+    """
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(f"can't optimize this model ({reason}): {message}")
+        self.reason = reason
+
+
+class Optimized:
+    """An optimized model; :meth:`undo` restores it. Serves as a context manager, too.
+
+    Attributes
+    ----------
+    model : Module
+        The model, changed in place.
+    changes : list of str
+        What was changed.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.changes: list[str] = []
+        self._undo = contextlib.ExitStack()
+
+    def undo(self) -> None:
+        """Restore the model exactly; nothing happens the second time."""
+        self._undo.close()
+        _ACTIVE.pop(self.model, None)
+
+    def __enter__(self) -> Optimized:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.undo()
+
+    def __repr__(self) -> str:
+        return f"Optimized({type(self.model).__name__}: {', '.join(self.changes) or 'undone'})"
+
+    def _apply(self) -> None:
+        for transformer in _transformers(self.model):
+            self._pack(transformer)
+        for name, module in self.model.named_modules():
+            self._fuse(name, module)
+
+    def _pack(self, model: Any) -> None:
+        base = model.base_model
+        before = model.config._attn_implementation
+        model.set_attn_implementation(hf.NAME)
+        self._undo.callback(model.set_attn_implementation, before)
+        if base.config._attn_implementation != hf.NAME:
+            raise UnsupportedModelError(
+                "attention_interface",
+                f"{type(model).__name__} does not take its attention from transformers' interface",
+            )
+        takes = base.register_forward_pre_hook(_take_padding_out, with_kwargs=True)
+        self._undo.callback(takes.remove)
+        puts = base.register_forward_hook(_put_padding_back, with_kwargs=True)
+        self._undo.callback(puts.remove)
+        self.changes.append(f"{type(base).__name__} runs packed with {hf.NAME} attention")
+
+    def _fuse(self, name: str, module: nn.Module) -> None:
+        forward = _fused().get(type(module))
+        if forward is not None:
+            # Not another class: what is saved shall name the class that everybody has.
+            module.forward = functools.partial(forward, module)
+            self._undo.callback(module.__dict__.pop, "forward")
+            self.changes.append(f"{name} ({type(module).__name__}) is one kernel")
+
+
+def optimize(model: nn.Module) -> Optimized:
+    """Run a model without padding, on emblas' attention and pooling.
+
+    Parameters
+    ----------
+    model : Module
+        A model of transformers (any with a token encoder or decoder on its attention interface,
+        under any head) or of sentence-transformers (dense, sparse, cross-encoder or multi-vector).
+        It is changed in place and keeps its interface: ``encode``, trainers and plain loops work as
+        before, with gradients. Parameters are neither copied nor changed.
+
+    Returns
+    -------
+    Optimized
+        Its ``undo()`` restores the model exactly.
+
+    Raises
+    ------
+    UnsupportedModelError
+        A ValueError with a ``reason``. Before anything else is done with it, an optimized model has
+        to give the outputs of the untouched one on a few random texts; if it doesn't, it is
+        restored.
+    TypeError
+        If ``model`` is no torch module.
+
+    Notes
+    -----
+    Differences to the untouched model: attention weights (``output_attentions``) aren't returned,
+    as in all fused attention, and a decoder returns key-value caches only where ``use_cache=True``
+    is passed. Hidden states of padding are zeros. Batches that come without a mask, or go on from a
+    cache, are not packed. Dropout of attention weights, in training, draws other numbers and takes
+    torch's own attention, one text at a time.
+
+    Undo before ``copy.deepcopy`` if the copy shall be restored as well.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if int(__version__.split(".")[0]) < 5:
+        raise UnsupportedModelError(
+            "transformers_version", f"transformers >= 5 is needed, this is {__version__}"
+        )
+    found = _transformers(model)
+    if not found:
+        raise UnsupportedModelError(
+            "no_transformer", f"{type(model).__name__} holds no model of transformers"
+        )
+    for transformer in found:
+        if transformer.config.is_encoder_decoder:
+            raise UnsupportedModelError(
+                "encoder_decoder",
+                f"{type(transformer).__name__} has a decoder that attends to an encoder",
+            )
+        if _take_padding_out in transformer.base_model._forward_pre_hooks.values():
+            raise UnsupportedModelError("already_optimized", "undo() it first")
+    hf.register()
+    expected = [_probe(transformer) for transformer in found]
+    optimized = Optimized(model)
+    try:
+        optimized._apply()
+        for transformer, outputs in zip(found, expected, strict=True):
+            _compare(transformer, outputs)
+    except BaseException:
+        optimized.undo()
+        raise
+    _ACTIVE[model] = optimized
+    return optimized
+
+
+@torch.no_grad()
+def verify(
+    model: nn.Module, texts: Sequence[str], *, tokenizer: Any = None, batch_size: int = 32
+) -> float:
+    """Measure how far an optimized model is from the untouched one, on texts of one's own.
+
+    Batches of the optimized model are compared with one text at a time through the untouched one,
+    which has no padding and nothing to mix up.
+
+    Parameters
+    ----------
+    model : Module
+        As for :func:`optimize`, optimized or not: it is left as it was found.
+    texts : sequence of str
+        At least one.
+    tokenizer : transformers tokenizer, optional
+        Needed for a model of transformers; those of sentence-transformers have their own. Texts are
+        truncated to its ``model_max_length``.
+    batch_size : int, default 32
+        Texts in a batch.
+
+    Returns
+    -------
+    float
+        Largest absolute difference of embeddings (sentence-transformers) or of the last hidden
+        states (transformers), over the largest absolute value. A few 1e-6 in float32, 1e-2 in
+        bfloat16; a mistake is far above.
+
+    Raises
+    ------
+    ValueError
+        If there is no text or no tokenizer.
+    UnsupportedModelError
+        If the model can't be optimized.
+
+    Examples
+    --------
+    >>> assert emblas.verify(model, texts) < 1e-5  # doctest: +SKIP
+    """
+    if isinstance(texts, str) or not len(texts):
+        raise ValueError("texts must hold at least one text, as a list")
+    if tokenizer is None and isinstance(model, PreTrainedModel):
+        raise ValueError("tokenizer must be given for a model of transformers")
+    active = _ACTIVE.get(model)
+    with _evaluating(model):
+        if active is not None:
+            active.undo()
+        try:
+            alone = [_outputs(model, [text], tokenizer) for text in texts]
+            with optimize(model):
+                together = [
+                    _outputs(model, texts[i : i + batch_size], tokenizer)
+                    for i in range(0, len(texts), batch_size)
+                ]
+        finally:
+            if active is not None:
+                _ACTIVE[model] = active
+                active.changes.clear()
+                active._apply()
+    expected, actual = torch.cat(alone).float(), torch.cat(together).float()
+    return float((actual - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
+
+
+# --- parts ---------------------------------------------------------------------------------------
+
+
+def _transformers(model: nn.Module) -> list[Any]:
+    """Return the outermost models of transformers inside ``model``."""
+    if isinstance(model, PreTrainedModel):
+        return [model]
+    return [found for child in model.children() for found in _transformers(child)]
+
+
+def _fused() -> Mapping[type, Any]:
+    """Functions that replace the ``forward`` of modules, by their exact type."""
+    if "sentence_transformers" not in sys.modules:  # then the model has none of these modules
+        return {}
+    from emblas.integrations import sentence_transformers_pooling as twins
+
+    return twins.FORWARD
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _take_padding_out(
+    model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Turn a padded batch into a packed one, if that is what a model is called with."""
+    names = inspect.signature(model.forward).parameters
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    mask = given.get("attention_mask")
+    if (
+        not isinstance(mask, Tensor)
+        or mask.dim() != 2
+        or given.get("use_cache")
+        or given.get("past_key_values") is not None
+        or given.get("return_dict") is False
+        or "cu_seq_lens_q" in given
+    ):
+        return None
+    tokens = given.get("input_ids")
+    tokens = given.get("inputs_embeds") if tokens is None else tokens
+    if not isinstance(tokens, Tensor) or tokens.shape[:2] != mask.shape:
+        return None
+    mask = mask != 0
+    rows = mask.flatten().nonzero().squeeze(1)
+    if len(rows) == 0:
+        return None
+    if _window(model.config) and bool((mask[:, 1:] != mask[:, :-1]).sum(1).gt(1).any()):
+        raise ValueError(
+            "attention_mask must be without holes for a model with sliding windows, whose distances"
+            " would change"
+        )
+    packable = [
+        name
+        for name, value in given.items()
+        if isinstance(value, Tensor) and value.dim() >= 2 and value.shape[:2] == mask.shape
+    ]
+    positions = given.get("position_ids")
+    if positions is not None:
+        packable.append("position_ids")
+        given["position_ids"] = positions.expand(mask.shape)
+    given |= {name: given[name].flatten(0, 1)[rows][None] for name in packable}
+    lengths = mask.sum(1)
+    cu_seqlens = packed.offsets(lengths)
+    longest = int(lengths.max())
+    if positions is None:
+        start = hf.position_start(model)
+        if start and given.get("input_ids") is not None:
+            at = packed.positions(cu_seqlens)  # such models count tokens, not columns
+        else:
+            at = rows % mask.shape[1]
+        given["position_ids"] = (at + start)[None]
+    given |= {
+        "attention_mask": None,
+        "cu_seq_lens_q": cu_seqlens,
+        "cu_seq_lens_k": cu_seqlens,
+        "max_length_q": longest,
+        "max_length_k": longest,
+        _ROWS: (rows, *mask.shape),
+    }
+    if getattr(model.config, "use_cache", False):
+        given["use_cache"] = False
+    return (), given
+
+
+def _put_padding_back(
+    model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any
+) -> Any:
+    """Spread the outputs of a packed batch over the shape of the padded one."""
+    if _ROWS not in kwargs:
+        return None
+    rows, batch, length = kwargs[_ROWS]
+
+    def spread(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(spread(part) for part in value)
+        if not isinstance(value, Tensor) or value.dim() < 3 or value.shape[:2] != (1, len(rows)):
+            return value
+        padded = value.new_zeros(batch * length, *value.shape[2:])
+        return padded.index_copy(0, rows, value[0]).unflatten(0, (batch, length))
+
+    if not isinstance(outputs, ModelOutput):
+        return spread(outputs)
+    for name, value in outputs.items():
+        outputs[name] = spread(value)
+    if outputs.get("pooler_output") is not None:  # of the first token of each text, not of them all
+        outputs["pooler_output"] = model.pooler(outputs["last_hidden_state"])
+    return outputs
+
+
+def _window(config: Any) -> int | None:
+    """Return the width of a model's sliding windows; None where it has none."""
+    window = getattr(config, "sliding_window", None) or getattr(config, "local_attention", None)
+    return int(window) if window else None
+
+
+# --- does it give the same? ----------------------------------------------------------------------
+
+
+def _probe_inputs(model: Any) -> tuple[Tensor, Tensor]:
+    """Random ids and mask of a batch that is padded on the right."""
+    lengths = list(_PROBE_LENGTHS)
+    window = _window(model.config)
+    if window and window + 3 <= _LONGEST_PROBE:
+        lengths.append(window + 3)  # so that the window cuts something off
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    mask = torch.arange(max(lengths))[None] < torch.tensor(lengths)[:, None]
+    pad = getattr(model.config, "pad_token_id", None)
+    pad = 0 if pad is None else pad
+    ids = torch.randint(vocabulary, mask.shape, generator=generator)
+    ids = torch.where(ids == pad, (pad + 1) % vocabulary, ids).masked_fill(~mask, pad)
+    return ids.to(model.device), mask.to(device=model.device, dtype=torch.int64)
+
+
+@torch.no_grad()
+def _probe(model: Any) -> Tensor:
+    """Last hidden states ``(tokens, hidden)`` of the inputs that a model is compared on."""
+    ids, mask = _probe_inputs(model)
+    with _evaluating(model):
+        try:
+            hidden: Tensor = model.base_model(input_ids=ids, attention_mask=mask)[0]
+        except Exception as error:
+            raise UnsupportedModelError(
+                "forward", f"{type(model).__name__} raised {type(error).__name__}: {error}"
+            ) from error
+    return hidden[mask.bool()].float()
+
+
+def _compare(model: Any, expected: Tensor) -> None:
+    actual = _probe(model)
+    eps = torch.finfo(next(model.parameters()).dtype).eps
+    tolerance = max(1e-4, 16 * eps)
+    difference = float((actual - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
+    if not difference <= tolerance:
+        raise UnsupportedModelError(
+            "outputs_differ",
+            f"hidden states of {type(model).__name__} differ by {difference:.1e} of the largest "
+            f"value from the untouched model's, more than {tolerance:.1e}",
+        )
+
+
+def _outputs(model: Any, texts: Sequence[str], tokenizer: Any) -> Tensor:
+    """Rows to compare: embeddings of the texts, or hidden states of their tokens."""
+    if isinstance(model, PreTrainedModel):
+        batch = tokenizer(list(texts), padding=True, truncation=True, return_tensors="pt")
+        batch = {name: value.to(model.device) for name, value in batch.items()}
+        hidden: Tensor = model.base_model(**batch)[0]
+        return hidden[batch["attention_mask"].bool()]
+    features = model.preprocess(list(texts))
+    features = {
+        name: value.to(model.device) if isinstance(value, Tensor) else value
+        for name, value in features.items()
+    }
+    out = model(features)
+    for name in ("sentence_embedding", "scores", "token_embeddings"):
+        if name in out:
+            rows: Tensor = out[name]
+            mask = out["attention_mask"].bool()
+            return rows[mask] if name == "token_embeddings" else rows.flatten(1)
+    raise ValueError(f"model must return embeddings, got {', '.join(out)}")

@@ -1,0 +1,261 @@
+"""Encoders give what sentence-transformers gives, for whatever texts, in every form."""
+
+from __future__ import annotations
+
+import re
+import socket
+import warnings
+
+import emblas
+import numpy as np
+import pytest
+import torch
+from emblas.binary import Int8Quantizer, pack_sign
+from torch.multiprocessing.spawn import spawn
+
+transformers = pytest.importorskip("transformers", reason="needs emblas[hf]")
+st = pytest.importorskip("sentence_transformers", reason="needs emblas[hf]")
+
+from emblas.encoder import Encoder, EncoderPair, TruncationWarning  # noqa: E402
+from emblas.integrations.optimize import UnsupportedModelError  # noqa: E402
+from emblas.pooling import LexicalWeights  # noqa: E402
+from encoder.shared import encode_shared  # noqa: E402
+from integrations.models import CONFIGS, TEXTS, make_tokenizer, tiny  # noqa: E402
+
+CLOSE = {"rtol": 1e-4, "atol": 1e-5}
+
+
+def make(name="bert", **options):
+    return Encoder(tiny(name), make_tokenizer(), **{"token_budget": 24, **options})
+
+
+def folder_of(path, name="bert", mode="mean", dense=False, prompts=None, **options):
+    """Save a model of sentence-transformers."""
+    modules = st.sentence_transformer.modules
+    tiny(name).save_pretrained(path / "bare")
+    make_tokenizer().save_pretrained(path / "bare")
+    transformer = modules.Transformer(str(path / "bare"))
+    parts = [transformer, modules.Pooling(32, mode, **options)]
+    if dense:
+        parts.append(st.base.modules.Dense(32, 12))
+    parts.append(st.base.modules.Normalize())
+    model = st.SentenceTransformer(modules=parts, device="cpu", prompts=prompts)
+    model.save(str(path / "model"))
+    return path / "model"
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("bert", {}),
+        ("xlm-roberta", {"mode": "cls", "dense": True}),
+        ("qwen3", {"mode": "lasttoken"}),
+        ("modernbert", {"mode": ("mean", "max")}),
+        ("bert", {"include_prompt": False, "prompts": {"query": "the old ", "document": "a "}}),
+    ],
+)
+def test_equals_sentence_transformers(tmp_path, name, settings):
+    folder = folder_of(tmp_path, name, **settings)
+    peer = st.SentenceTransformer(str(folder), device="cpu")
+    encoder = emblas.Encoder.load(folder, device="cpu", token_budget=24)
+    assert encoder.dim == peer.get_embedding_dimension() == encoder.encode("rain").shape[0]
+    np.testing.assert_allclose(encoder.encode(TEXTS), peer.encode(TEXTS), **CLOSE)
+    for ours, theirs in (
+        (encoder.encode_query, peer.encode_query),
+        (encoder.encode_document, peer.encode_document),
+    ):
+        np.testing.assert_allclose(ours(TEXTS), theirs(TEXTS), **CLOSE)
+    np.testing.assert_allclose(
+        encoder.encode(TEXTS, prompt="red "), peer.encode(TEXTS, prompt="red "), **CLOSE
+    )
+
+
+def test_bare_folder_of_transformers(tmp_path):
+    folder_of(tmp_path)
+    loaded = Encoder.load(tmp_path / "bare", token_budget=24)
+    np.testing.assert_array_equal(loaded.encode(TEXTS), make().encode(TEXTS))
+    assert loaded.fingerprint() == Encoder.load(tmp_path / "bare").fingerprint()
+    assert loaded.fingerprint() != Encoder.load(tmp_path / "bare", pooling="cls").fingerprint()
+
+
+def test_forms_of_texts():
+    encoder = make()
+    expected = encoder.encode(TEXTS)
+    assert expected.dtype == np.float32
+    np.testing.assert_allclose(np.linalg.norm(expected, axis=1), 1, rtol=1e-5)
+    for texts in (tuple(TEXTS), iter(TEXTS), (text for text in TEXTS)):
+        np.testing.assert_array_equal(encoder.encode(texts), expected)
+    np.testing.assert_allclose(encoder.encode(TEXTS[2]), expected[2], **CLOSE)
+    tensor = encoder.encode(TEXTS, as_numpy=False)
+    assert isinstance(tensor, torch.Tensor)
+    (tensor * torch.ones(32, requires_grad=True)).sum().backward()
+    assert encoder.encode([]).shape == (0, 32)
+    assert np.isfinite(encoder.encode(["", "rain", ""])).all()
+    for window in (1, 4, 100):
+        parts = list(encoder.stream(iter(TEXTS), window=window))
+        assert max(map(len, parts)) <= window
+        np.testing.assert_allclose(np.concatenate([p.dense for p in parts]), expected, **CLOSE)
+
+
+def test_texts_without_a_token():
+    """Zeros where the tokenizer adds nothing to an empty text."""
+    encoder = make()
+    encoder.tokenizer.backend_tokenizer.post_processor = None
+    assert not encoder.encode(["", ""]).any()
+    out = encoder.encode(["rain", ""])
+    assert out[0].any()
+    assert not out[1].any()
+    ragged = encoder.embed(["", "rain", ""], ["tokens", "chunks"])
+    assert ragged.tokens.offsets.tolist() == ragged.chunks.offsets.tolist() == [0, 0, 1, 1]
+
+
+def test_batches_hold_no_more_than_the_budget():
+    encoder = make(token_budget=20)
+    sizes = []
+    encoder.model.register_forward_pre_hook(
+        lambda m, args, kwargs: sizes.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    tokens = encoder.embed(TEXTS).num_tokens
+    assert sum(sizes) == sum(tokens)
+    assert all(size <= max(20, max(tokens)) for size in sizes)
+
+
+def test_all_outputs_in_one_pass():
+    torch.manual_seed(0)
+    lexical = LexicalWeights(32, ignored_ids=(2, 3))
+    encoder = make(lexical=lexical)
+    passes = []
+    encoder.model.register_forward_hook(lambda *_: passes.append(1))
+    names = ["dense", "matryoshka", "int8", "bits", "lexical", "tokens", "chunks"]
+    out = encoder.embed(TEXTS, names, dims=[8, 20], chunk_size=4, chunk_overlap=1)
+    count = len(passes)
+    dense = encoder.encode(TEXTS)
+    assert len(passes) == 2 * count
+    assert len(out) == len(TEXTS)
+    np.testing.assert_array_equal(out.dense, dense)
+    for k, prefix in out.matryoshka.items():
+        cut = dense[:, :k] / np.linalg.norm(dense[:, :k], axis=1, keepdims=True)
+        np.testing.assert_allclose(prefix, cut, rtol=1e-5, atol=1e-6)
+    assert out.int8.dtype == np.int8
+    step = float(out.quantizer.step.max())
+    back = out.quantizer.dequantize(torch.from_numpy(out.int8)).numpy()
+    assert np.abs(back - dense).max() <= 0.51 * step
+    np.testing.assert_array_equal(out.bits, pack_sign(torch.from_numpy(dense)).numpy())
+    ids = encoder.tokenizer(TEXTS)["input_ids"]
+    assert out.num_tokens.tolist() == [len(text) for text in ids]
+    assert not out.tokens_cut.any()
+    for i, text in enumerate(ids):
+        with torch.no_grad():
+            hidden = encoder.model(torch.tensor([text])).last_hidden_state[0]
+        unit = torch.nn.functional.normalize
+        part = slice(*out.tokens.offsets[i : i + 2])
+        np.testing.assert_allclose(out.tokens.values[part], unit(hidden), **CLOSE)
+        weights = lexical.sparse_linear(hidden).squeeze(1).relu().tolist()
+        expected = {}
+        for token, weight in zip(text, weights, strict=True):
+            if token not in (2, 3) and weight > 0:
+                expected[token] = max(weight, expected.get(token, 0))
+        part = slice(*out.lexical_ids.offsets[i : i + 2])
+        found = dict(zip(out.lexical_ids.values[part].tolist(),
+                         out.lexical_weights.values[part].tolist(), strict=True))  # fmt: skip
+        found = {token: weight for token, weight in found.items() if weight > 0}
+        assert found == pytest.approx(expected, rel=1e-4, abs=1e-5)
+        part = slice(*out.chunks.offsets[i : i + 2])
+        spans = out.chunk_spans.values[part].tolist()
+        starts = range(0, max(len(text) - 1, 1), 3) if len(text) > 4 else [0]
+        assert spans == [[s, min(s + 4, len(text))] for s in starts]
+        pooled = torch.stack([hidden[a:b].mean(0) for a, b in spans])
+        np.testing.assert_allclose(out.chunks.values[part], unit(pooled), **CLOSE)
+
+
+def test_tensors_quantizer_and_heads():
+    encoder = make(token_head=lambda x: x[:, :8], head=lambda x: x[:, :16], normalize=False)
+    assert encoder.dim == 16
+    quantizer = Int8Quantizer(torch.full((16,), -3.0), torch.full((16,), 6 / 255))
+    out = encoder.embed(TEXTS, ["int8", "tokens"], quantizer=quantizer, as_numpy=False)
+    assert out.dense is None
+    assert out.tokens.values.shape[1] == 8
+    dense = encoder.encode(TEXTS, as_numpy=False)
+    assert torch.equal(out.int8, quantizer.quantize(dense))
+    empty = encoder.embed([], ["int8", "bits", "tokens", "matryoshka"], dims=[4])
+    assert empty.int8.shape == (0, 16)
+    assert empty.bits.shape == (0, 2)
+    assert empty.tokens.values.shape == (0, 8)
+    assert empty.matryoshka[4].shape == (0, 4)
+
+
+def test_truncation_is_reported():
+    encoder = make(max_length=8)
+    long = " ".join(["rain"] * 30)
+    cut = " ".join(["rain"] * 6)  # and the two special tokens
+    texts = ["the cat", long, "night falls", long + " cat"]
+    message = re.escape("2 of 4 texts were cut to 8 tokens, the longest has 33")
+    with pytest.warns(TruncationWarning, match=message):
+        out = encoder.embed(texts)
+    assert out.tokens_cut.tolist() == [0, 24, 0, 25]
+    np.testing.assert_allclose(out.dense[1], encoder.encode(cut), **CLOSE)
+    with pytest.raises(ValueError, match=r"texts\[1\] has 32 tokens, more than max_length = 8"):
+        encoder.encode(texts, truncation="error")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        encoder.encode(texts, truncation="ignore")
+        encoder.encode(["the cat"])
+
+
+def test_pairs():
+    pair = EncoderPair(make("bert", prompts={"query": "the "}), make("xlm-roberta"))
+    np.testing.assert_array_equal(
+        pair.encode_query(TEXTS), pair.query.encode(TEXTS, prompt="query")
+    )
+    np.testing.assert_array_equal(pair.encode_document(TEXTS), pair.document.encode(TEXTS))
+    with pytest.raises(ValueError, match="got 32 for queries and 8 for documents"):
+        EncoderPair(make(), make(head=lambda x: x[:, :8]))
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "call"),
+    [
+        (TypeError, r"texts\[1\] must be a str, got int", lambda e: e.encode(["a", 3])),
+        (TypeError, "got a single str", lambda e: e.embed("rain")),
+        (ValueError, "outputs must be one of", lambda e: e.embed(TEXTS, ["sparse"])),
+        (ValueError, "list of names", lambda e: e.embed(TEXTS, "dense")),
+        (ValueError, "go together", lambda e: e.embed(TEXTS, ["matryoshka"])),
+        (ValueError, "dims must lie between 1 and 32", lambda e: e.embed(
+            TEXTS, ["matryoshka"], dims=[33])),
+        (ValueError, "lexical head", lambda e: e.embed(TEXTS, ["lexical"])),
+        (ValueError, "needs a quantizer", lambda e: list(e.stream(TEXTS, ["int8"]))),
+        (ValueError, "chunk_overlap must", lambda e: e.embed(TEXTS, chunk_overlap=128)),
+        (ValueError, "truncation must be one of", lambda e: e.encode(TEXTS, truncation="cut")),
+        (ValueError, "max_length must be at least", lambda e: make(max_length=0)),
+        (ValueError, "token_budget must be", lambda e: make(token_budget=0)),
+        (ValueError, "mode must be one of", lambda e: make(pooling="median")),
+        (UnsupportedModelError, "attention_interface", lambda e: Encoder(
+            transformers.DebertaV2Model(transformers.DebertaV2Config(
+                vocab_size=99, hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
+                intermediate_size=16)), make_tokenizer())),
+    ],
+)  # fmt: skip
+def test_bad_arguments(error, message, call):
+    with pytest.raises(error, match=message):
+        call(make())
+
+
+def test_unfit_sentence_transformers(tmp_path):
+    model = st.SentenceTransformer(str(folder_of(tmp_path)), device="cpu")
+    with pytest.raises(ValueError, match="must start with Transformer and Pooling, got Pooling"):
+        Encoder.from_sentence_transformer(st.SentenceTransformer(modules=[model[1]], device="cpu"))
+
+
+@pytest.mark.slow
+def test_two_processes():
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    spawn(encode_shared, (2, port, make().encode(TEXTS)), nprocs=2)
+
+
+def test_every_architecture_of_the_tests():
+    for name in CONFIGS:
+        encoder = make(name)
+        alone = np.stack([encoder.encode(text) for text in TEXTS])
+        np.testing.assert_allclose(encoder.encode(TEXTS), alone, **CLOSE)

@@ -1,0 +1,151 @@
+"""Embeddings of files: every format, stopping and going on."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import lzma
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("transformers", reason="needs emblas[hf]")
+
+from emblas import __main__ as command
+from emblas.encoder import Encoder, Ragged, encode_file, load_embeddings, read_texts
+from integrations.models import TEXTS, make_tokenizer, tiny
+
+
+@pytest.fixture
+def encoder():
+    return Encoder(tiny("bert"), make_tokenizer(), token_budget=64, prompts={"query": "the "})
+
+
+def test_read_texts(tmp_path):
+    texts = ["one, two", "", 'a "quote"', "ümläut\u2028 line"]
+    lines = tmp_path / "a.txt"
+    lines.write_text("\n".join(texts) + "\n", encoding="utf-8", newline="")
+    assert list(read_texts(lines)) == texts
+    with gzip.open(tmp_path / "a.txt.gz", "wt", encoding="utf-8", newline="") as file:
+        file.write("\r\n".join(texts))
+    assert list(read_texts(tmp_path / "a.txt.gz")) == texts
+    objects = "\n".join(json.dumps({"id": i, "body": text}) for i, text in enumerate(texts))
+    with lzma.open(tmp_path / "a.jsonl.xz", "wt", encoding="utf-8") as file:
+        file.write(objects)
+    assert list(read_texts(tmp_path / "a.jsonl.xz", "body")) == texts
+    (tmp_path / "a.tsv").write_text("id\ttext\n" + "".join(f"7\t{t}\n" for t in texts[2:3] * 2))
+    assert list(read_texts(tmp_path / "a.tsv")) == texts[2:3] * 2
+    (tmp_path / "a.csv").write_text('text,id\n"one, two",1\nthree,2\n')
+    assert list(read_texts(tmp_path / "a.csv")) == ["one, two", "three"]
+    for path, field, message in (
+        ("a.txt", "text", "field is for jsonl"),
+        ("a.jsonl.xz", None, "line 1 must have a text in field 'text'"),
+        ("a.csv", "body", "must have a column 'body'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            list(read_texts(tmp_path / path, field))
+
+
+def test_shards_and_going_on(tmp_path, encoder):
+    outputs = ["dense", "matryoshka", "int8", "bits", "tokens", "chunks"]
+    settings = {"outputs": outputs, "dims": [8], "shard_size": 4, "chunk_size": 5}
+    report = encode_file(encoder, TEXTS, tmp_path, **settings)
+    expected = encoder.embed(TEXTS, [o for o in outputs if o != "int8"], dims=[8], chunk_size=5)
+    assert report == {"texts": 9, "encoded": 9, "cut": 0, "tokens": expected.num_tokens.sum()}
+    close = {"rtol": 1e-4, "atol": 1e-5}
+    np.testing.assert_allclose(load_embeddings(tmp_path), expected.dense, **close)
+    np.testing.assert_allclose(
+        load_embeddings(tmp_path, "matryoshka")[8], expected.matryoshka[8], **close
+    )
+    assert load_embeddings(tmp_path, "int8").shape == expected.dense.shape
+    for name in ("tokens", "chunks", "chunk_spans"):
+        actual, wanted = load_embeddings(tmp_path, name), getattr(expected, name)
+        assert isinstance(actual, Ragged)
+        np.testing.assert_array_equal(actual.offsets, wanted.offsets)
+        np.testing.assert_allclose(actual.values, wanted.values, **close)
+    before = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("*.npz")}
+    (tmp_path / "shard-000001.npz").unlink()
+    (tmp_path / "shard-000009.npz.part").write_bytes(b"half")
+    again = encode_file(encoder, iter(TEXTS), tmp_path, **settings)
+    assert again == {**report, "encoded": 4}
+    after = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("*.npz")}
+    assert [name for name in before if after[name] != before[name]] == ["shard-000001.npz"]
+    assert not list(tmp_path.glob("*.part"))
+    np.testing.assert_allclose(load_embeddings(tmp_path), expected.dense, **close)
+
+
+def test_other_texts_models_or_settings_are_refused(tmp_path, encoder):
+    encode_file(encoder, TEXTS, tmp_path, shard_size=4)
+    with pytest.raises(ValueError, match="texts 4 to 7 are not those that"):
+        encode_file(encoder, [*TEXTS[:5], "snow", *TEXTS[6:]], tmp_path, shard_size=4)
+    with pytest.raises(ValueError, match="more texts than there are"):
+        encode_file(encoder, TEXTS[:8], tmp_path, shard_size=4)
+    with pytest.raises(ValueError, match="shard_size = 4, not 5"):
+        encode_file(encoder, TEXTS, tmp_path, shard_size=5)
+    with pytest.raises(ValueError, match="prompt = '', not 'the '"):
+        encode_file(encoder, TEXTS, tmp_path, shard_size=4, prompt="query")
+    with pytest.raises(ValueError, match="model ="):
+        encode_file(
+            Encoder(tiny("bert"), make_tokenizer(), pooling="cls"), TEXTS, tmp_path, shard_size=4
+        )
+    with pytest.raises(ValueError, match="no output 'bits'; it was made with"):
+        load_embeddings(tmp_path, "bits")
+    with pytest.raises(ValueError, match="not finished"):
+        load_embeddings(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="shard_size must be at least 1"):
+        encode_file(encoder, TEXTS, tmp_path, shard_size=0)
+
+    def texts():
+        with pytest.raises(RuntimeError, match="another process"):
+            encode_file(encoder, TEXTS, tmp_path / "locked")
+        yield from TEXTS
+
+    encode_file(encoder, texts(), tmp_path / "locked")
+
+
+def test_no_texts(tmp_path, encoder):
+    assert encode_file(encoder, [], tmp_path)["texts"] == 0
+    with pytest.raises(ValueError, match="no output"):
+        load_embeddings(tmp_path)
+
+
+def test_command(tmp_path, monkeypatch, capsys):
+    tiny("bert").save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "texts.jsonl").write_text("\n".join(json.dumps({"t": text}) for text in TEXTS))
+    line = f"emblas encode {tmp_path}/texts.jsonl {tmp_path}/out --model {tmp_path}/model --field t"
+    line += " --outputs dense bits --shard-size 5 --quiet"
+    monkeypatch.setattr(sys, "argv", line.split())
+    command.main()
+    command.main()
+    first, second = capsys.readouterr().out.splitlines()
+    assert "9 texts in" in first
+    assert ", 9 of them encoded now" in first
+    assert ", 0 of them encoded now" in second
+    assert load_embeddings(tmp_path / "out", "bits").shape == (9, 4)
+    monkeypatch.setattr(sys, "argv", [*line.split(), "--prompt", "x"])
+    with pytest.raises(SystemExit) as exit_info:
+        command.main()
+    assert exit_info.value.code == 1
+    assert "choose another folder" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+def test_killed_runs(tmp_path):
+    """Nothing is lost, whenever a run is killed, and nothing is half there."""
+    script = Path(__file__).with_name("killed_encode.py")
+    paths = [str(script.parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    run = subprocess.run(
+        [sys.executable, str(script), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+    )
+    assert run.returncode == 0, run.stderr
+    assert "runs were killed" in run.stdout
