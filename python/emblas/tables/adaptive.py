@@ -37,6 +37,7 @@ class AdaptiveEmbedding(VocabularyEmbedding):
 
     _specified = ("num_embeddings", "embedding_dim", "num_frequent", "num_shared", "seed")
     _size_argument = "num_shared"
+    num_embeddings: int
 
     def __init__(
         self,

@@ -129,7 +129,7 @@ class VocabularyEmbedding(TableModule):
         An id that embeds to zeros and sends no gradient.
     """
 
-    _specified = ("num_embeddings", "embedding_dim")
+    _specified: ClassVar[tuple[str, ...]] = ("num_embeddings", "embedding_dim")
 
     def __init__(
         self, num_embeddings: int | None, embedding_dim: int, *, padding_id: int | None = None

@@ -81,7 +81,7 @@ class DeepHashEmbedding(VocabularyEmbedding):
 
     def vectors(self, ids: Tensor) -> Tensor:
         """Embed distinct ids, int64 ``(ids,)``, as ``(ids, embedding_dim)``."""
-        dtype = self.layers[0].weight.dtype
+        dtype = next(self.parameters()).dtype
         return self.layers(random_codes(ids, self.code_dim, self.codes, dtype=dtype))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -51,7 +51,9 @@ class ProductQuantizedEmbedding(VocabularyEmbedding):
         Of ``"sx"``, of the shape of ``centroids``.
     """
 
-    _specified = ("num_embeddings", "embedding_dim", "num_parts", "num_centroids", "kind")
+    _specified: ClassVar[tuple[str, ...]] = (
+        "num_embeddings", "embedding_dim", "num_parts", "num_centroids", "kind",
+    )  # fmt: skip
     num_embeddings: int
 
     def __init__(

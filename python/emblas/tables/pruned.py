@@ -208,7 +208,8 @@ class DeepLightEmbedding(PrunedEmbedding):
         step = int(self.steps)
         if step % self.interval == 0:
             share = self.sparsity * (1 - self.decay ** (step / 100))
-            self.weight *= keep_largest(self.weight, math.ceil(self.weight.numel() * (1 - share)))
+            kept = math.ceil(self.weight.numel() * (1 - share))
+            self.weight.mul_(keep_largest(self.weight, kept))
 
 
 class AutoSrhEmbedding(PrunedEmbedding):

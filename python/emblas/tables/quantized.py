@@ -301,7 +301,7 @@ class ALPT(torch.optim.Optimizer):
             self.state[module.scale] = {"sum": sums, "step": 0}
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update the rows of the last forward pass; with ``closure``, their scales too."""
         group = self.param_groups[0]
         used = [m for m in self._modules if m._rows is not None and m._rows.grad is not None]
@@ -312,7 +312,7 @@ class ALPT(torch.optim.Optimizer):
             assert rows.grad is not None
             sums = self.state[module.scale]["sum"]
             sums[ids] += rows.grad.square().mean(1, keepdim=True)
-            rows -= group["lr"] * rows.grad / (sums[ids].sqrt() + group["eps"])
+            rows.sub_(group["lr"] * rows.grad / (sums[ids].sqrt() + group["eps"]))
         loss = None
         if closure is not None:
             for module in used:
@@ -325,7 +325,7 @@ class ALPT(torch.optim.Optimizer):
                     module._learns_scale = False
             for module in used:
                 if module.scale.grad is not None:
-                    module.scale -= group["scale_lr"] * module.scale.grad
+                    module.scale.sub_(group["scale_lr"] * module.scale.grad)
                     module.scale.clamp_(min=torch.finfo(torch.float32).tiny)
                     module.scale.grad = None
         for module in used:

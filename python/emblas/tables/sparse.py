@@ -97,9 +97,10 @@ class SparseEmbedding(VocabularyEmbedding):
                 f"mask must be bool of shape {tuple(table.shape)}, got {mask.dtype} of shape "
                 f"{tuple(mask.shape)}"
             )
+        size, dim = table.shape
         rows, columns = mask.nonzero().unbind(1)
         module = cls(
-            *table.shape, len(rows), padding_id=padding_id, device=table.device, dtype=table.dtype
+            size, dim, len(rows), padding_id=padding_id, device=table.device, dtype=table.dtype
         )
         with torch.no_grad():
             module.values.copy_(table[rows, columns])

@@ -184,8 +184,9 @@ class SubspaceEmbedding(VocabularyEmbedding):
         if table.dim() != 2:
             raise ValueError(f"table must have 2 dimensions, got shape {tuple(table.shape)}")
         check_at_least(0, iterations=iterations)
+        rows, dim = table.shape
         module = cls(
-            *table.shape, num_parts, num_centroids, padding_id=padding_id, device=table.device,
+            rows, dim, num_parts, num_centroids, padding_id=padding_id, device=table.device,
             dtype=table.dtype,
         )  # fmt: skip
         codes = []
