@@ -33,7 +33,7 @@ def data(zoo):
     generator = torch.Generator().manual_seed(0)
     sizes = [300, 500]
     ids = torch.stack([
-        (torch.rand(6000, generator=generator) ** 3 * size).long() for size in sizes
+        (torch.rand(2500, generator=generator) ** 3 * size).long() for size in sizes
     ], 1)  # fmt: skip
     taste = [torch.randn(size, generator=generator) for size in sizes]
     labels = (taste[0][ids[:, 0]] + taste[1][ids[:, 1]] > 0).float()
