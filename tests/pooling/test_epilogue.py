@@ -5,8 +5,9 @@ import pytest
 import torch
 from contract import check_compiled, check_gradients, check_op, check_threads, packed, tolerance
 from emblas import use_backend
+from emblas._philox import philox4x32
 from emblas.pooling import Epilogue, Matryoshka, int8_ranges, segment_pool
-from emblas.pooling.reference import normal_noise, philox4x32
+from emblas.pooling.reference import normal_noise
 from torch.nn.functional import normalize
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)

@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from emblas._philox import WORD, philox4x32
+
 EPSILON = 1e-12
 
 
@@ -271,30 +273,12 @@ def segment_gem_backward(
 
 # --- finishing (csrc/pooling/finish.h) -----------------------------------------------------------
 
-_WORD = 0xFFFFFFFF
-
-
-def philox4x32(counter: Sequence[Tensor], key: int) -> list[Tensor]:
-    """Philox4x32-10 of four int64 tensors of 32-bit words; see ``csrc/common/philox.h``."""
-    words = list(counter)
-    low, high = key & _WORD, key >> 32 & _WORD
-    for _ in range(10):
-        first, second = words[0] * 0xD2511F53, words[2] * 0xCD9E8D57
-        words = [
-            second >> 32 & _WORD ^ words[1] ^ low,
-            second & _WORD,
-            first >> 32 & _WORD ^ words[3] ^ high,
-            first & _WORD,
-        ]
-        low, high = low + 0x9E3779B9 & _WORD, high + 0xBB67AE85 & _WORD
-    return words
-
 
 def normal_noise(rows: int, dim: int, stream: int, seed: int) -> Tensor:
     """Independent standard normal numbers (rows, dim), float64, as a function of the seed."""
     row = torch.arange(rows)[:, None].expand(rows, -(-dim // 4))
     block = torch.arange(row.shape[1]).expand_as(row)
-    words = philox4x32([block, torch.full_like(row, stream), row & _WORD, row >> 32], seed % 2**64)
+    words = philox4x32([block, torch.full_like(row, stream), row & WORD, row >> 32], seed % 2**64)
     numbers = []
     for pair in (0, 2):
         radius = (-2 * ((words[pair].double() + 1) / 2**32).log()).sqrt()

@@ -21,3 +21,18 @@ def padding_pattern(padding_id: int | None) -> int | None:
     if not -(2**63) <= padding_id < 2**64:
         raise ValueError(f"padding_id must fit 64 bits, got {padding_id}")
     return padding_id - 2**64 if padding_id >= 2**63 else padding_id
+
+
+def checked_ids(ids: object, num_embeddings: int | None) -> Tensor:
+    """Return ids as a vector of int64; ValueError if one is outside a vocabulary of known size.
+
+    Values on a GPU are checked under ``EMBLAS_DEBUG=1`` only, as that waits for it.
+    """
+    pattern = id_pattern(ids)
+    if num_embeddings is None or pattern.numel() == 0:
+        return pattern
+    if _op._DEBUG or not pattern.is_cuda:
+        low, high = (int(x) for x in pattern.aminmax())
+        if low < 0 or high >= num_embeddings:
+            raise ValueError(f"ids must be 0 to {num_embeddings - 1}, got {low} to {high}")
+    return pattern

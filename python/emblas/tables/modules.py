@@ -10,7 +10,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from emblas.tables.base import ComposedEmbedding, TableModule
+from emblas.tables.base import (
+    ComposedEmbedding,
+    TableModule,
+    check_at_least,
+    tensor_text,
+    text_tensor,
+)
 from emblas.tables.composition import Composition, Part
 from emblas.tables.functions import hash_bag
 from emblas.tables.optim import FusedOptimizer
@@ -118,8 +124,7 @@ class HashEmbedding(TableModule):
         ValueError
             If ``factor`` is below 1 or the table would pass its largest size.
         """
-        if factor < 1:
-            raise ValueError(f"factor must be at least 1, got {factor}")
+        check_at_least(1, factor=factor)
         spec = self.spec
         grown = HashEmbedding(
             spec.num_embeddings * factor, self.embedding_dim, num_hashes=spec.num_hashes,
@@ -133,11 +138,11 @@ class HashEmbedding(TableModule):
 
     def get_extra_state(self) -> Tensor:
         """Return the specification as a tensor, which every checkpoint format can hold."""
-        return torch.tensor(list(self.spec.to_json().encode()), dtype=torch.uint8)
+        return text_tensor(self.spec.to_json())
 
     def set_extra_state(self, state: Tensor) -> None:
         """Raise ValueError unless the state dict was made with this module's specification."""
-        saved = TableSpec.from_json(bytes(state.tolist()).decode())
+        saved = TableSpec.from_json(tensor_text(state))
         if saved != self.spec:
             raise ValueError(f"the state dict holds a table of {saved}, this module is {self.spec}")
 
@@ -184,6 +189,12 @@ class MultiHashEmbedding(ComposedEmbedding):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        self._hashing: dict[str, Any] = {
+            "num_hashes": num_hashes,
+            "hash": hash,
+            "seed": seed,
+            "allow_degenerate_seed": allow_degenerate_seed,
+        }
         parts: list[Part] = []
         base = 0
         for feature, rows in enumerate(num_embeddings):
@@ -201,6 +212,23 @@ class MultiHashEmbedding(ComposedEmbedding):
     def reset_parameters(self) -> None:
         """Draw the tables anew: uniform on (-0.1, 0.1), as thinc does."""
         nn.init.uniform_(self.weight, -0.1, 0.1)
+
+    @torch.no_grad()
+    def resize(self, factor: int) -> MultiHashEmbedding:
+        """Return a copy with ``factor`` times the rows that gives the same vectors.
+
+        As :meth:`HashEmbedding.resize`, for the table of each feature.
+        """
+        check_at_least(1, factor=factor)
+        tables = self.tables()
+        grown = MultiHashEmbedding(
+            [len(table) * factor for table in tables], self.weight.shape[1],
+            padding_id=self.padding_id, device=self.weight.device, dtype=self.weight.dtype,
+            **self._hashing,
+        )  # fmt: skip
+        for to, table in zip(grown.tables(), tables, strict=True):
+            to.copy_(table.repeat(factor, 1))
+        return grown
 
     @classmethod
     def from_thinc(cls, tables: Sequence[npt.NDArray[Any]], seed: int = 8) -> MultiHashEmbedding:
@@ -304,14 +332,37 @@ class WeightedHashEmbedding(TableModule):
             )
         return torch.cat([out, weights], -1)
 
+    @torch.no_grad()
+    def resize(self, factor: int, importance_factor: int = 1) -> WeightedHashEmbedding:
+        """Return a copy with more rows that gives the same vectors.
+
+        As :meth:`HashEmbedding.resize`.
+
+        Parameters
+        ----------
+        factor, importance_factor : int
+            Times the rows of vectors and of weights.
+        """
+        check_at_least(1, factor=factor, importance_factor=importance_factor)
+        spec = self.spec
+        grown = WeightedHashEmbedding(
+            spec.num_embeddings * factor, self.weight.shape[1],
+            self.importance_spec.num_embeddings * importance_factor, num_hashes=spec.num_hashes,
+            append_weights=self.append_weights, hash=spec.hash, seed=spec.seed,
+            padding_id=self.padding_id, device=self.weight.device, dtype=self.weight.dtype,
+        )  # fmt: skip
+        grown.weight.copy_(self.weight.repeat(factor, 1))
+        grown.importance.copy_(self.importance.repeat(importance_factor, 1))
+        return grown
+
     def get_extra_state(self) -> Tensor:
         """Return both specifications as a tensor."""
         text = self.spec.to_json() + "\n" + self.importance_spec.to_json()
-        return torch.tensor(list(text.encode()), dtype=torch.uint8)
+        return text_tensor(text)
 
     def set_extra_state(self, state: Tensor) -> None:
         """Raise ValueError unless the state dict was made with this module's specifications."""
-        lines = bytes(state.tolist()).decode().split("\n")
+        lines = tensor_text(state).split("\n")
         saved, own = (
             [TableSpec.from_json(line) for line in lines],
             [self.spec, self.importance_spec],
@@ -361,10 +412,26 @@ class UnifiedEmbedding(ComposedEmbedding):
             for feature, count in enumerate(chunks)
             for chunk in range(count)
         ]  # fmt: skip
+        self.chunks, self.seed = tuple(chunks), seed
         super().__init__(
             Composition(tuple(parts)), (num_embeddings, chunk_dim), padding_id=padding_id,
             sparse=sparse, device=device, dtype=dtype,
         )  # fmt: skip
+
+    @torch.no_grad()
+    def resize(self, factor: int) -> UnifiedEmbedding:
+        """Return a copy with ``factor`` times the rows that gives the same vectors.
+
+        As :meth:`HashEmbedding.resize`.
+        """
+        check_at_least(1, factor=factor)
+        rows, chunk_dim = self.weight.shape
+        grown = UnifiedEmbedding(
+            rows * factor, chunk_dim, self.chunks, seed=self.seed, padding_id=self.padding_id,
+            sparse=self.sparse, device=self.weight.device, dtype=self.weight.dtype,
+        )  # fmt: skip
+        grown.weight.copy_(self.weight.repeat(factor, 1))
+        return grown
 
 
 class RobeEmbedding(ComposedEmbedding):
