@@ -9,6 +9,7 @@ _MORE_WORK = "the same result by more work"
 _UNUSED = "the lanes that the mask hides are not used"
 _FIRST = "hidden lanes hold index 0, which may be read, and their values are not used"
 _HIDDEN = "hidden lanes read what exists, and their gradients are 0"
+_NOT_OWN = "no part is an absent id's own"
 _NO_ROW = "the interpreter's garbage, -1 or huge, is no row; a GPU's may be one"
 SURVIVORS: dict[tuple[str, str], str] = {
     ("_normalize", "values = tl.load(mean + row * dim + d, mask=d < dim)"): _UNUSED,
@@ -86,6 +87,22 @@ SURVIVORS: dict[tuple[str, str], str] = {
         "size = tl.load(first_parts + feature + 1, mask=i < count) - first",
     ): _UNUSED,
     ("_weight_gradients", "slot = tl.load(part + _SLOT_FIRST, mask=own)"): _UNUSED,
+    ("_weight_gradients", "column = tl.load(part + _COLUMN, mask=own)"): _UNUSED,
+    ("_weight_gradients", "width = tl.load(part + _WIDTH, mask=own)"): _UNUSED,
+    (
+        "_weight_gradients",
+        "size = tl.load(first_parts + feature + 1, mask=i <= count, other=0) - first",
+    ): _FIRST,
+    (
+        "_weight_gradients",
+        "values = _part_values(i, first + number, first, own, numbers, most_parts, parts, table, "
+        "d, i <= count, ALIGN)",
+    ): _NOT_OWN,
+    (
+        "_weight_gradients",
+        "factor = _part_values(i, slot + k, first, other, numbers, most_parts, parts, table, "
+        "d, i <= count, ALIGN)",
+    ): _NOT_OWN,
     (
         "_row_gradients",
         "sign = tl.load(numbers + lookup, mask=inside == inside, other=0) & 1",
