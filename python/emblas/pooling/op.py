@@ -162,11 +162,13 @@ _segment_max = Op(
     reference=reference.segment_max,
     fake=_segment_max_fake,
     backward="segment_max_backward",
+    triton="emblas.pooling.triton",
 )
 _segment_max_backward = Op(
     "segment_max_backward",
     reference=reference.segment_max_backward,
     fake=_segment_max_backward_fake,
+    triton="emblas.pooling.triton",
 )
 
 
