@@ -100,7 +100,7 @@ NO_GRADIENT = {
 NO_TRITON = (
     "attention_pool", "attention_pool_backward", "compose_bag_backward_rows", "compose_bag_update_",
     "finish", "finish_backward", "lexical_index", "segment_gem", "segment_gem_backward",
-    "segment_max", "segment_max_backward", "varlen_attention_backward", "vocab_max",
+    "varlen_attention_backward", "vocab_max",
     "vocab_max_backward", "vocab_sum", "vocab_sum_backward",
 )  # fmt: skip
 

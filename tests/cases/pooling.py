@@ -64,7 +64,75 @@ def _pooling_backward() -> Iterator[tuple[str, Callable[[], Case]]]:
         yield f"needs {needs}", lambda a=needs: backward(Case(_pool((3, 70), 70)), *a)
 
 
+def _segments(lengths: tuple[int, ...], dim: int, dtype: torch.dtype, **options: Any) -> list[Any]:
+    """x, starts, weights, ends, skip and index of segments in every form that there is."""
+    x, starts, weights, _ = _pool(lengths, dim, dtype, options.get("weighted", False))
+    ends = skip = index = None
+    if options.get("skip"):
+        skip = torch.arange(len(lengths), dtype=torch.int32) % 5
+    if options.get("spans"):  # they overlap, and leave tokens out
+        starts, ends = (starts[:-1] // 2).int(), starts[1:].clone()
+    if options.get("index"):
+        index = torch.randint(0, len(x), (len(x),), dtype=torch.int32)
+    if options.get("planes"):  # padded: segments are parts of each plane
+        x = torch.randn(len(lengths), 2 * max(lengths), dim)[:, : max(lengths)].to(dtype)
+        starts = torch.arange(len(lengths), dtype=torch.int32) * max(lengths)
+        starts, ends = starts, starts + torch.tensor(lengths, dtype=torch.int32)
+    return [x, starts, weights, ends, skip, index]
+
+
+def _forms() -> Iterator[tuple[str, Callable[[], list[Any]]]]:
+    mixed = (0, 5, 1, 0, 70, 33, 0)
+    for name, options in {
+        **{short(dtype): {"dtype": dtype} for dtype in (torch.float32, *HALVES)},
+        "weights": {"weighted": True},
+        "skip": {"skip": True},
+        "spans": {"spans": True},
+        "spans, weights, skip": {"spans": True, "weighted": True, "skip": True},
+        "lists": {"index": True, "weighted": True},
+        "padded": {"planes": True},
+    }.items():
+        options = {"dtype": torch.float32, **options}
+        yield name, lambda a=options: _segments(mixed, 67, **a)
+    for name, lengths, dim in (
+        ("no sequence", (), 5),
+        ("empty sequences", (0, 0), 5),
+        ("no dimension", (3,), 0),
+        ("one token", (1,), 64),
+    ):
+        yield name, lambda a=(lengths, dim): _segments(*a, torch.float32)
+
+
+def _max() -> Iterator[tuple[str, Callable[[], Case]]]:
+    for name, make in _forms():
+        yield name, lambda make=make: Case(tuple(make()))
+
+    def special() -> Case:
+        """Equal values, NaN, infinities."""
+        x, *others = _segments((5, 70, 3), 40, torch.float32)
+        x = torch.randint(-1, 2, x.shape).float()
+        x[torch.rand(x.shape) < 0.02] = torch.nan
+        x[:5] = -torch.inf
+        x[2, :9] = torch.inf
+        return Case((x, *others))
+
+    yield "special values", special
+
+
+def _max_backward() -> Iterator[tuple[str, Callable[[], Case]]]:
+    for name, make in _max():
+
+        def backward(make: Callable[[], Case] = make) -> Case:
+            x, *others = make().args
+            out, argmax = torch.ops.emblas.segment_max(x, *others)
+            return Case((torch.randn(out.shape).to(x.dtype), argmax, x.shape[:-1].numel()), 9)
+
+        yield name, backward
+
+
 CASES: dict[str, dict[str, Callable[[], Case]]] = {
     "segment_pool": dict(_pooling()),
     "segment_pool_backward": dict(_pooling_backward()),
+    "segment_max": dict(_max()),
+    "segment_max_backward": dict(_max_backward()),
 }

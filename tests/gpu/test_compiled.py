@@ -31,6 +31,7 @@ LOCAL_MEMORY = {
     ("_grad_weights", ""): (8, "ptxas spills two words to get by with 32 or 40 registers"),
     ("_compose_bags", "product, float32, bags, max"): (8, "two words, to get by with 72 registers"),
     ("_highest_of_chunk", ""): (16, "ptxas spills two to four words for another four warps"),
+    ("_maximum", "float32, padded"): (8, "two words on sm_120, to get by with 80 registers"),
     ("_maxsim", "float32"): (8, _TWO_WORDS),
     ("_maxsim", "floats and bits"): (8, _TWO_WORDS),
     ("_maxsim", "bits"): (8, _TWO_WORDS),

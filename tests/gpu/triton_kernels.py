@@ -44,6 +44,21 @@ def _pooling() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
                 yield "segment_pool_backward", words, args
 
 
+def _maxima() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
+    starts, index = torch.zeros(5, dtype=torch.int32), torch.zeros(512, dtype=torch.int32)
+    skip, weights = starts[1:], torch.empty(512)
+    padded = torch.empty(4, 256, 384)[:, :128]
+    for dtype in DTYPES:
+        x = torch.empty(512, 384, dtype=dtype)
+        yield "segment_max", _short(dtype), (x, starts, None, None, None, None)
+        args = (x[:4], torch.zeros(4, 384, dtype=torch.int32), 512)
+        yield "segment_max_backward", _short(dtype), args
+    x = torch.empty(512, 384)
+    args = (x, skip, weights, skip, skip, index)
+    yield "segment_max", "float32, lists, weights, skip", args
+    yield "segment_max", "float32, padded", (padded, skip, None, skip, None, None)
+
+
 def _tables() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
     ids, offsets, weights = torch.zeros(64, dtype=torch.int64), torch.zeros(9).int(), torch.ones(64)
     for family, name in enumerate(("murmur3", "splitmix64")):
@@ -172,7 +187,7 @@ def _attention() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
 def calls() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
     """Operator, words and arguments of calls that take every configuration of every kernel."""
     families = (
-        _pooling, _tables, _compositions, _binary, _scores, _late_interaction, _attention,
+        _pooling, _maxima, _tables, _compositions, _binary, _scores, _late_interaction, _attention,
     )  # fmt: skip
     for family in families:
         yield from family()

@@ -192,11 +192,13 @@ _segment_max = Op(
     fake=_segment_max_fake,
     backward="segment_max_backward",
     check_values=lambda *fields: check_segments(Segments(*fields)),
+    triton="emblas.pooling.triton",
 )
 _segment_max_backward = Op(
     "segment_max_backward",
     reference=reference.segment_max_backward,
     fake=_segment_max_backward_fake,
+    triton="emblas.pooling.triton",
 )
 
 

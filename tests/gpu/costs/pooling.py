@@ -119,6 +119,36 @@ def _pool_backward(first: str, second: str, along_mean: bool) -> Callable[..., d
     return works
 
 
+@dataclasses.dataclass(frozen=True)
+class Maximum(Pooling):
+    """Maximum of each column instead."""
+
+    @property
+    def argmax(self) -> int:
+        return self.wide
+
+    def arguments(self) -> tuple[Any, ...]:
+        return *super().arguments()[:3], None, None, None
+
+
+@dataclasses.dataclass(frozen=True)
+class MaximumBackward(Maximum):
+    """Its gradient."""
+
+    def arguments(self) -> tuple[Any, ...]:
+        x, *others = super().arguments()
+        out, argmax = torch.ops.emblas.segment_max(x, *others)
+        return torch.rand(out.shape).to(x.dtype), argmax, len(x)
+
+
+def _max_triton(p: Maximum) -> dict[str, Work]:
+    return {"_maximum": Work(p.read_always + p.x, p.out + p.argmax)}
+
+
+def _max_backward_triton(p: MaximumBackward) -> dict[str, Work]:
+    return {"_scatter": Work(p.out + p.argmax, p.out)}  # into zeros
+
+
 _BF16, _F32 = torch.bfloat16, torch.float32
 MODELS: dict[tuple[str, str], Callable[[Any], dict[str, Work]]] = {
     ("segment_pool", "CUDA C++"): _pool_cuda,
@@ -129,6 +159,8 @@ MODELS: dict[tuple[str, str], Callable[[Any], dict[str, Work]]] = {
     ("segment_pool_backward", "Triton"): _pool_backward(
         "_mean_gradient", "_token_gradients", False
     ),
+    ("segment_max", "Triton"): _max_triton,
+    ("segment_max_backward", "Triton"): _max_backward_triton,
 }
 SMALL: dict[str, tuple[Any, ...]] = {
     "segment_pool": (
@@ -139,8 +171,12 @@ SMALL: dict[str, tuple[Any, ...]] = {
         PoolingBackward((130, 1, 300), 24, _F32),
         PoolingBackward((130, 1, 300), 24, _BF16, weights=True, normalize=True),
     ),
+    "segment_max": (Maximum((130, 1, 300), 24, _F32), Maximum((40, 1), 70, _BF16, weights=True)),
+    "segment_max_backward": (MaximumBackward((40, 1, 30), 70, _BF16),),
 }
 LARGE: dict[str, tuple[Any, ...]] = {
     "segment_pool": (Pooling((512,) * 256, 1024, _BF16, normalize=True),),
     "segment_pool_backward": (PoolingBackward((512,) * 256, 1024, _BF16, normalize=True),),
+    "segment_max": (Maximum((512,) * 256, 1024, _BF16),),
+    "segment_max_backward": (MaximumBackward((512,) * 256, 1024, _BF16),),
 }
