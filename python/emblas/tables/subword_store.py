@@ -294,8 +294,9 @@ class SubwordStore:
         out[known] = self._vectors[numbers[known]]
         unknown = np.flatnonzero(~known)
         if len(unknown) and len(self._buckets):
+            strangers = [words[i] for i in unknown.tolist()]
             ids, offsets = text_ids(
-                [words[i] for i in unknown.tolist()], "subwords", min_n=self.min_n, max_n=self.max_n,
+                strangers, "subwords", min_n=self.min_n, max_n=self.max_n,
                 modulus=len(self._buckets),
             )  # fmt: skip
             used, where = np.unique(ids.numpy(), return_inverse=True)
