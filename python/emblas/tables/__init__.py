@@ -33,6 +33,7 @@ from emblas.tables.quantized import ALPT, LearnedStepEmbedding, QuantizedEmbeddi
 from emblas.tables.sparse import SparseEmbedding
 from emblas.tables.spec import TableSpec
 from emblas.tables.subspace import SubspaceEmbedding
+from emblas.tables.subword_store import SubwordStore
 from emblas.tables.text import text_ids
 from emblas.tables.transfer import fit_rows, match_tokens, matching_pursuit, transfer_rows
 
@@ -64,6 +65,7 @@ __all__ = [
     "RobeEmbedding",
     "SparseEmbedding",
     "SubspaceEmbedding",
+    "SubwordStore",
     "TableSpec",
     "TensorTrainEmbedding",
     "UnifiedEmbedding",
