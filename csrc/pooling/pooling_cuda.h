@@ -1,6 +1,6 @@
-// Segment pooling on a GPU: what segment_pool_cuda.cu launches, for all sequences of a batch, on a
-// stream (a cudaStream_t), never waiting. The formulas stand in pooling.h; here are its weighted
-// mean over cu_seqlens and the gradient of it.
+// Segment pooling on a GPU: what the .cu files of this folder launch, for all sequences of a batch,
+// on a stream (a cudaStream_t), never waiting. The formulas stand in pooling.h; here are its
+// weighted mean over cu_seqlens and its maximum, and their gradients.
 #pragma once
 
 #include "pooling/pooling.h"
@@ -50,5 +50,20 @@ void segment_pool(const SegmentPoolArgs<T>& args, int64_t batch, int64_t tokens,
 template <class T>
 void segment_pool_backward(const SegmentPoolBackwardArgs<T>& args, int64_t batch, int64_t tokens,
                            Accumulator<T>* scratch, void* stream);
+
+// Segments of any form, and what positions and rows there are.
+template <class T>
+struct SegmentRows {
+  Segments<T> segments;
+  int64_t positions, rows;
+};
+
+// out, argmax: [batch, dim].
+template <class T>
+void segment_max(const SegmentRows<T>& rows, int64_t batch, T* out, int32_t* argmax, void* stream);
+// grad_out, argmax: [batch, dim]; grad_x: [rows, dim], zeros.
+template <class T>
+void segment_max_backward(const T* grad_out, const int32_t* argmax, int64_t batch, int64_t rows,
+                          int64_t dim, T* grad_x, void* stream);
 
 }  // namespace emblas::cuda

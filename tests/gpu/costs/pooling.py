@@ -141,12 +141,18 @@ class MaximumBackward(Maximum):
         return torch.rand(out.shape).to(x.dtype), argmax, len(x)
 
 
-def _max_triton(p: Maximum) -> dict[str, Work]:
-    return {"_maximum": Work(p.read_always + p.x, p.out + p.argmax)}
+def _max(kernel: str) -> Callable[[Maximum], dict[str, Work]]:
+    def works(p: Maximum) -> dict[str, Work]:
+        return {kernel: Work(p.read_always + p.x, p.out + p.argmax)}
+
+    return works
 
 
-def _max_backward_triton(p: MaximumBackward) -> dict[str, Work]:
-    return {"_scatter": Work(p.out + p.argmax, p.out)}  # into zeros
+def _max_backward(kernel: str) -> Callable[[MaximumBackward], dict[str, Work]]:
+    def works(p: MaximumBackward) -> dict[str, Work]:
+        return {kernel: Work(p.out + p.argmax, p.out)}  # into zeros
+
+    return works
 
 
 _BF16, _F32 = torch.bfloat16, torch.float32
@@ -159,8 +165,10 @@ MODELS: dict[tuple[str, str], Callable[[Any], dict[str, Work]]] = {
     ("segment_pool_backward", "Triton"): _pool_backward(
         "_mean_gradient", "_token_gradients", False
     ),
-    ("segment_max", "Triton"): _max_triton,
-    ("segment_max_backward", "Triton"): _max_backward_triton,
+    ("segment_max", "CUDA C++"): _max("find_maxima"),
+    ("segment_max", "Triton"): _max("_maximum"),
+    ("segment_max_backward", "CUDA C++"): _max_backward("scatter_maxima"),
+    ("segment_max_backward", "Triton"): _max_backward("_scatter"),
 }
 SMALL: dict[str, tuple[Any, ...]] = {
     "segment_pool": (
