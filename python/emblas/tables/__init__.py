@@ -30,6 +30,7 @@ from emblas.tables.product_quantized import (
 )
 from emblas.tables.pruned import AutoSrhEmbedding, DeepLightEmbedding, PepEmbedding
 from emblas.tables.quantized import ALPT, LearnedStepEmbedding, QuantizedEmbedding
+from emblas.tables.sharded import ShardedEmbedding
 from emblas.tables.sparse import SparseEmbedding
 from emblas.tables.spec import TableSpec
 from emblas.tables.subspace import SubspaceEmbedding
@@ -63,6 +64,7 @@ __all__ = [
     "QuantizedEmbedding",
     "QuotientRemainderEmbedding",
     "RobeEmbedding",
+    "ShardedEmbedding",
     "SparseEmbedding",
     "SubspaceEmbedding",
     "SubwordStore",
