@@ -110,7 +110,7 @@ def steps(module, optimizer, with_closure, count=300):
 
         closure()
         optimizer.step(closure if with_closure else None)
-    return float((module.table() - targets).square().mean())
+    return float((module.table().detach() - targets).square().mean())
 
 
 def test_training_without_floats():

@@ -19,6 +19,7 @@ from emblas.tables.modules import (
     WeightedHashEmbedding,
 )
 from emblas.tables.opt_embedding import OptEmbedding
+from emblas.tables.partitioned import PartitionedEmbedding, bucket_order
 from emblas.tables.partitions import (
     MemComEmbedding,
     QuotientRemainderEmbedding,
@@ -59,6 +60,7 @@ __all__ = [
     "MultiHashEmbedding",
     "OptEmbedding",
     "Part",
+    "PartitionedEmbedding",
     "PepEmbedding",
     "ProductQuantizedEmbedding",
     "QuantizedEmbedding",
@@ -73,6 +75,7 @@ __all__ = [
     "UnifiedEmbedding",
     "WeightedHashEmbedding",
     "arrays",
+    "bucket_order",
     "compose_bag",
     "diagnostics",
     "fit_rows",
