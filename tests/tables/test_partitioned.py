@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -119,3 +122,19 @@ def test_files(tmp_path, monkeypatch):
     ):
         with pytest.raises(ValueError, match=message):
             call()
+
+
+def test_link_prediction():
+    """The experiment, on a made-up graph of two halves: partitions cost nothing."""
+    folder = Path(__file__).parents[2] / "benchmarks" / "experiments"
+    if not folder.exists():
+        pytest.skip("the experiments are not there")
+    spec = importlib.util.spec_from_file_location("links", folder / "link_prediction.py")
+    links = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(links)
+    source, target = torch.randint(0, 100, (2, 3000))
+    edges = torch.stack([source, (target // 2) * 2 + source % 2, source % 3], 1)
+    for partitions in (1, 2):
+        result = links.run(partitions, 0, 3, edges)
+        assert result["share_in_memory"] == 1
+        assert result["mrr"] > 1.5 * float((1 / torch.arange(1, 1001)).mean())

@@ -181,12 +181,13 @@ class PartitionedEmbedding(VocabularyEmbedding):
                     f"{int(ids[begin])} of partition {partition}"
                 )
             own = ids[begin:end] - self._bounds[partition]
-            parts.append(nn.functional.embedding(own, self.weights[str(partition)]))
+            weight = self.weights[str(partition)]
+            parts.append(nn.functional.embedding(own, weight, sparse=True))
         return torch.cat(parts) if parts else torch.zeros(0, self.embedding_dim)
 
     @torch.no_grad()
     def step(self, lr: float = 0.01, *, eps: float = 1e-10) -> None:
-        """Update the partitions in memory by row-wise Adagrad, and clear their gradients.
+        """Update the rows in use by row-wise Adagrad, and clear their (sparse) gradients.
 
         ``s += mean(g^2)``, ``w -= lr g / (sqrt(s) + eps)``; rows without a gradient stand still.
         """
@@ -194,8 +195,10 @@ class PartitionedEmbedding(VocabularyEmbedding):
             weight = self.weights[str(partition)]
             if weight.grad is None:
                 continue
-            sums += weight.grad.square().mean(1, keepdim=True)
-            weight.sub_(lr * weight.grad / (sums.sqrt() + eps))
+            gradient = weight.grad.coalesce()
+            rows, values = gradient.indices()[0], gradient.values()
+            sums[rows] += values.square().mean(1, keepdim=True)
+            weight[rows] -= lr * values / (sums[rows].sqrt() + eps)
             weight.grad = None
 
     @torch.no_grad()
