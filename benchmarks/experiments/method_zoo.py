@@ -274,21 +274,21 @@ def write_report(results: list[dict[str, Any]]) -> None:
     shares = sorted({result["share"] for result in finished if result["method"] != FULL})
     lines = [
         "Written by method_zoo.py: test log loss / AUC (mean over the seeds; with several, the",
-        "standard deviation of the loss), and the bytes that the method stores to serve. Budgets",
-        "are parts of the full table's bytes.",
+        "standard deviation of the loss), in brackets the bytes that the method stores to serve.",
+        "Budgets are parts of the full table's bytes. All fields share one vocabulary, numbered by",
+        f"falling frequency. Epochs: {', '.join(map(str, epochs))}. An empty cell: not run, or the",
+        "method can't be made as small.",
         "",
-        f"Epochs: {', '.join(map(str, epochs))}. An empty cell: not run, or the method can't be",
-        "made as small.",
-        "",
-        "| method | " + " | ".join(f"1/{share}" for share in shares) + " | seeds |",
-        "|---" * (len(shares) + 2) + "|",
     ]
     full_runs = [result for result in finished if result["method"] == FULL]
     if full_runs:
         loss = np.mean([result["log_loss"] for result in full_runs])
         auc = np.mean([result["auc"] for result in full_runs])
-        lines.insert(6, f"Full table: {loss:.4f} / {auc:.3f}, {full_runs[0]['bytes']:,} bytes.")
-        lines.insert(7, "")
+        lines += [f"Full table: {loss:.4f} / {auc:.3f} ({full_runs[0]['bytes']:,}).", ""]
+    lines += [
+        "| method | " + " | ".join(f"1/{share}" for share in shares) + " | seeds |",
+        "|---" * (len(shares) + 2) + "|",
+    ]
     for name in METHODS:
         cells, seeds = [], 0
         for share in shares:

@@ -83,6 +83,11 @@ def test_bits_of_codes():
     assert torch.equal(random_codes(ids.repeat_interleave(2)[::2], 3), normal)
     assert torch.equal(random_codes(ids.view(torch.uint64), 3), normal)
     assert random_codes(ids[:0], 3).shape == (0, 3)
+    many = torch.arange(2**17 + 9)  # more than fit into one block
+    last = many[-20:]
+    assert torch.equal(
+        random_codes(many, 5, CodeSpec("uniform"))[-20:], random_codes(last, 5, CodeSpec("uniform"))
+    )
 
 
 @pytest.mark.parametrize(("sparsity", "kind"), [(1, "normal"), (1, "sparse"), (30, "sparse")])

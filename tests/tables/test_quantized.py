@@ -82,10 +82,10 @@ def test_learned_step_by_hand(bits):
     grad = torch.randn(4, 6, dtype=torch.float64)
     dx, dscale = torch.autograd.grad(out, (x, scale), grad)
     for i in range(4):
-        s, total = float(scale[i]), 0.0
+        s, total = float(scale[i].detach()), 0.0
         for j in range(6):
-            r = float(x[i, j]) / s
-            assert float(out[i, j]) == pytest.approx(min(max(round(r), low), high) * s)
+            r = float(x[i, j].detach()) / s
+            assert float(out[i, j].detach()) == pytest.approx(min(max(round(r), low), high) * s)
             inside = low <= r <= high
             assert float(dx[i, j]) == (float(grad[i, j]) if inside else 0)
             slope = round(r) - r if inside else (low if r < low else high)
@@ -110,7 +110,7 @@ def steps(module, optimizer, with_closure, count=300):
 
         closure()
         optimizer.step(closure if with_closure else None)
-    return float((module.table() - targets).square().mean())
+    return float((module.table().detach() - targets).square().mean())
 
 
 def test_training_without_floats():
@@ -133,6 +133,17 @@ def test_training_without_floats():
     again(torch.arange(3)).sum().backward()
     with pytest.raises(ValueError, match="closure must look up the ids"):
         optimizer.step(lambda: again(torch.arange(4)).sum().backward())
+
+
+def test_lost_gradients_are_noticed():
+    module = QuantizedEmbedding(3, 2)
+    optimizer = ALPT(module)
+    module(torch.tensor([1]))  # never differentiated
+    module(torch.tensor([1])).sum().backward()
+    with pytest.raises(RuntimeError, match="the gradient of the last lookup is not applied"):
+        module(torch.tensor([1]))
+    optimizer.zero_grad()
+    module(torch.tensor([1]))
 
 
 def test_one_step_by_hand():

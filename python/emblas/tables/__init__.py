@@ -19,6 +19,7 @@ from emblas.tables.modules import (
     WeightedHashEmbedding,
 )
 from emblas.tables.opt_embedding import OptEmbedding
+from emblas.tables.partitioned import PartitionedEmbedding, bucket_order
 from emblas.tables.partitions import (
     MemComEmbedding,
     QuotientRemainderEmbedding,
@@ -30,6 +31,7 @@ from emblas.tables.product_quantized import (
 )
 from emblas.tables.pruned import AutoSrhEmbedding, DeepLightEmbedding, PepEmbedding
 from emblas.tables.quantized import ALPT, LearnedStepEmbedding, QuantizedEmbedding
+from emblas.tables.sharded import ShardedEmbedding
 from emblas.tables.sparse import SparseEmbedding
 from emblas.tables.spec import TableSpec
 from emblas.tables.subspace import SubspaceEmbedding
@@ -58,11 +60,13 @@ __all__ = [
     "MultiHashEmbedding",
     "OptEmbedding",
     "Part",
+    "PartitionedEmbedding",
     "PepEmbedding",
     "ProductQuantizedEmbedding",
     "QuantizedEmbedding",
     "QuotientRemainderEmbedding",
     "RobeEmbedding",
+    "ShardedEmbedding",
     "SparseEmbedding",
     "SubspaceEmbedding",
     "SubwordStore",
@@ -71,6 +75,7 @@ __all__ = [
     "UnifiedEmbedding",
     "WeightedHashEmbedding",
     "arrays",
+    "bucket_order",
     "compose_bag",
     "diagnostics",
     "fit_rows",

@@ -60,6 +60,7 @@ class TableModule(nn.Module):
 
     # The argument of the class that a budget decides on, None where there is none.
     _size_argument: ClassVar[str | None] = None
+    _size_limit: ClassVar[int] = 2**31 - 1
 
     @classmethod
     def from_budget(cls, num_bytes: int, *args: Any, **kwargs: Any) -> TableModule:
@@ -84,19 +85,19 @@ class TableModule(nn.Module):
         def size(value: int) -> int:
             return cls(*args, **{name: value, "device": "meta", **kwargs}).num_bytes
 
-        value = largest(size, num_bytes, f"{cls.__name__}({name}=1)")
+        value = largest(size, num_bytes, f"{cls.__name__}({name}=1)", cls._size_limit)
         return cls(*args, **{name: value, **kwargs})
 
 
-def largest(size: Callable[[int], int], budget: int, what: str) -> int:
-    """Return the largest argument, 1 to 2^31 - 1, at which ``size`` doesn't pass ``budget``."""
+def largest(size: Callable[[int], int], budget: int, what: str, limit: int = 2**31 - 1) -> int:
+    """Return the largest argument, 1 to ``limit``, at which ``size`` doesn't pass ``budget``."""
     least = size(1)
     if least > budget:
         raise ValueError(f"num_bytes must be at least {least}, the size of {what}, got {budget}")
     low, high = 1, 2
-    while high < 2**31 and size(high) <= budget:
+    while high <= limit and size(high) <= budget:
         low, high = high, 2 * high
-    high = min(high, 2**31)
+    high = min(high, limit + 1)
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if size(middle) <= budget else (low, middle)

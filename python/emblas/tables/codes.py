@@ -13,6 +13,7 @@ from emblas._philox import WORD, philox4x32
 from emblas.tables.ids import id_pattern
 
 CODES = ("normal", "uniform", "sparse")
+_BLOCK = 2**18  # calls of Philox at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,8 +115,18 @@ def random_codes(
         number = torch.full_like(pattern, sequence)
     if ids.device.type == "cpu" and bool(((number < 0) | (number > WORD)).any()):
         raise ValueError(f"sequence must be 0 to {WORD}, got {sequence}")
+    rows = max(1, _BLOCK // -(-dim // 4))
+    parts = [
+        _numbers(some, count, dim, spec).to(dtype)
+        for some, count in zip(pattern.split(rows), number.split(rows), strict=True)
+    ]
+    return torch.cat(parts).reshape(*ids.shape, dim)
+
+
+def _numbers(ids: Tensor, sequence: Tensor, dim: int, spec: CodeSpec) -> Tensor:
+    """Codes of ids ``(ids,)``, float64 ``(ids, dim)``."""
     block = torch.arange(-(-dim // 4), device=ids.device)
-    counter = [block, *(x[:, None] for x in (pattern & WORD, pattern >> 32 & WORD, number & WORD))]
+    counter = [block, *(x[:, None] for x in (ids & WORD, ids >> 32 & WORD, sequence & WORD))]
     words = philox4x32(torch.broadcast_tensors(*counter), spec.seed)
     if spec.kind == "normal":
         numbers = [*_normal(*words[:2]), *_normal(*words[2:])]
@@ -128,8 +139,7 @@ def random_codes(
             ((word < 2 * part).double() - 2 * (word < part).double()) * math.sqrt(spec.sparsity)
             for word in words
         ]
-    codes = torch.stack(numbers, 2).flatten(1)[:, :dim]
-    return codes.to(dtype).reshape(*ids.shape, dim)
+    return torch.stack(numbers, 2).flatten(1)[:, :dim]
 
 
 def _normal(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:

@@ -162,6 +162,7 @@ class MemComEmbedding(TableModule):
     device, dtype : optional
     """
 
+    _specified = ("num_embeddings", "embedding_dim", "num_rows", "has_bias")
     _size_argument = "num_rows"
 
     def __init__(
@@ -178,6 +179,7 @@ class MemComEmbedding(TableModule):
         own = Composition((Part(num_embeddings, 1, "radix", a=1, limit=num_embeddings),))
         shared = Composition((Part(num_rows, embedding_dim, "radix", a=1, limit=num_embeddings),))
         self._own, self._shared, self.embedding_dim = own, shared, embedding_dim
+        self.num_embeddings, self.num_rows, self.has_bias = num_embeddings, num_rows, bias
         self.weight = nn.Parameter(
             torch.empty(num_rows, embedding_dim, device=device, dtype=dtype).uniform_(-0.05, 0.05)
         )
@@ -220,6 +222,7 @@ class TensorTrainEmbedding(TableModule):
         ``+-1 / sqrt(n)``.
     """
 
+    _specified = ("row_factors", "dim_factors", "rank")
     _size_argument = "rank"
 
     def __init__(
@@ -239,7 +242,8 @@ class TensorTrainEmbedding(TableModule):
             )
         if rank < 1 or min(*row_factors, *dim_factors) < 1:
             raise ValueError("rank and all factors must be at least 1")
-        self.row_factors = tuple(row_factors)
+        self.row_factors, self.dim_factors = tuple(row_factors), tuple(dim_factors)
+        self.rank = rank
         self.num_embeddings = math.prod(row_factors)
         self.embedding_dim = math.prod(dim_factors)
         ranks = [1, *[rank] * (len(row_factors) - 1), 1]

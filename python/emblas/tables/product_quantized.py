@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from emblas import _op
 from emblas.tables.base import VocabularyEmbedding, largest
 from emblas.tables.packed_codes import row_bytes
-from emblas.tables.subspace import SubspaceEmbedding, check_parts, code_bits
+from emblas.tables.subspace import MAX_CENTROIDS, SubspaceEmbedding, check_parts, code_bits
 
 
 class ProductQuantizedEmbedding(VocabularyEmbedding):
@@ -106,11 +106,9 @@ class ProductQuantizedEmbedding(VocabularyEmbedding):
         """
 
         def size(count: int) -> int:
-            return cls._frozen_bytes(
-                num_embeddings, embedding_dim, num_parts, min(count, 2**16), **kwargs
-            )
+            return cls._frozen_bytes(num_embeddings, embedding_dim, num_parts, count, **kwargs)
 
-        count = min(largest(size, num_bytes, "one centroid for each part"), 2**16)
+        count = largest(size, num_bytes, "one centroid for each part", MAX_CENTROIDS)
         return cls(num_embeddings, embedding_dim, num_parts, count, **kwargs)
 
     @classmethod

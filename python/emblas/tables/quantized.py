@@ -243,6 +243,11 @@ class QuantizedEmbedding(VocabularyEmbedding):
         with torch.no_grad():
             rows = self.codes(ids) * self.scale[ids]
         if torch.is_grad_enabled() and self.training:
+            if self._rows is not None and self._rows.grad is not None:
+                raise RuntimeError(
+                    "the gradient of the last lookup is not applied: call step() or zero_grad() of "
+                    "ALPT before the next"
+                )
             self._ids, self._rows = ids, rows.requires_grad_()
         return rows
 

@@ -9,6 +9,8 @@ from emblas.tables.base import VocabularyEmbedding, check_at_least
 from emblas.tables.clustering import k_means
 from emblas.tables.packed_codes import pack_codes, row_bytes, unpack_codes
 
+MAX_CENTROIDS = 2**16
+
 
 def code_bits(num_centroids: int) -> int:
     """Return the bits of a code of 0 to ``num_centroids - 1``."""
@@ -21,8 +23,8 @@ def check_parts(embedding_dim: int, num_parts: int, num_centroids: int) -> None:
         raise ValueError(
             f"embedding_dim must be a multiple of num_parts, got {embedding_dim} and {num_parts}"
         )
-    if not 1 <= num_centroids <= 2**16:
-        raise ValueError(f"num_centroids must be 1 to 65536, got {num_centroids}")
+    if not 1 <= num_centroids <= MAX_CENTROIDS:
+        raise ValueError(f"num_centroids must be 1 to {MAX_CENTROIDS}, got {num_centroids}")
 
 
 class SubspaceEmbedding(VocabularyEmbedding):
@@ -66,6 +68,7 @@ class SubspaceEmbedding(VocabularyEmbedding):
         "rare_centroids",
     )  # fmt: skip
     _size_argument = "num_centroids"
+    _size_limit = MAX_CENTROIDS
     num_embeddings: int
     packed: Tensor
     packed_rare: Tensor

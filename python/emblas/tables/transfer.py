@@ -171,9 +171,12 @@ def _pursue(
         fit[rows[:, None], atoms] = -1
         atoms = torch.cat([atoms, fit.argmax(1, keepdim=True)], 1)
         chosen = dictionary[atoms]  # (targets, k, dim)
-        solution = torch.linalg.pinv(chosen.transpose(1, 2)) @ targets[:, :, None]
+        # Normal equations. An atom that correlates with what is left does not depend on the others;
+        # where nothing is left it may, and what was found before stays.
+        factor, failed = torch.linalg.cholesky_ex(chosen @ chosen.transpose(1, 2))
+        solution = torch.cholesky_solve(chosen @ targets[:, :, None], factor)[..., 0]
         kept = torch.nn.functional.pad(coefficients, (0, 1))
-        coefficients = torch.where(active[:, None], solution[..., 0], kept)
+        coefficients = torch.where((active & (failed == 0))[:, None], solution, kept)
         residual = targets - torch.einsum("nk,nkd->nd", coefficients, chosen)
     return atoms, coefficients
 
