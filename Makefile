@@ -1,4 +1,5 @@
 # make demo              answer questions about the Python standard library (make demo QUERY="...")
+# make demo-train        teach a small encoder what a large one says, and see whether it has learned
 # make test              install what the tests need into .venv and run them
 # make full              the tests that take longer: every configuration, more examples, emulators
 # make bench             measure every op beside its peers (benchmarks/README.md)
@@ -18,7 +19,7 @@ CXX_SOURCES := csrc tests/native tests/simt tests/mutation -name '*.h' -o -name 
 export OMP_WAIT_POLICY ?= passive
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test full bench gpu-table mutate mutate-changed gpu-test lint format clean
+.PHONY: demo demo-train test full bench gpu-table mutate mutate-changed gpu-test lint format clean
 
 # Each extra is installed once; the marker file is newer than what it was installed from.
 # torch comes first and alone: the constraint keeps it, whatever the other packages ask for.
@@ -37,6 +38,9 @@ $(VENV)/installed-%: $(VENV)/torch $(NATIVE)
 
 demo: $(VENV)/installed-demo
 	$(BIN)/python examples/stdlib_search/search.py $(if $(QUERY),--query "$(QUERY)")
+
+demo-train: $(VENV)/installed-experiments
+	$(BIN)/python examples/small_encoder/train.py
 
 test: $(VENV)/installed-dev,demo,bench
 	$(BIN)/python -m pytest

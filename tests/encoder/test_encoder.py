@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import socket
 import warnings
 
 import emblas
@@ -11,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from emblas.binary import Int8Quantizer, pack_sign
-from torch.multiprocessing.spawn import spawn
 
 transformers = pytest.importorskip("transformers", reason="needs emblas[hf]")
 st = pytest.importorskip("sentence_transformers", reason="needs emblas[hf]")
@@ -19,7 +17,6 @@ st = pytest.importorskip("sentence_transformers", reason="needs emblas[hf]")
 from emblas.encoder import Encoder, EncoderPair, TruncationWarning  # noqa: E402
 from emblas.integrations.optimize import UnsupportedModelError  # noqa: E402
 from emblas.pooling import LexicalWeights  # noqa: E402
-from encoder.shared import encode_shared  # noqa: E402
 from integrations.models import CONFIGS, TEXTS, make_tokenizer, tiny  # noqa: E402
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
@@ -244,14 +241,6 @@ def test_unfit_sentence_transformers(tmp_path):
     model = st.SentenceTransformer(str(folder_of(tmp_path)), device="cpu")
     with pytest.raises(ValueError, match="must start with Transformer and Pooling, got Pooling"):
         Encoder.from_sentence_transformer(st.SentenceTransformer(modules=[model[1]], device="cpu"))
-
-
-@pytest.mark.slow
-def test_two_processes():
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    spawn(encode_shared, (2, port, make().encode(TEXTS)), nprocs=2)
 
 
 def test_every_architecture_of_the_tests():

@@ -188,13 +188,16 @@ def test_listwise_rank(method):
         assert torch.isfinite(empty.grad).all()
 
 
-def distill_oracle(s, t, method, a=None, b=None, temperature=None, margin=0.015):
+def distill_oracle(
+    s, t, method, a=None, b=None, temperature=None, margin=0.015, similarity="cosine"
+):
     n = len(s)
+    like = cosine if similarity == "cosine" else np.dot
     if method == "cosine":
         return mean(1 - cosine(s[i], t[i]) for i in range(n))
     others = range(n) if a is None else range(len(a))
-    S = [[cosine(s[i], (s if a is None else a)[j]) for j in others] for i in range(n)]
-    T = [[cosine(t[i], (t if b is None else b)[j]) for j in others] for i in range(n)]
+    S = [[like(s[i], (s if a is None else a)[j]) for j in others] for i in range(n)]
+    T = [[like(t[i], (t if b is None else b)[j]) for j in others] for i in range(n)]
     keep = [[j for j in others if a is not None or j != i] for i in range(n)]
     if method == "relative":
         return mean(max(0, S[i][k] - S[i][j] + margin) for i in range(n)
@@ -213,6 +216,9 @@ DISTILL = [
     ("relative", False, {"margin": 0.1}),
     ("anchor", True, {}),
     ("anchor", True, {"temperature": 0.2}),
+    ("anchor", True, {"temperature": 1.0, "similarity": "dot"}),
+    ("similarity", False, {"similarity": "dot"}),
+    ("relative", False, {"margin": 0.1, "similarity": "dot"}),
 ]
 
 
@@ -244,6 +250,29 @@ def test_distill(monkeypatch, method, anchored, options, block_bytes):
         assert torch.isfinite(few.grad).all()
         assert loss.item() == pytest.approx(distill_oracle(
             few.detach().numpy(), t[:rows].numpy(), method, a, b, **options))  # fmt: skip
+
+
+def test_distributions_over_a_vocabulary_take_little_memory():
+    """No logits of n x vocabulary are kept for the backward pass, nor ever held at once."""
+    n, vocabulary = 512, 30_000
+    student, teacher = torch.randn(n, 16, requires_grad=True), torch.randn(n, 24)
+    tables = torch.randn(vocabulary, 16), torch.randn(vocabulary, 24)
+    held = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: (held.append(x.numel()), x)[1],
+                                                  lambda x: x):  # fmt: skip
+        loss = distill(student, teacher, "anchor", anchors=tables, temperature=1.0,
+                       similarity="dot")  # fmt: skip
+    assert max(held) <= vocabulary * 24
+    loss.backward()
+    rows = slice(0, 3)
+    few = distill(student[rows], teacher[rows], "anchor", anchors=tables, temperature=1.0,
+                  similarity="dot")  # fmt: skip
+    logits = [x[rows].detach().double() @ table.double().T
+              for x, table in zip((student, teacher), tables, strict=True)]  # fmt: skip
+    expected = torch.nn.functional.kl_div(
+        logits[0].log_softmax(1), logits[1].log_softmax(1), log_target=True, reduction="batchmean"
+    )
+    assert few.item() == pytest.approx(expected.item(), rel=1e-4)
 
 
 def test_self_distill():
@@ -321,6 +350,7 @@ BAD = X / 0
         (ValueError, "teacher must have vectors of dim", lambda: distill(X, X[:, :2])),
         (ValueError, "teacher must be finite", lambda: distill(X, BAD)),
         (ValueError, "anchors belong to", lambda: distill(X, X + 1, "anchor")),
+        (ValueError, "similarity has no meaning", lambda: distill(X, X + 1, similarity="dot")),
         (ValueError, "temperature has no meaning", lambda: distill(X, X + 1, temperature=1.0)),
         (ValueError, r"anchors\[1\] must have 1 rows",
          lambda: distill(X, X + 1, "anchor", anchors=(X[:1], X))),

@@ -252,7 +252,7 @@ def _shard(
 
 def _arrays(result: Embeddings) -> dict[str, Array]:
     """Name every array of ``result``: nested ones as ``field.part``."""
-    arrays = {}
+    arrays: dict[str, Array] = {}
     for name, value in vars(result).items():
         if isinstance(value, dict):
             arrays |= {f"{name}.{k}": v for k, v in value.items()}

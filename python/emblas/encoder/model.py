@@ -174,10 +174,8 @@ class Encoder:
         if "message" in first.modality_config:
             raise ValueError("model must take plain texts, got one that takes chat messages")
         modes = pooling.pooling_mode
-        layers = nn.Sequential(*rest)
         normalize = bool(rest) and isinstance(rest[-1], Normalize)
-        if normalize:
-            layers = layers[:-1]
+        layers = nn.Sequential(*(rest[:-1] if normalize else rest))
 
         def head(pooled: Tensor) -> Tensor:
             features: Any = {"sentence_embedding": pooled}

@@ -61,7 +61,7 @@ class MtebEncoder:
         """
         texts = list(_texts(inputs))
         kind = getattr(prompt_type, "value", prompt_type)
-        options = {"progress": self.progress, "truncation": "ignore"}
+        options: dict[str, Any] = {"progress": self.progress, "truncation": "ignore"}
         if kind == "query":
             return self.encoder.encode_query(texts, **options)
         if kind in ("document", "passage"):

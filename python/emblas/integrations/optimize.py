@@ -29,7 +29,7 @@ from emblas.integrations import transformers as hf
 
 try:
     from transformers import PreTrainedModel, __version__
-    from transformers.utils import ModelOutput
+    from transformers.utils.generic import ModelOutput
 except ImportError as error:
     raise ImportError(
         "emblas.optimize needs transformers >= 5: pip install 'emblas[hf]'"

@@ -185,8 +185,11 @@ def _with_dropout(
             seen &= distance >= -left
         if right >= 0:
             seen &= distance <= right
+        query, key, value = (x.transpose(0, 1)[None] for x in (own_q, own_k, own_v))
         heads = nn.functional.scaled_dot_product_attention(
-            *(x.transpose(0, 1)[None] for x in (own_q, own_k, own_v)),
+            query,
+            key,
+            value,
             attn_mask=seen,
             dropout_p=dropout,
             scale=scaling,

@@ -97,6 +97,11 @@ def reduce(losses: Tensor, reduction: str, weights: Tensor | None = None) -> Ten
 REDUCTIONS = ("mean", "sum", "none")
 
 
+def wide(x: Tensor) -> Tensor:
+    """Vectors as they are, in the accumulator's dtype."""
+    return x.to(accumulator(x))
+
+
 def unit(x: Tensor) -> Tensor:
     """Vectors of length 1 in the accumulator's dtype; the zero vector stays zero."""
     x = x.to(accumulator(x))

@@ -23,6 +23,7 @@ def distill(
     anchors: tuple[Tensor, Tensor] | None = None,
     temperature: float | None = None,
     margin: float = 0.015,
+    similarity: str = "cosine",
 ) -> Tensor:
     r"""Distance between the embeddings of a student and a teacher of the same texts.
 
@@ -55,6 +56,8 @@ def distill(
         :math:`\tau`, for ``similarity`` and ``anchor``.
     margin : float, default 0.015
         :math:`m`, for ``relative``.
+    similarity : {"cosine", "dot"}, default "cosine"
+        What stands in place of :math:`\cos`; not for method ``cosine``.
 
     Returns
     -------
@@ -75,8 +78,15 @@ def distill(
     eq. 1 to 3), whose third compares any two pairs of a batch, this one pairs with a common text.
     ``similarity`` with a temperature is the contrastive distillation of KaLM-Embedding-V2.5, arXiv
     2506.20923.
+
+    With the rows of both models' vocabularies as ``anchors``, ``similarity="dot"`` and a
+    ``temperature``, ``anchor`` is the divergence of their distributions over the next token
+    (AutoRegEmbed's alignment, arXiv 2502.11401), without logits of ``n x vocabulary``.
     """
     _op.check_choice("method", method, METHODS)
+    _op.check_choice("similarity", similarity, ("cosine", "dot"))
+    if method == "cosine" and similarity != "cosine":
+        raise ValueError(f"similarity has no meaning for method 'cosine', got {similarity!r}")
     checks.vectors("student", student)
     n = student.shape[0]
     if teacher is student:
@@ -90,7 +100,8 @@ def distill(
         if method not in ("similarity", "anchor"):
             raise ValueError(f"temperature has no meaning for method {method!r}, got {temperature}")
     with checks.full_precision(student):
-        s, t = checks.unit(student), checks.unit(teacher.detach())
+        scaled = checks.unit if similarity == "cosine" else checks.wide
+        s, t = scaled(student), scaled(teacher.detach())
         t = t.to(s.dtype)
         if method == "cosine":
             checks.vectors("teacher", teacher, student)
@@ -100,7 +111,7 @@ def distill(
         else:
             checks.vectors("anchors[0]", anchors[0], student)
             checks.vectors("anchors[1]", anchors[1], teacher, rows=anchors[0].shape[0])
-            own, others = (checks.unit(x).to(s.dtype) for x in (anchors[0], anchors[1].detach()))
+            own, others = (scaled(x).to(s.dtype) for x in (anchors[0], anchors[1].detach()))
         k = own.shape[0]
         same = anchors is None  # leave out what compares a text with itself
         if method == "relative":

@@ -1,0 +1,71 @@
+"""A small packed encoder, and what each of several processes does with it."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import transformers
+from emblas import packed
+from emblas.encoder import Encoder
+from emblas.integrations import transformers as hf
+from emblas.losses import InfoNCE
+from emblas.pooling import Pooling
+from integrations.models import SIZES, TEXTS, make_tokenizer, tiny
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+class PackedEncoder(nn.Module):
+    """Packed token ids to unit vectors."""
+
+    def __init__(self):
+        super().__init__()
+        hf.register()
+        torch.manual_seed(0)
+        config = transformers.BertConfig(
+            **SIZES, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
+        )
+        self.model = transformers.BertModel(config, add_pooling_layer=False)
+        self.model.set_attn_implementation(hf.NAME)
+        self.pooling = Pooling("mean", normalize=True)
+
+    def forward(self, input_ids, cu_seqlens):
+        return self.pooling(hf.forward_packed(self.model, input_ids, cu_seqlens), cu_seqlens)
+
+
+def texts(count, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, 12, (count,), generator=generator).tolist()
+    return [torch.randint(5, 99, (length,), generator=generator) for length in lengths]
+
+
+def encode(model, rows):
+    return model(*packed.pack(rows))
+
+
+def gradients(model):
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same(actual, expected, tolerance=1e-4):
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        scale = float(value.abs().max()) + 1e-4
+        assert float((actual[name] - value).abs().max()) <= tolerance * scale + 1e-6, name
+
+
+def run(rank, world, port, expected_gradients, expected_vectors):
+    """What one of several processes does: half of a training step, and half of the texts."""
+    dist.init_process_group("gloo", f"tcp://localhost:{port}", rank=rank, world_size=world)
+    torch.set_num_threads(1)
+    model = PackedEncoder()
+    parallel = DistributedDataParallel(model)
+    at = slice(4 * rank, 4 * rank + 4)
+    # Both sides in one call: a module of DDP runs once per step.
+    vectors = encode(parallel, [*texts(8)[at], *texts(8, 1)[at]])
+    InfoNCE(0.2, gather=True)(vectors[:4], vectors[4:]).backward()
+    assert_same(gradients(model), expected_gradients)
+    out = Encoder(tiny("bert"), make_tokenizer()).encode_distributed(TEXTS)
+    np.testing.assert_allclose(out, expected_vectors, rtol=1e-4, atol=1e-5)
+    dist.destroy_process_group()

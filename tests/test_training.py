@@ -1,0 +1,146 @@
+"""A whole training step over packed texts, in all the ways in which steps are made larger."""
+
+from __future__ import annotations
+
+import copy
+import socket
+
+import pytest
+import torch
+from emblas import packed
+from emblas.losses import CachedLoss, InfoNCE
+from torch import nn
+from torch.multiprocessing.spawn import spawn
+from torch.utils.data import DataLoader
+
+pytest.importorskip("transformers", reason="needs emblas[hf]")
+
+from emblas.encoder import Encoder
+from integrations.models import TEXTS, make_tokenizer, tiny
+from integrations.training import (
+    PackedEncoder,
+    assert_same,
+    encode,
+    gradients,
+    run,
+    texts,
+)
+
+
+@pytest.fixture
+def reference():
+    """Gradients of the plain step: 8 pairs in one batch."""
+    model = PackedEncoder()
+    InfoNCE(0.2)(encode(model, texts(8)), encode(model, texts(8, 1))).backward()
+    return gradients(model)
+
+
+def test_two_passes_of_small_batches(reference):
+    model = PackedEncoder()
+    loss = CachedLoss(lambda rows: encode(model, rows), InfoNCE(0.2), mini_batch=3)
+    loss(texts(8), texts(8, 1)).backward()
+    assert_same(gradients(model), reference)
+
+
+def test_activation_checkpointing(reference):
+    model = PackedEncoder()
+    model.model.activation_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    InfoNCE(0.2)(encode(model, texts(8)), encode(model, texts(8, 1))).backward()
+    assert_same(gradients(model), reference)
+
+
+def test_accumulation_and_clipping():
+    """Two halves of a batch whose loss is a sum over texts make the step of the whole."""
+    rows, targets = texts(8), torch.randn(8, 32)
+    states = []
+    for parts in (1, 2):
+        model = PackedEncoder()
+        optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+        for part in range(parts):
+            at = slice(8 * part // parts, 8 * (part + 1) // parts)
+            (encode(model, rows[at]) - targets[at]).square().sum().div(8).backward()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        assert norm > 0.1
+        clipped = torch.cat([g.flatten() for g in gradients(model).values()]).norm()
+        torch.testing.assert_close(clipped, torch.tensor(0.1), rtol=1e-3, atol=0)
+        states.append(gradients(model))
+        optimizer.step()
+    assert_same(states[1], states[0])
+
+
+def test_bf16_autocast(reference):
+    model = PackedEncoder()
+    with torch.autocast("cpu", torch.bfloat16):
+        vectors = encode(model, texts(8)), encode(model, texts(8, 1))
+        loss = InfoNCE(0.2)(*vectors)
+    loss.backward()
+    assert loss.dtype == torch.float32
+    flat = [torch.cat([g.flatten() for g in x.values()]) for x in (gradients(model), reference)]
+    assert nn.functional.cosine_similarity(*flat, dim=0) > 0.99
+
+
+def test_training_learns():
+    model = PackedEncoder()
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
+    losses = []
+    for _ in range(30):
+        loss = InfoNCE(0.1)(encode(model, texts(16)), encode(model, texts(16, 1)))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.3 * losses[0]
+
+
+@pytest.mark.slow
+def test_workers_of_a_dataloader():
+    """Workers that are spawned; forked after use of torch's threads they may hang, as in torch."""
+    rows = texts(20)
+    batches = DataLoader(
+        rows, batch_size=6, collate_fn=packed.pack, num_workers=1, multiprocessing_context="spawn"
+    )
+    found = [text for batch in batches for text in packed.split(*batch)]
+    assert all(torch.equal(a, b) for a, b in zip(found, rows, strict=True))
+
+
+def test_export():
+    """One exported graph of a whole packed encoder serves every batch."""
+    model = PackedEncoder().eval()
+
+    class Fixed(nn.Module):
+        """With positions from outside, and an upper bound of the lengths."""
+
+        def __init__(self):
+            super().__init__()
+            self.encoder = copy.deepcopy(model)
+
+        def forward(self, input_ids, positions, cu_seqlens):
+            hidden = self.encoder.model(
+                input_ids=input_ids[None], position_ids=positions[None],
+                cu_seq_lens_q=cu_seqlens, cu_seq_lens_k=cu_seqlens,
+                max_length_q=64, max_length_k=64,
+            ).last_hidden_state  # fmt: skip
+            return self.encoder.pooling(hidden[0], cu_seqlens)
+
+    def arguments(rows):
+        ids, cu_seqlens = packed.pack(rows)
+        return ids, packed.positions(cu_seqlens), cu_seqlens
+
+    tokens, offsets = torch.export.Dim("tokens", min=2), torch.export.Dim("offsets", min=3)
+    shapes = ({0: tokens}, {0: tokens}, {0: offsets})
+    with torch.no_grad():
+        exported = torch.export.export(Fixed(), arguments(texts(5)), dynamic_shapes=shapes)
+        for seed, count in ((1, 3), (2, 9)):
+            rows = texts(count, seed)
+            actual = exported.module()(*arguments(rows))
+            torch.testing.assert_close(actual, encode(model, rows), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_two_processes(reference):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    vectors = Encoder(tiny("bert"), make_tokenizer()).encode(TEXTS)
+    spawn(run, (2, port, reference, vectors), nprocs=2)
