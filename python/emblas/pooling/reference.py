@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from emblas._philox import philox4x32
+
 EPSILON = 1e-12
 
 
@@ -272,22 +274,6 @@ def segment_gem_backward(
 # --- finishing (csrc/pooling/finish.h) -----------------------------------------------------------
 
 _WORD = 0xFFFFFFFF
-
-
-def philox4x32(counter: Sequence[Tensor], key: int) -> list[Tensor]:
-    """Philox4x32-10 of four int64 tensors of 32-bit words; see ``csrc/common/philox.h``."""
-    words = list(counter)
-    low, high = key & _WORD, key >> 32 & _WORD
-    for _ in range(10):
-        first, second = words[0] * 0xD2511F53, words[2] * 0xCD9E8D57
-        words = [
-            second >> 32 & _WORD ^ words[1] ^ low,
-            second & _WORD,
-            first >> 32 & _WORD ^ words[3] ^ high,
-            first & _WORD,
-        ]
-        low, high = low + 0x9E3779B9 & _WORD, high + 0xBB67AE85 & _WORD
-    return words
 
 
 def normal_noise(rows: int, dim: int, stream: int, seed: int) -> Tensor:
