@@ -65,6 +65,11 @@ CALLS = {
     "varlen_attention": lambda: varlen_attention(
         *[torch.randn(8, 1, 16, requires_grad=True)] * 3, CU, CU, 5, 5
     ),
+    "varlen_attention_biases_backward": lambda: (
+        varlen_attention(*[torch.randn(8, 1, 16, requires_grad=True)] * 3, CU, CU, 5, 5, 0.1)
+        .sum()
+        .backward()
+    ),
     "maxsim": lambda: maxsim(*[torch.randn(8, 4, requires_grad=True)] * 2, CU, CU),
     "pack_sign": lambda: pack_sign(torch.randn(2, 9)),
     "hadamard_rotate": lambda: HadamardRotation(9)(torch.randn(2, 9, requires_grad=True)),
@@ -94,13 +99,14 @@ NO_GRADIENT = {
     "hash_keys": "integers",
     "compose_bag_backward_rows": "a gradient itself",
     "compose_bag_update_": "a gradient's use",
+    "varlen_attention_biases_backward": "a gradient itself",
     "lexical_index": "integers: values are picked, and differentiated, by torch",
 }
 # Operators whose GPU tensors take the reference, with a warning: no GPU kernels yet.
 NO_TRITON = (
     "attention_pool", "attention_pool_backward", "compose_bag_backward_rows", "compose_bag_update_",
     "finish", "finish_backward", "lexical_index", "segment_gem", "segment_gem_backward",
-    "varlen_attention_backward", "vocab_max",
+    "varlen_attention_backward", "varlen_attention_biases_backward", "vocab_max",
     "vocab_max_backward", "vocab_sum", "vocab_sum_backward",
 )  # fmt: skip
 

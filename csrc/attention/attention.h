@@ -15,17 +15,26 @@
 // (prefix-LM, images in a causal sequence). A branch closes its keys to all other branches:
 // sequences that share one context, of branch -1.
 //
-// cap(x) = c tanh(x / c), and bias_ij depends on the distance j - p_i:
-// -slope_h |j - p_i| (ALiBi), and a table b_h[j - p_i] that is constant beyond its ends (T5).
+// cap(x) = c tanh(x / c), and bias_ij is a sum of: -slope_h |j - p_i| (ALiBi); a table b_h[j - p_i]
+// that is constant beyond its ends (T5); the disentangled scores of DeBERTa-v2, where the position
+// vectors pk, pq have heads like k and q, and r falls to the same run of distances for j - p_i:
+//
+//   scale (q_i . pk_r + k_j . pq_r),       r = run(j - p_i);
+//
+// and a number of its own for each pair.
+//
+// Dropout multiplies p_ij in out_i by m_ij, which is 0 with probability P and 1 / (1 - P)
+// otherwise, and a pure function of the sequence's seed, head, p_i and j.
 //
 // Backward, from q, k, v, out and lse, with g_i = d loss / d out_i and l_i = d loss / d lse_i:
 //
 //   D_i   = out_i . g_i - l_i
-//   ds_ij = p_ij (v_j . g_i - D_i)
-//   dq_i  = scale sum_j ds_ij k_j      dk_j = scale sum_i ds_ij q_i      dv_j = sum_i p_ij g_i
+//   ds_ij = p_ij (m_ij v_j . g_i - D_i)
+//   dq_i  = scale sum_j ds_ij k_j    dk_j = scale sum_i ds_ij q_i    dv_j = sum_i m_ij p_ij g_i
 //   db_h[x] = sum of ds_ij over all j - p_i = x
+//   dpk_r = scale sum of ds_ij q_i,  dpq_r = scale sum of ds_ij k_j, over all run(j - p_i) = r
 //
-// (with ds_ij times cap'(scale q_i . k_j) in dq and dk).
+// (with ds_ij times cap'(scale q_i . k_j) in dq and dk; position vectors add theirs to both).
 //
 // Cost: 4 d flops forward and 10 d backward for each pair (query, key) that is seen, and one
 // exponential. Scores live in a cache-sized block; nothing of size (queries, keys) is made, so
@@ -51,6 +60,47 @@ struct HeadVectors {
   }
 };
 
+// Position vectors of the runs of distances, x[head][run][0..stride): padded with zeros to vectors
+// of any width. A run is a row of distances that share one vector, so that what a block of pairs
+// needs of them lies together, and is no more than its distances.
+template <class A>
+struct PositionVectors {
+  const A* keys = nullptr;       // pk, heads of k; null: none
+  const A* queries = nullptr;    // pq, heads of q; null: none
+  const int32_t* run = nullptr;  // of the distances -radius to radius, from 0 by steps of 0 or 1
+  int64_t radius = 0;            // farther distances are of the first or last run
+  int64_t runs = 0;
+  int64_t stride = 0;
+
+  int64_t run_of(int64_t distance) const {
+    const int64_t inside = distance < -radius ? -radius : distance > radius ? radius : distance;
+    return run[inside + radius];
+  }
+  bool any() const { return run != nullptr; }
+};
+inline constexpr int64_t kPositionPadding = 16;  // the stride of position vectors is a multiple
+
+// A number for each pair: a matrix [queries][keys] for each sequence and head.
+template <class E>
+struct PairMatrices {
+  E* data = nullptr;
+  const int64_t* starts = nullptr;  // of the sequences' first matrices
+  int64_t head_stride = 0;
+  int64_t query_stride = 0;  // negative: as many as the sequence has keys
+
+  E* at(int64_t sequence, int64_t head, int64_t query, int64_t keys) const {
+    return data + starts[sequence] + head * head_stride + query * stride(keys);
+  }
+  int64_t stride(int64_t keys) const { return query_stride < 0 ? keys : query_stride; }
+};
+
+template <class A>
+struct Dropout {
+  const int64_t* seeds = nullptr;  // of the sequences; null: no dropout
+  uint32_t threshold = 0;          // random words below it are dropped
+  A factor = 1;                    // of the others
+};
+
 // What scores are made of beside q . k, and who sees whom beside the windows. All optional.
 template <class A>
 struct ScoreArgs {
@@ -62,10 +112,15 @@ struct ScoreArgs {
   const int32_t* prefix_len = nullptr;  // [sequences]
   const int32_t* branch = nullptr;      // [tokens of k]
   const int32_t* block_ids = nullptr;   // [tokens of k]; negative: in no block
+  PositionVectors<A> positions = {};
+  PairMatrices<const A> pair_bias = {};
+  Dropout<A> dropout = {};  // of the probabilities: scores don't depend on it
 
   bool biased() const { return alibi_slopes || distance_bias; }
   bool masked() const { return prefix_len || branch || block_ids; }
-  bool plain() const { return softcap == 0 && !biased() && !masked(); }
+  bool plain() const {
+    return softcap == 0 && !biased() && !masked() && !positions.any() && !pair_bias.data;
+  }
 };
 
 template <class T>
@@ -109,6 +164,16 @@ struct VarlenAttentionBackwardArgs {
   // sequence b start at cu_seqlens_q[b] + cu_seqlens_k[b], with distance 1 - keys. Null: unwanted.
   Accumulator<T>* distance_sums = nullptr;
   int64_t distance_sums_stride = 0;
+  // Likewise dpk and dpq, [heads][tokens of q and k][stride of the position vectors]: those of
+  // sequence b start at row cu_seqlens_q[b] + cu_seqlens_k[b], with the run of distance 1 - keys.
+  Accumulator<T>* position_key_sums = nullptr;
+  Accumulator<T>* position_query_sums = nullptr;
+  int64_t position_sums_stride = 0;  // from head to head
+  // ds_ij itself, where a block of pairs is seen: filled with zeros before. Null data: unwanted.
+  PairMatrices<Accumulator<T>> grad_pair_bias = {};
+
+  // Whether sums of ds_ij without the scale are wanted.
+  bool unscaled() const { return distance_sums || grad_pair_bias.data; }
 };
 
 template <class T>

@@ -1,5 +1,4 @@
 // Packed attention as torch operators on CPU tensors.
-#include <cmath>
 #include <cstdlib>
 #include <memory>
 #include <optional>
@@ -7,8 +6,9 @@
 #include <vector>
 
 #include "attention/attention.h"
+#include "attention/inputs.h"
+#include "attention/position_runs.h"
 #include "common/isa.h"
-#include "common/packed.h"
 #include "common/tensor.h"
 
 namespace emblas {
@@ -62,113 +62,42 @@ int64_t tiles_of(const VarlenAttentionArgs<T>& args, int64_t sequence, int64_t t
   return (args.cu_seqlens_q[sequence + 1] - args.cu_seqlens_q[sequence] + tile - 1) / tile;
 }
 
-void check_head_vectors(const Tensor& tensor, const char* message) {
-  check(tensor.is_cpu() && tensor.dim() == 3 && (tensor.stride(2) == 1 || tensor.size(2) <= 1),
-        message);
+Tensor gradient_like(ScalarType dtype, const std::optional<Tensor>& table, bool wanted) {
+  if (!wanted) return empty_cpu<3>(dtype, {0, 0, 0});
+  return empty_cpu<3>(dtype, {table->size(0), table->size(1), table->size(2)});
 }
 
-template <class T>
-HeadVectors<const T> head_vectors(const Tensor& tensor) {
-  return {read<T>(tensor), tensor.stride(0), tensor.stride(1)};
-}
-template <class T>
-HeadVectors<T> new_head_vectors(const Tensor& tensor) {
-  return {write<T>(tensor), tensor.stride(0), tensor.stride(1)};
-}
+// The gradient of pair_bias: contiguous, zero where no block of pairs is seen.
+template <class A>
+struct PairGradient {
+  const bool padded, wanted;
+  Tensor grad;
+  std::vector<int64_t> starts;
 
-void check_offsets(const Tensor& offsets, int64_t batch, int64_t total, const char* type_message,
-                   const char* value_message) {
-  check_vector<int32_t>(offsets, batch + 1, type_message);
-  check(valid_cu_seqlens(read<int32_t>(offsets), batch, total), value_message);
-}
-
-// What forward and backward are given alike.
-struct Inputs {
-  const Tensor &q, &k, &v, &cu_seqlens_q, &cu_seqlens_k;
-  const std::optional<double>& softmax_scale;
-  int64_t window_left, window_right;
-  double softcap;
-  const std::optional<Tensor>&alibi_slopes, &distance_bias, &prefix_len, &branch, &block_ids;
-
-  int64_t tokens() const { return q.size(0); }
-  int64_t heads() const { return q.size(1); }
-  int64_t key_heads() const { return k.size(1); }
-  int64_t batch() const { return cu_seqlens_q.size(0) - 1; }
-
-  void check_values() const {
-    check_head_vectors(q, "q must be a CPU tensor (tokens, heads, head_dim) of contiguous vectors");
-    check_head_vectors(k, "k must be a CPU tensor (tokens, heads, head_dim) of contiguous vectors");
-    check_head_vectors(v, "v must be a CPU tensor (tokens, heads, head_dim) of contiguous vectors");
-    check(k.scalar_type() == q.scalar_type() && v.scalar_type() == q.scalar_type(),
-          "q, k and v must have one dtype");
-    check(v.size(0) == k.size(0) && v.size(1) == k.size(1),
-          "k and v must have the same tokens and heads");
-    check(k.size(2) == q.size(2), "k must have the head_dim of q");
-    check(key_heads() > 0 ? heads() % key_heads() == 0 : heads() == 0,
-          "the heads of q must be a multiple of the heads of k");
-    check(q.size(2) >= 1 && q.size(2) <= kMaxHeadDim && v.size(2) >= 1 && v.size(2) <= kMaxHeadDim,
-          "head_dim must be from 1 to 256");
-    check(cu_seqlens_q.dim() == 1 && batch() >= 0,
-          "cu_seqlens_q must be a vector of at least one element");
-    check_offsets(
-        cu_seqlens_q, batch(), tokens(), "cu_seqlens_q must be a contiguous int32 CPU vector",
-        "cu_seqlens_q must start at 0, never decrease and end at the number of tokens of q");
-    check_offsets(
-        cu_seqlens_k, batch(), k.size(0),
-        "cu_seqlens_k must be a contiguous int32 CPU vector as long as cu_seqlens_q",
-        "cu_seqlens_k must start at 0, never decrease and end at the number of tokens of k");
-    check_ids(prefix_len, batch(), "prefix_len must be a contiguous int32 vector per sequence");
-    check_ids(branch, k.size(0), "branch must be a contiguous int32 vector, one per token of k");
-    check_ids(block_ids, k.size(0),
-              "block_ids must be a contiguous int32 vector, one per token of k");
-    const ScalarType accumulator = has_dtype<double>(q) ? ScalarType::Double : ScalarType::Float;
-    const auto is_table = [&](const Tensor& tensor) {
-      return tensor.is_cpu() && tensor.scalar_type() == accumulator && tensor.dim() == 2 &&
-             tensor.is_contiguous();
-    };
-    check(!alibi_slopes || (is_table(*alibi_slopes) && alibi_slopes->size(1) == heads() &&
-                            (alibi_slopes->size(0) == 1 || alibi_slopes->size(0) == batch())),
-          "alibi_slopes must be contiguous (1 or batch, heads), of the accumulator's dtype");
-    check(!distance_bias || (is_table(*distance_bias) && distance_bias->size(0) == heads() &&
-                             distance_bias->size(1) % 2 == 1),
-          "distance_bias must be contiguous (heads, 2 radius + 1), of the accumulator's dtype");
+  PairGradient(const std::optional<Tensor>& bias, bool wanted,
+               const std::vector<int64_t>& ragged_starts)
+      : padded(wanted && bias->dim() == 4), wanted(wanted), grad(make(bias, wanted)) {
+    if (!wanted) return;
+    starts = ragged_starts;
+    if (padded) {
+      for (size_t b = 0; b < starts.size(); ++b) starts[b] = int64_t(b) * grad.stride(0);
+    }
+    std::fill(write<A>(grad), write<A>(grad) + grad.numel(), A(0));
   }
 
-  static void check_ids(const std::optional<Tensor>& ids, int64_t size, const char* message) {
-    if (ids) check_vector<int32_t>(*ids, size, message);
-  }
-  template <class E>
-  static const E* read_optional(const std::optional<Tensor>& tensor) {
-    return tensor ? read<E>(*tensor) : nullptr;
+  static Tensor make(const std::optional<Tensor>& bias, bool wanted) {
+    if (!wanted) return empty_cpu<2>(kScalarType<A>, {0, 0});
+    if (bias->dim() == 2) return empty_cpu<2>(kScalarType<A>, {bias->size(0), bias->size(1)});
+    return empty_cpu<4>(kScalarType<A>,
+                        {bias->size(0), bias->size(1), bias->size(2), bias->size(3)});
   }
 
-  template <class T>
-  VarlenAttentionArgs<T> args(const HeadVectors<T>& out, Accumulator<T>* lse) const {
-    constexpr int64_t widest = int64_t(1) << 32;  // sees all keys, and can be added to a position
-    return {
-        .q = head_vectors<T>(q),
-        .k = head_vectors<T>(k),
-        .v = head_vectors<T>(v),
-        .out = out,
-        .lse = lse,
-        .lse_stride = tokens(),
-        .heads = heads(),
-        .heads_per_group = key_heads() ? heads() / key_heads() : 1,
-        .head_dim = q.size(2),
-        .value_dim = v.size(2),
-        .cu_seqlens_q = read<int32_t>(cu_seqlens_q),
-        .cu_seqlens_k = read<int32_t>(cu_seqlens_k),
-        .scale = Accumulator<T>(softmax_scale ? *softmax_scale : std::pow(double(q.size(2)), -0.5)),
-        .window_left = std::min(window_left, widest),
-        .window_right = std::min(window_right, widest),
-        .scores = {.softcap = Accumulator<T>(softcap),
-                   .alibi_slopes = read_optional<Accumulator<T>>(alibi_slopes),
-                   .alibi_stride = alibi_slopes && alibi_slopes->size(0) != 1 ? heads() : 0,
-                   .distance_bias = read_optional<Accumulator<T>>(distance_bias),
-                   .distance_radius = distance_bias ? distance_bias->size(1) / 2 : 0,
-                   .prefix_len = read_optional<int32_t>(prefix_len),
-                   .branch = read_optional<int32_t>(branch),
-                   .block_ids = read_optional<int32_t>(block_ids)}};
+  PairMatrices<A> matrices() {
+    if (!wanted) return {};
+    return {.data = write<A>(grad),
+            .starts = starts.data(),
+            .head_stride = grad.stride(padded ? 1 : 0),
+            .query_stride = padded ? grad.stride(2) : -1};
   }
 };
 
@@ -202,7 +131,10 @@ std::tuple<Tensor, Tensor> varlen_attention(
     int64_t window_left, int64_t window_right, bool return_lse, double softcap,
     const std::optional<Tensor>& alibi_slopes, const std::optional<Tensor>& distance_bias,
     const std::optional<Tensor>& prefix_len, const std::optional<Tensor>& branch,
-    const std::optional<Tensor>& block_ids) {
+    const std::optional<Tensor>& block_ids, const std::optional<Tensor>& position_keys,
+    const std::optional<Tensor>& position_queries, const std::optional<Tensor>& position_lookup,
+    const std::optional<Tensor>& pair_bias, double dropout_p,
+    const std::optional<Tensor>& dropout_seeds) {
   const Inputs inputs{q,
                       k,
                       v,
@@ -216,7 +148,13 @@ std::tuple<Tensor, Tensor> varlen_attention(
                       distance_bias,
                       prefix_len,
                       branch,
-                      block_ids};
+                      block_ids,
+                      position_keys,
+                      position_queries,
+                      position_lookup,
+                      pair_bias,
+                      dropout_p,
+                      dropout_seeds};
   inputs.check_values();
   return visit_float(q.scalar_type(), kDtypes, [&](auto element) {
     using T = decltype(element);
@@ -224,8 +162,9 @@ std::tuple<Tensor, Tensor> varlen_attention(
     const int64_t tokens = inputs.tokens(), heads = inputs.heads();
     Tensor out = empty_cpu<3>(q.scalar_type(), {tokens, heads, v.size(2)});
     Tensor lse = empty_cpu<2>(kScalarType<A>, {return_lse ? heads : 0, tokens});
+    const auto prepared = inputs.prepare<A>();
     const auto args =
-        inputs.args<T>(new_head_vectors<T>(out), return_lse ? write<A>(lse) : nullptr);
+        inputs.args<T>(new_head_vectors<T>(out), return_lse ? write<A>(lse) : nullptr, prepared);
     const auto& kernel = kernels<AttentionKernels>().of(element);
     for_items<A>(
         inputs.batch(), (args.head_dim + args.value_dim) * int64_t(sizeof(T)), kernel.scratch_size,
@@ -240,29 +179,19 @@ std::tuple<Tensor, Tensor> varlen_attention(
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> varlen_attention_backward(
-    const Tensor& grad_out, const std::optional<Tensor>& grad_lse, const Tensor& q, const Tensor& k,
-    const Tensor& v, const Tensor& out, const Tensor& lse, const Tensor& cu_seqlens_q,
-    const Tensor& cu_seqlens_k, int64_t, int64_t, const std::optional<double>& softmax_scale,
-    int64_t window_left, int64_t window_right, double softcap,
-    const std::optional<Tensor>& alibi_slopes, const std::optional<Tensor>& distance_bias,
-    const std::optional<Tensor>& prefix_len, const std::optional<Tensor>& branch,
-    const std::optional<Tensor>& block_ids, bool need_distance_bias) {
-  const Inputs inputs{q,
-                      k,
-                      v,
-                      cu_seqlens_q,
-                      cu_seqlens_k,
-                      softmax_scale,
-                      window_left,
-                      window_right,
-                      softcap,
-                      alibi_slopes,
-                      distance_bias,
-                      prefix_len,
-                      branch,
-                      block_ids};
+// Gradients of q, k, v, distance_bias, position_keys, position_queries and pair_bias; without
+// elements where they aren't wanted.
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+struct Wanted {
+  bool distance_bias, positions, pair_bias;
+};
+
+Gradients gradients(const Inputs& inputs, const Tensor& grad_out,
+                    const std::optional<Tensor>& grad_lse, const Tensor& out, const Tensor& lse,
+                    Wanted wanted) {
   inputs.check_values();
+  const Tensor &q = inputs.q, &k = inputs.k, &v = inputs.v;
   const int64_t tokens = inputs.tokens(), heads = inputs.heads();
   const char* message = "grad_out and out must have the shape of the result and the dtype of q";
   for (const Tensor* tensor : {&grad_out, &out}) {
@@ -284,21 +213,39 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> varlen_attention_backward(
       return empty_cpu<3>(x.scalar_type(), {x.size(0), x.size(1), x.size(2)});
     };
     Tensor grad_q = like(q), grad_k = like(k), grad_v = like(v);
-    const bool need_bias = need_distance_bias && distance_bias;
-    const int64_t distances = need_bias ? distance_bias->size(1) : 0;
+    const int64_t all_tokens = tokens + k.size(0), key_heads = inputs.key_heads();
+    const bool need_bias = wanted.distance_bias && inputs.distance_bias;
+    const int64_t distances = need_bias ? inputs.distance_bias->size(1) : 0;
     Tensor grad_distance_bias = empty_cpu<2>(kScalarType<A>, {need_bias ? heads : 0, distances});
-    std::vector<A> sums(need_bias ? heads * (tokens + k.size(0)) : 0);
+    std::vector<A> sums(need_bias ? heads * all_tokens : 0);
+
+    const auto prepared = inputs.prepare<A>();
+    const bool need_keys = wanted.positions && inputs.position_keys;
+    const bool need_queries = wanted.positions && inputs.position_queries;
+    const int64_t position_sums = all_tokens * padded_dim(q.size(2));  // of a head
+    Tensor grad_position_keys = gradient_like(kScalarType<A>, inputs.position_keys, need_keys);
+    Tensor grad_position_queries =
+        gradient_like(kScalarType<A>, inputs.position_queries, need_queries);
+    const std::unique_ptr<A[]> key_sums(need_keys ? new A[key_heads * position_sums] : nullptr);
+    const std::unique_ptr<A[]> query_sums(need_queries ? new A[heads * position_sums] : nullptr);
+
+    const bool need_pairs = wanted.pair_bias && inputs.pair_bias;
+    PairGradient<A> pairs(inputs.pair_bias, need_pairs, prepared.pair_starts);
     // Backward only reads out and lse.
     const HeadVectors<T> given{const_cast<T*>(read<T>(out)), out.stride(0), out.stride(1)};
     const VarlenAttentionBackwardArgs<T> args{
-        .forward = inputs.args<T>(given, const_cast<A*>(read<A>(lse))),
+        .forward = inputs.args<T>(given, const_cast<A*>(read<A>(lse)), prepared),
         .grad_out = head_vectors<T>(grad_out),
         .grad_lse = grad_lse ? read<A>(*grad_lse) : nullptr,
         .grad_q = new_head_vectors<T>(grad_q),
         .grad_k = new_head_vectors<T>(grad_k),
         .grad_v = new_head_vectors<T>(grad_v),
         .distance_sums = need_bias ? sums.data() : nullptr,
-        .distance_sums_stride = tokens + k.size(0)};
+        .distance_sums_stride = all_tokens,
+        .position_key_sums = key_sums.get(),
+        .position_query_sums = query_sums.get(),
+        .position_sums_stride = position_sums,
+        .grad_pair_bias = pairs.matrices()};
     const VarlenAttentionArgs<T>& forward = args.forward;
     const auto& kernel = kernels<AttentionBackwardKernels>().of(element);
     const int64_t tile = kernels<AttentionKernels>().of(element).tile_queries;
@@ -321,8 +268,87 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> varlen_attention_backward(
       add_sequences(forward, inputs.batch(), sums.data(), args.distance_sums_stride,
                     write<A>(grad_distance_bias));
     }
-    return std::make_tuple(grad_q, grad_k, grad_v, grad_distance_bias);
+    if (need_keys) {
+      add_sequences<T>(forward, inputs.batch(), key_sums.get(), position_sums, prepared.runs,
+                       grad_position_keys);
+    }
+    if (need_queries) {
+      add_sequences<T>(forward, inputs.batch(), query_sums.get(), position_sums, prepared.runs,
+                       grad_position_queries);
+    }
+    return std::make_tuple(grad_q, grad_k, grad_v, grad_distance_bias, grad_position_keys,
+                           grad_position_queries, pairs.grad);
   });
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> varlen_attention_backward(
+    const Tensor& grad_out, const std::optional<Tensor>& grad_lse, const Tensor& q, const Tensor& k,
+    const Tensor& v, const Tensor& out, const Tensor& lse, const Tensor& cu_seqlens_q,
+    const Tensor& cu_seqlens_k, int64_t, int64_t, const std::optional<double>& softmax_scale,
+    int64_t window_left, int64_t window_right, double softcap,
+    const std::optional<Tensor>& alibi_slopes, const std::optional<Tensor>& distance_bias,
+    const std::optional<Tensor>& prefix_len, const std::optional<Tensor>& branch,
+    const std::optional<Tensor>& block_ids, bool need_distance_bias) {
+  const std::optional<Tensor> none;
+  const Inputs inputs{q,
+                      k,
+                      v,
+                      cu_seqlens_q,
+                      cu_seqlens_k,
+                      softmax_scale,
+                      window_left,
+                      window_right,
+                      softcap,
+                      alibi_slopes,
+                      distance_bias,
+                      prefix_len,
+                      branch,
+                      block_ids,
+                      none,
+                      none,
+                      none,
+                      none,
+                      0.0,
+                      none};
+  const auto all =
+      gradients(inputs, grad_out, grad_lse, out, lse, {need_distance_bias, false, false});
+  return {std::get<0>(all), std::get<1>(all), std::get<2>(all), std::get<3>(all)};
+}
+
+Gradients varlen_attention_biases_backward(
+    const Tensor& grad_out, const std::optional<Tensor>& grad_lse, const Tensor& q, const Tensor& k,
+    const Tensor& v, const Tensor& out, const Tensor& lse, const Tensor& cu_seqlens_q,
+    const Tensor& cu_seqlens_k, int64_t, int64_t, const std::optional<double>& softmax_scale,
+    int64_t window_left, int64_t window_right, double softcap,
+    const std::optional<Tensor>& alibi_slopes, const std::optional<Tensor>& distance_bias,
+    const std::optional<Tensor>& prefix_len, const std::optional<Tensor>& branch,
+    const std::optional<Tensor>& block_ids, const std::optional<Tensor>& position_keys,
+    const std::optional<Tensor>& position_queries, const std::optional<Tensor>& position_lookup,
+    const std::optional<Tensor>& pair_bias, double dropout_p,
+    const std::optional<Tensor>& dropout_seeds, bool need_distance_bias, bool need_positions,
+    bool need_pair_bias) {
+  const Inputs inputs{q,
+                      k,
+                      v,
+                      cu_seqlens_q,
+                      cu_seqlens_k,
+                      softmax_scale,
+                      window_left,
+                      window_right,
+                      softcap,
+                      alibi_slopes,
+                      distance_bias,
+                      prefix_len,
+                      branch,
+                      block_ids,
+                      position_keys,
+                      position_queries,
+                      position_lookup,
+                      pair_bias,
+                      dropout_p,
+                      dropout_seeds};
+  return gradients(inputs, grad_out, grad_lse, out, lse,
+                   {need_distance_bias, need_positions, need_pair_bias});
 }
 
 }  // namespace
@@ -334,7 +360,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(emblas, library) {
       " SymInt max_seqlen_q, SymInt max_seqlen_k, float? softmax_scale, int window_left,"
       " int window_right, bool return_lse, float softcap=0.0, Tensor? alibi_slopes=None,"
       " Tensor? distance_bias=None, Tensor? prefix_len=None, Tensor? branch=None,"
-      " Tensor? block_ids=None) -> (Tensor out, Tensor lse)");
+      " Tensor? block_ids=None, Tensor? position_keys=None, Tensor? position_queries=None,"
+      " Tensor? position_lookup=None, Tensor? pair_bias=None, float dropout_p=0.0,"
+      " Tensor? dropout_seeds=None) -> (Tensor out, Tensor lse)");
   library.def(
       "varlen_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v,"
       " Tensor out, Tensor lse, Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q,"
@@ -343,8 +371,20 @@ STABLE_TORCH_LIBRARY_FRAGMENT(emblas, library) {
       " Tensor? prefix_len=None, Tensor? branch=None, Tensor? block_ids=None,"
       " bool need_distance_bias=False)"
       " -> (Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_distance_bias)");
+  library.def(
+      "varlen_attention_biases_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k,"
+      " Tensor v, Tensor out, Tensor lse, Tensor cu_seqlens_q, Tensor cu_seqlens_k,"
+      " SymInt max_seqlen_q, SymInt max_seqlen_k, float? softmax_scale, int window_left,"
+      " int window_right, float softcap, Tensor? alibi_slopes, Tensor? distance_bias,"
+      " Tensor? prefix_len, Tensor? branch, Tensor? block_ids, Tensor? position_keys,"
+      " Tensor? position_queries, Tensor? position_lookup, Tensor? pair_bias, float dropout_p,"
+      " Tensor? dropout_seeds, bool need_distance_bias, bool need_positions, bool need_pair_bias)"
+      " -> (Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_distance_bias,"
+      " Tensor grad_position_keys, Tensor grad_position_queries, Tensor grad_pair_bias)");
 }
 STABLE_TORCH_LIBRARY_IMPL(emblas, CPU, library) {
   library.impl("varlen_attention", TORCH_BOX(&emblas::varlen_attention));
   library.impl("varlen_attention_backward", TORCH_BOX(&emblas::varlen_attention_backward));
+  library.impl("varlen_attention_biases_backward",
+               TORCH_BOX(&emblas::varlen_attention_biases_backward));
 }

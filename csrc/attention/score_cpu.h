@@ -1,4 +1,5 @@
-// What shapes a block of scores [keys][queries] after q . k: softcap, biases by distance, masks.
+// What shapes a block of scores [keys][queries] after q . k: softcap, biases by distance and by
+// pair, masks; and the dropout of the probabilities made from them.
 //
 // Each is a pass of its own over a block that lies in the first-level cache, made only where it is
 // asked for: plain attention pays nothing, and a pass costs a few instructions for each vector of
@@ -6,6 +7,7 @@
 #pragma once
 
 #include "attention/vectors_cpu.h"
+#include "common/philox.h"
 
 namespace emblas {
 namespace {
@@ -14,10 +16,13 @@ namespace {
 template <class A>
 struct Place {
   const ScoreArgs<A>& args;
-  int64_t sequence, head;
-  int64_t first_key;  // row of k where the sequence begins
-  int64_t count;      // of queries
-  int64_t position;   // p_i of the first
+  int64_t sequence;
+  int64_t head, group;  // of q, of k
+  int64_t query;        // the first, within the sequence
+  int64_t length;       // keys of the sequence
+  int64_t first_key;    // row of k where the sequence begins
+  int64_t count;        // of queries
+  int64_t position;     // p_i of the first
   int64_t window_left, window_right;
 };
 
@@ -102,6 +107,50 @@ template <class A, int vectors>
     }
   }
   for (int64_t e = 0; e < keys - 1 + place.count; ++e) sums[band.last - e] += band.values[e];
+}
+
+template <class A, int vectors>
+[[gnu::noinline]] void add_pair_bias(const Place<A>& place, int64_t first, int64_t keys, A* scores,
+                                     A* scratch) {
+  constexpr int64_t lanes = kLanes<A>;
+  const auto& bias = place.args.pair_bias;
+  read_transposed<vectors>(bias.at(place.sequence, place.head, place.query, place.length) + first,
+                           bias.stride(place.length), place.count, keys, A(kLog2E), scratch);
+  for (int64_t i = 0; i < keys * vectors * lanes; i += lanes) {
+    store(scores + i, load(scores + i) + load(scratch + i));
+  }
+}
+
+// keep[j][i] <- what dropout multiplies p_ij by. One run of the generator serves four keys; its
+// rounds go over all queries of the tile together, so that they become vector instructions.
+template <class A, int vectors>
+[[gnu::noinline]] void draw_dropout(const Place<A>& place, int64_t first, int64_t keys, A* keep) {
+  constexpr int64_t width = vectors * kLanes<A>;
+  const Dropout<A>& dropout = place.args.dropout;
+  const uint64_t seed = uint64_t(dropout.seeds[place.sequence]);
+  for (int64_t four = first / 4; 4 * four < first + keys; ++four) {
+    uint32_t words[4][width];
+    for (int64_t i = 0; i < width; ++i) {
+      words[0][i] = uint32_t(place.position + i);
+      words[1][i] = uint32_t(four);
+      words[2][i] = uint32_t(place.head);
+      words[3][i] = 0;
+    }
+    PhiloxKey key(seed);
+    for (int round = 0; round < kPhiloxRounds; ++round, key.advance()) {
+      for (int64_t i = 0; i < width; ++i) {
+        const Philox4 next =
+            philox_round({{words[0][i], words[1][i], words[2][i], words[3][i]}}, key);
+        for (int w = 0; w < 4; ++w) words[w][i] = next.word[w];
+      }
+    }
+    for (int64_t j = larger(first, 4 * four); j < smaller(first + keys, 4 * four + 4); ++j) {
+      for (int64_t i = 0; i < width; ++i) {
+        keep[(j - first) * width + i] =
+            words[j - 4 * four][i] < dropout.threshold ? A(0) : dropout.factor;
+      }
+    }
+  }
 }
 
 // The windows and masks of a tile, for any key.

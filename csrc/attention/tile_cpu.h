@@ -1,6 +1,7 @@
 // A tile of queries against a block of keys: the scores, as forward and backward both need them.
 #pragma once
 
+#include "attention/positions_cpu.h"
 #include "attention/score_cpu.h"
 #include "attention/vectors_cpu.h"
 
@@ -94,9 +95,9 @@ struct TileOf {
 
   // scores[j][query] = k_j . qt for the keys [first, first + keys), with all that shapes them; -inf
   // where hidden. top becomes the largest of it and the scores. Softcap leaves its derivative in
-  // slope, unless null.
+  // slope, unless null; scratch of bias_scratch() is for biases.
   void score(Rows<const A> k, const A* qt, int64_t first, int64_t keys, A* scores,
-             V (&top)[vectors], A* slope) const {
+             V (&top)[vectors], A* slope, A* scratch) const {
     const bool plain = args.scores.plain(), cut = cut_by_window(first, keys);
     for_rows(keys, [&]<int rows>(Constant<rows>, int64_t j) {
       V s[rows][vectors] = {};
@@ -114,6 +115,13 @@ struct TileOf {
       cap_scores(scores, keys * width, args.scores.softcap * A(kLog2E), slope);
     }
     if (args.scores.biased()) add_distance_bias<A, vectors>(place(), first, keys, scores);
+    if (args.scores.positions.any()) {
+      add_position_scores<A, vectors>(place(), first, keys, qt, k, args.head_dim, args.scale,
+                                      scores, scratch);
+    }
+    if (args.scores.pair_bias.data) {
+      add_pair_bias<A, vectors>(place(), first, keys, scores, scratch);
+    }
     if (cut || args.scores.masked()) Mask<A, vectors>(place()).apply(first, keys, scores);
     for (int64_t j = 0; j < keys; ++j) {
       for (int c = 0; c < vectors; ++c) {
@@ -123,8 +131,11 @@ struct TileOf {
   }
 
   Place<A> place() const {
-    return {args.scores,      sequence,         head, first_key, count, position,
-            args.window_left, args.window_right};
+    const int64_t query = first_query - args.cu_seqlens_q[sequence];
+    const int64_t length = args.cu_seqlens_k[sequence + 1] - first_key;
+    return {args.scores,      sequence,  head,  group,    query,
+            length,           first_key, count, position, args.window_left,
+            args.window_right};
   }
 };
 

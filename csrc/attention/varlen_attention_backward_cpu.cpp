@@ -37,52 +37,6 @@ void write_sums(Rows<Accumulator<T>> rows, int64_t keys, int64_t dim, T* to, int
   }
 }
 
-// sums[j][0..dim) += weights[j][i] x[i][0..dim) over i < count, for all keys j; dim in vectors.
-template <int width, class A>
-void add_outer(Rows<A> sums, int64_t keys, int64_t dim, const A* weights, Rows<const A> x,
-               int64_t count) {
-  constexpr int lanes = kLanes<A>;
-  const auto columns = [&]<int vectors>(Constant<vectors>, int64_t c) {
-    for_rows(keys, [&]<int rows>(Constant<rows>, int64_t j) {
-      Vector<A> total[rows][vectors];
-      A* const to = sums.data + j * sums.stride + c;
-      for (int r = 0; r < rows; ++r) {
-        for (int i = 0; i < vectors; ++i) total[r][i] = load(to + r * sums.stride + i * lanes);
-      }
-      multiply_add(total, weights + j * width, width, 1, x.data + c, x.stride, count);
-      for (int r = 0; r < rows; ++r) {
-        for (int i = 0; i < vectors; ++i) store(to + r * sums.stride + i * lanes, total[r][i]);
-      }
-    });
-  };
-  // Two or three vectors at a time: one alone would wait for its own sums.
-  int64_t c = 0, left = (dim + lanes - 1) / lanes;
-  for (; left == 3 || left > 4; left -= 3, c += 3 * lanes) {
-    columns(Constant<3>{}, c);
-  }
-  for (; left >= 2; left -= 2, c += 2 * lanes) columns(Constant<2>{}, c);
-  if (left) columns(Constant<1>{}, c);
-}
-
-// The vectors of a tile's queries with the elements across the lanes: in place where they fill
-// vectors, or in scratch.
-template <class T>
-Rows<const Accumulator<T>> in_vectors(const HeadVectors<const T>& x, int64_t token, int64_t head,
-                                      int64_t count, int64_t dim, Accumulator<T>* scratch) {
-  constexpr int64_t lanes = kLanes<T>;
-  const T* from = x.at(token, head);
-  if constexpr (std::is_same_v<T, Accumulator<T>>) {
-    if (dim % lanes == 0) return {from, x.token_stride};
-  }
-  const int64_t stride = round_up(dim, lanes);
-  for (int64_t i = 0; i < count; ++i) {
-    for (int64_t c = 0; c < dim; c += lanes) {
-      store(scratch + i * stride + c, load_part(from + i * x.token_stride + c, dim - c));
-    }
-  }
-  return {scratch, stride};
-}
-
 template <class T, int vectors>
 struct Backward : TileOf<T, vectors> {
   using Tile = TileOf<T, vectors>;
@@ -93,18 +47,20 @@ struct Backward : TileOf<T, vectors> {
   const int64_t head_dim = round_up(args.head_dim, lanes);
   const int64_t value_dim = round_up(args.value_dim, lanes);
   // Of grad_out: the scale, except where sums of dS itself are wanted.
-  const A factor = all.distance_sums ? A(1) : args.scale;
+  const A factor = all.unscaled() ? A(1) : args.scale;
   A *const qt, *const dqt;  // [head_dim][width]
   A* const gt;              // [value_dim][width]
   A *const q, *const g;     // [width][head_dim], [width][value_dim]
   A *const p, *const ds;    // [kKeyBlock][width]
   A* const slope;           // of the softcap, [kKeyBlock][width]
   A* const block;           // [kKeyBlock][head_dim or value_dim]
+  A* const keep;            // of dropout, [kKeyBlock][width]
+  A* const extra;           // of biases
   V lse[vectors], d[vectors];
 
   static constexpr int64_t scratch_size(int64_t head_dim, int64_t value_dim) {
-    return 3 * (head_dim + value_dim) * width + 3 * kKeyBlock * width +
-           kKeyBlock * (head_dim > value_dim ? head_dim : value_dim);
+    return 3 * (head_dim + value_dim) * width + 4 * kKeyBlock * width +
+           kKeyBlock * larger(head_dim, value_dim) + bias_scratch(head_dim);
   }
 
   Backward(const Tile& tile, const VarlenAttentionBackwardArgs<T>& all, A* scratch)
@@ -118,7 +74,9 @@ struct Backward : TileOf<T, vectors> {
         p(g + value_dim * width),
         ds(p + kKeyBlock * width),
         slope(ds + kKeyBlock * width),
-        block(slope + kKeyBlock * width) {}
+        block(slope + kKeyBlock * width),
+        keep(block + kKeyBlock * larger(head_dim, value_dim)),
+        extra(keep + kKeyBlock * width) {}
 
   void run(Rows<A> dk, Rows<A> dv) {
     // dS is wanted times the scale, in both its products: gradients times the scale give it.
@@ -133,11 +91,11 @@ struct Backward : TileOf<T, vectors> {
     for (int64_t key = Tile::begin; key < Tile::end; key += kKeyBlock) {
       const int64_t keys = smaller(kKeyBlock, Tile::end - key);
       if (!Tile::sees(key, keys)) continue;
-      weigh(key, keys);
-      add_outer<width>({dv.data + key * dv.stride, dv.stride}, keys, args.value_dim, p, g_rows,
-                       count);
-      add_outer<width>({dk.data + key * dk.stride, dk.stride}, keys, args.head_dim, ds, q_rows,
-                       count);
+      const Rows<A> dk_rows{dk.data + key * dk.stride, dk.stride};
+      weigh(key, keys, q_rows, dk_rows);
+      add_outer({dv.data + key * dv.stride, dv.stride}, keys, args.value_dim, p, width, 1, g_rows,
+                count);
+      add_outer(dk_rows, keys, args.head_dim, ds, width, 1, q_rows, count);
     }
     V one[vectors];
     for (int c = 0; c < vectors; ++c) one[c] = broadcast<V>(A(1));
@@ -164,8 +122,10 @@ struct Backward : TileOf<T, vectors> {
     }
   }
 
-  // p, ds and the share of dqt of the keys [first, first + keys).
-  void weigh(int64_t first, int64_t keys) {
+  // p, ds and the share of dqt of the keys [first, first + keys), with what their biases add to it
+  // and to the rows of dk.
+  void weigh(int64_t first, int64_t keys, Rows<const A> q_rows, Rows<A> dk) {
+    const bool dropped = args.scores.dropout.seeds;
     V unused[vectors] = {};
     const int64_t token = Tile::first_key + first;
     const auto v = widen(args.v, token, Tile::group, keys, args.value_dim, block);
@@ -174,36 +134,63 @@ struct Backward : TileOf<T, vectors> {
       multiply_add(s, v.data + j * v.stride, v.stride, 1, gt, width, args.value_dim);
       for (int r = 0; r < rows; ++r) {
         for (int c = 0; c < vectors; ++c) {
-          store(ds + (j + r) * width + c * lanes, s[r][c] - d[c]);
+          store(ds + (j + r) * width + c * lanes, dropped ? s[r][c] : s[r][c] - d[c]);
         }
       }
     });
+    if (dropped) {
+      draw_dropout<A, vectors>(Tile::place(), first, keys, keep);
+      for (int64_t i = 0; i < keys * width; i += lanes) {
+        store(ds + i, load(keep + i) * load(ds + i) - d[i / lanes % vectors]);
+      }
+    }
     const auto k = widen(args.k, token, Tile::group, keys, args.head_dim, block);
-    Tile::score(k, qt, first, keys, p, unused, slope);
+    Tile::score(k, qt, first, keys, p, unused, slope, extra);
     exponentiate<A>(p, keys, lse, unused);
     for (int64_t i = 0; i < keys * width; i += lanes) store(ds + i, load(p + i) * load(ds + i));
-    if (all.distance_sums) {
-      const int64_t origin =
-          args.cu_seqlens_q[Tile::sequence] + args.cu_seqlens_k[Tile::sequence + 1] - 1;
-      add_by_distance<A, vectors>(Tile::place(), first, keys, ds,
-                                  all.distance_sums + head * all.distance_sums_stride + origin);
-      for (int64_t i = 0; i < keys * width; i += lanes) store(ds + i, args.scale * load(ds + i));
+    if (dropped) {
+      for (int64_t i = 0; i < keys * width; i += lanes) store(p + i, load(p + i) * load(keep + i));
     }
+    bias_gradients(first, keys, q_rows, dk);
     if (args.scores.softcap != 0) {
       for (int64_t i = 0; i < keys * width; i += lanes) {
         store(ds + i, load(slope + i) * load(ds + i));
       }
     }
-    for_rows(args.head_dim, [&]<int rows>(Constant<rows>, int64_t c) {
-      V total[rows][vectors];
-      for (int r = 0; r < rows; ++r) {
-        for (int i = 0; i < vectors; ++i) total[r][i] = load(dqt + (c + r) * width + i * lanes);
-      }
-      multiply_add(total, k.data + c, 1, k.stride, ds, width, keys);
-      for (int r = 0; r < rows; ++r) {
-        for (int i = 0; i < vectors; ++i) store(dqt + (c + r) * width + i * lanes, total[r][i]);
-      }
-    });
+    add_columns<vectors>(dqt, args.head_dim, k, ds, keys);
+  }
+
+  // The gradients of the biases from ds; after it, ds is times the scale.
+  void bias_gradients(int64_t first, int64_t keys, Rows<const A> q_rows, Rows<A> dk) {
+    const Place<A> place = Tile::place();
+    const int64_t row = args.cu_seqlens_q[Tile::sequence] + args.cu_seqlens_k[Tile::sequence];
+    if (all.distance_sums) {
+      A* const sums = all.distance_sums + head * all.distance_sums_stride + row;
+      add_by_distance<A, vectors>(place, first, keys, ds, sums + place.length - 1);
+    }
+    if (all.grad_pair_bias.data) {
+      V one[vectors];
+      for (int c = 0; c < vectors; ++c) one[c] = broadcast<V>(A(1));
+      const auto& grad = all.grad_pair_bias;
+      write_transposed(ds, one, count, keys,
+                       grad.at(place.sequence, head, place.query, place.length) + first,
+                       grad.stride(place.length));
+    }
+    if (all.unscaled()) {
+      for (int64_t i = 0; i < keys * width; i += lanes) store(ds + i, args.scale * load(ds + i));
+    }
+    if (args.scores.positions.any()) {
+      // Rows of k in vectors; `block` holds them widened, `keep` is used up.
+      const auto k_rows = in_vectors(args.k, Tile::first_key + first, Tile::group, keys,
+                                     args.head_dim, extra + kColumnScratch);
+      const auto& positions = args.scores.positions;
+      const auto sums = [&](A* from, int64_t h) -> A* {
+        return from ? from + h * all.position_sums_stride + row * positions.stride : nullptr;
+      };
+      add_position_gradients<A, vectors>(place, first, keys, ds, q_rows, k_rows, args.head_dim, dqt,
+                                         dk, sums(all.position_key_sums, Tile::group),
+                                         sums(all.position_query_sums, head), extra);
+    }
   }
 };
 
@@ -224,6 +211,15 @@ void backward(const VarlenAttentionBackwardArgs<T>& all, int64_t sequence, int64
   const Tiles<T> tiles{args.cu_seqlens_q[sequence + 1] - args.cu_seqlens_q[sequence]};
   const int64_t first_key = args.cu_seqlens_k[sequence];
   const int64_t keys = args.cu_seqlens_k[sequence + 1] - first_key;
+  const auto& positions = args.scores.positions;
+  // Sums of this sequence for a head: so many numbers.
+  const auto clear_position_sums = [&](Accumulator<T>* from, int64_t head) {
+    if (!from || tiles.queries == 0 || keys == 0) return;
+    from += head * all.position_sums_stride +
+            (args.cu_seqlens_q[sequence] + first_key) * positions.stride;
+    const int64_t runs = positions.run_of(tiles.queries - 1) - positions.run_of(1 - keys) + 1;
+    for (int64_t i = 0; i < runs * positions.stride; ++i) from[i] = 0;
+  };
   for (int64_t group = first; group < last; ++group) {
     Accumulator<T>* free = scratch;
     const auto dk = sums(all.grad_k, first_key, group, args.head_dim, free, keys);
@@ -236,8 +232,10 @@ void backward(const VarlenAttentionBackwardArgs<T>& all, int64_t sequence, int64
         store(dv.data + j * dv.stride + c, Vector<T>{});
       }
     }
+    clear_position_sums(all.position_key_sums, group);
     for (int64_t h = 0; h < args.heads_per_group; ++h) {
       const int64_t head = group * args.heads_per_group + h;
+      clear_position_sums(all.position_query_sums, head);
       if (all.distance_sums) {
         Accumulator<T>* sums = all.distance_sums + head * all.distance_sums_stride +
                                args.cu_seqlens_q[sequence] + first_key;

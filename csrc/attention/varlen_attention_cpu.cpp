@@ -21,6 +21,7 @@ struct Forward : TileOf<T, vectors> {
   A* const ot;      // [value_dim][width]
   A* const scores;  // [kKeyBlock][width]
   A* const block;   // [kKeyBlock][head_dim or value_dim], where K and V are widened
+  A* const extra;   // of biases, then of dropout
   V maximum[vectors], total[vectors];
 
   Forward(const Tile& tile, A* scratch)
@@ -28,7 +29,8 @@ struct Forward : TileOf<T, vectors> {
         qt(scratch),
         ot(qt + round_up(args.head_dim, lanes) * width),
         scores(ot + round_up(args.value_dim, lanes) * width),
-        block(scores + kKeyBlock * width) {
+        block(scores + kKeyBlock * width),
+        extra(block + kKeyBlock * kMaxHeadDim) {
     for (int c = 0; c < vectors; ++c) {
       maximum[c] = broadcast<V>(A(-INFINITY));
       total[c] = V{};
@@ -62,7 +64,7 @@ struct Forward : TileOf<T, vectors> {
     V top[vectors];
     for (int c = 0; c < vectors; ++c) top[c] = maximum[c];
     const auto k = widen(args.k, Tile::first_key + first, Tile::group, keys, args.head_dim, block);
-    Tile::score(k, qt, first, keys, scores, top, nullptr);
+    Tile::score(k, qt, first, keys, scores, top, nullptr, extra);
 
     V rescale[vectors], shift[vectors];
     for (int c = 0; c < vectors; ++c) {
@@ -73,6 +75,12 @@ struct Forward : TileOf<T, vectors> {
       total[c] *= rescale[c];
     }
     exponentiate<A>(scores, keys, shift, total);
+    if (args.scores.dropout.seeds) {
+      draw_dropout<A, vectors>(Tile::place(), first, keys, extra);
+      for (int64_t i = 0; i < keys * width; i += lanes) {
+        store(scores + i, load(scores + i) * load(extra + i));
+      }
+    }
 
     const auto v = widen(args.v, Tile::first_key + first, Tile::group, keys, args.value_dim, block);
     for_rows(args.value_dim, [&]<int rows>(Constant<rows>, int64_t c) {
@@ -103,9 +111,10 @@ void forward(const VarlenAttentionArgs<T>& args, int64_t sequence, int64_t first
 }
 
 template <class T>
-constexpr VarlenAttention<T> kernel{
-    kTileQueries<T>, (2 * kMaxHeadDim + kKeyBlock) * kTileQueries<T> + kKeyBlock * kMaxHeadDim,
-    forward<T>};
+constexpr VarlenAttention<T> kernel{kTileQueries<T>,
+                                    (2 * kMaxHeadDim + kKeyBlock) * kTileQueries<T> +
+                                        kKeyBlock * kMaxHeadDim + bias_scratch(kMaxHeadDim),
+                                    forward<T>};
 
 }  // namespace
 

@@ -79,6 +79,13 @@ inline void for_rows(int64_t count, const Body& body, int64_t row = 0) {
   if constexpr (rows > 1) for_rows<rows / 2>(count, body, row);
 }
 
+// Rows of accumulators, any stride apart.
+template <class A>
+struct Rows {
+  A* data;
+  int64_t stride;
+};
+
 // --- products ------------------------------------------------------------------------------------
 
 // total[r][c] += sum_i a[r a_row + i a_step] b[i b_row + c] over i < depth. Inlined, so that the
@@ -103,6 +110,50 @@ template <int rows, int vectors, class V, class A>
   for (int r = 0; r < rows; ++r) {
     for (int c = 0; c < vectors; ++c) total[r][c] = sum[r][c];
   }
+}
+
+// sums[j][0..dim) += weights[j row + i step] x[i][0..dim) over i < count, for all j < rows; dim in
+// vectors.
+template <class A>
+void add_outer(Rows<A> sums, int64_t count_rows, int64_t dim, const A* weights, int64_t row,
+               int64_t step, Rows<const A> x, int64_t count) {
+  constexpr int lanes = kLanes<A>;
+  const auto columns = [&]<int vectors>(Constant<vectors>, int64_t c) {
+    for_rows(count_rows, [&]<int rows>(Constant<rows>, int64_t j) {
+      Vector<A> total[rows][vectors];
+      A* const to = sums.data + j * sums.stride + c;
+      for (int r = 0; r < rows; ++r) {
+        for (int i = 0; i < vectors; ++i) total[r][i] = load(to + r * sums.stride + i * lanes);
+      }
+      multiply_add(total, weights + j * row, row, step, x.data + c, x.stride, count);
+      for (int r = 0; r < rows; ++r) {
+        for (int i = 0; i < vectors; ++i) store(to + r * sums.stride + i * lanes, total[r][i]);
+      }
+    });
+  };
+  // Two or three vectors at a time: one alone would wait for its own sums.
+  int64_t c = 0, left = (dim + lanes - 1) / lanes;
+  for (; left == 3 || left > 4; left -= 3, c += 3 * lanes) {
+    columns(Constant<3>{}, c);
+  }
+  for (; left >= 2; left -= 2, c += 2 * lanes) columns(Constant<2>{}, c);
+  if (left) columns(Constant<1>{}, c);
+}
+
+// to[c][0..width) += sum_j x[j][c] weights[j][0..width) over j < count, for all c < dim.
+template <int vectors, class A>
+void add_columns(A* to, int64_t dim, Rows<const A> x, const A* weights, int64_t count) {
+  constexpr int64_t lanes = kLanes<A>, width = vectors * lanes;
+  for_rows(dim, [&]<int rows>(Constant<rows>, int64_t c) {
+    Vector<A> total[rows][vectors];
+    for (int r = 0; r < rows; ++r) {
+      for (int i = 0; i < vectors; ++i) total[r][i] = load(to + (c + r) * width + i * lanes);
+    }
+    multiply_add(total, x.data + c, 1, x.stride, weights, width, count);
+    for (int r = 0; r < rows; ++r) {
+      for (int i = 0; i < vectors; ++i) store(to + (c + r) * width + i * lanes, total[r][i]);
+    }
+  });
 }
 
 // --- memory --------------------------------------------------------------------------------------
@@ -194,13 +245,6 @@ inline void write_transposed(const Accumulator<T>* from, const Vector<T> (&facto
   }
 }
 
-// Rows of accumulators, any stride apart.
-template <class A>
-struct Rows {
-  A* data;
-  int64_t stride;
-};
-
 // The vectors of `count` tokens as accumulators: in place, or widened into scratch[count][dim].
 template <class T>
 inline Rows<const Accumulator<T>> widen(const HeadVectors<const T>& x, int64_t token, int64_t head,
@@ -218,6 +262,25 @@ inline Rows<const Accumulator<T>> widen(const HeadVectors<const T>& x, int64_t t
     }
     return {scratch, dim};
   }
+}
+
+// The vectors of a tile's queries with the elements across the lanes: in place where they fill
+// vectors, or in scratch.
+template <class T>
+Rows<const Accumulator<T>> in_vectors(const HeadVectors<const T>& x, int64_t token, int64_t head,
+                                      int64_t count, int64_t dim, Accumulator<T>* scratch) {
+  constexpr int64_t lanes = kLanes<T>;
+  const T* from = x.at(token, head);
+  if constexpr (std::is_same_v<T, Accumulator<T>>) {
+    if (dim % lanes == 0) return {from, x.token_stride};
+  }
+  const int64_t stride = round_up(dim, lanes);
+  for (int64_t i = 0; i < count; ++i) {
+    for (int64_t c = 0; c < dim; c += lanes) {
+      store(scratch + i * stride + c, load_part(from + i * x.token_stride + c, dim - c));
+    }
+  }
+  return {scratch, stride};
 }
 
 }  // namespace

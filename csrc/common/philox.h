@@ -15,15 +15,29 @@ struct Philox4 {
   uint32_t word[4];
 };
 
-inline Philox4 philox4x32(Philox4 counter, uint64_t key) {
-  uint32_t low = uint32_t(key), high = uint32_t(key >> 32);
-  for (int round = 0; round < 10; ++round) {
-    const uint64_t first = uint64_t(counter.word[0]) * 0xd2511f53;
-    const uint64_t second = uint64_t(counter.word[2]) * 0xcd9e8d57;
-    counter = {{uint32_t(second >> 32) ^ counter.word[1] ^ low, uint32_t(second),
-                uint32_t(first >> 32) ^ counter.word[3] ^ high, uint32_t(first)}};
+struct PhiloxKey {
+  uint32_t low, high;
+
+  explicit PhiloxKey(uint64_t key) : low(uint32_t(key)), high(uint32_t(key >> 32)) {}
+  void advance() {
     low += 0x9e3779b9;
     high += 0xbb67ae85;
+  }
+};
+
+inline constexpr int kPhiloxRounds = 10;
+
+inline Philox4 philox_round(Philox4 counter, PhiloxKey key) {
+  const uint64_t first = uint64_t(counter.word[0]) * 0xd2511f53;
+  const uint64_t second = uint64_t(counter.word[2]) * 0xcd9e8d57;
+  return {{uint32_t(second >> 32) ^ counter.word[1] ^ key.low, uint32_t(second),
+           uint32_t(first >> 32) ^ counter.word[3] ^ key.high, uint32_t(first)}};
+}
+
+inline Philox4 philox4x32(Philox4 counter, uint64_t seed) {
+  PhiloxKey key(seed);
+  for (int round = 0; round < kPhiloxRounds; ++round, key.advance()) {
+    counter = philox_round(counter, key);
   }
   return counter;
 }

@@ -367,7 +367,7 @@ def call(q=Q, k=Q, v=Q, cu_q=CU, cu_k=CU, **kwargs):
         (ValueError, "cu_seqlens_k must start at 0", {"cu_k": packed((5,))}),
         (ValueError, "must have the same length, got 2 and 3", {"cu_k": packed((2, 2))}),
         (ValueError, "window_size must hold radii", {"window_size": (-2, 0)}),
-        (NotImplementedError, "no dropout_p", {"dropout_p": 0.1}),
+        (ValueError, "dropout_p must be at least 0 and less than 1", {"dropout_p": 1.0}),
         (ValueError, "softcap must not be negative", {"softcap": -1.0}),
     ],
 )

@@ -20,7 +20,28 @@ SIZES = {
     "num_attention_heads": 2,
     "intermediate_size": 48,
 }
+DEBERTA = {
+    **SIZES, "relative_attention": True, "position_biased_input": False, "type_vocab_size": 0,
+    "pos_att_type": "c2p|p2c", "norm_rel_ebd": "layer_norm", "share_att_key": True,
+}  # fmt: skip
 MODELS = {
+    # Logarithmic buckets, and beyond the last of them, within the longest text.
+    "deberta-v3": lambda: transformers.DebertaV2Model(
+        transformers.DebertaV2Config(**DEBERTA, position_buckets=8, max_position_embeddings=30)
+    ),
+    "deberta-v2, convolution": lambda: transformers.DebertaV2Model(
+        transformers.DebertaV2Config(
+            **DEBERTA, position_buckets=16, max_position_embeddings=64, conv_kernel_size=3
+        )
+    ),
+    "deberta-v2, own projections": lambda: transformers.DebertaV2Model(
+        transformers.DebertaV2Config(
+            **{**DEBERTA, "share_att_key": False, "pos_att_type": "p2c"}, max_relative_positions=16,
+        )
+    ),
+    "deberta-v2, absolute": lambda: transformers.DebertaV2Model(
+        transformers.DebertaV2Config(**{**SIZES, "type_vocab_size": 2}, pos_att_type=None)
+    ),
     "mpnet": lambda: transformers.MPNetModel(
         transformers.MPNetConfig(**SIZES), add_pooling_layer=False
     ),
@@ -97,6 +118,8 @@ def test_outputs_and_gradients(models, texts):
 def test_padded(models, texts, side):
     input_ids, mask = pad(texts, side)
     model = models[1]
+    if side == "left" and getattr(model.config, "position_biased_input", False):
+        pytest.skip("DeBERTa counts absolute positions over the padding on the left")
     with torch.no_grad():
         hidden = model(input_ids=input_ids, attention_mask=mask).last_hidden_state
         expected = hf.forward_packed(model, *packed.pack(texts))

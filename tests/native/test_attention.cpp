@@ -114,6 +114,21 @@ void check_shaped(int64_t queries, int64_t keys) {
   std::vector<int32_t> ids(keys);
   for (int64_t j = 0; j < keys; ++j) ids[j] = int32_t(j / 7 % 3) - 1;
   const std::vector<int32_t> prefix{5};
+  // Two distances to a run, both tables and a bias for each pair.
+  constexpr int64_t stride = emblas::kPositionPadding, runs = 4;
+  const std::vector<int32_t> run{0, 0, 1, 1, 2, 2, 3};
+  auto table_of = [](int seed) {
+    auto vectors = native::random_values<T>(runs * stride, seed);
+    for (int64_t i = 0; i < runs * stride; ++i) {
+      if (i % stride >= dim) vectors[i] = 0;
+    }
+    return vectors;
+  };
+  const auto position_keys = table_of(4), position_queries = table_of(5);
+  const auto pair_bias = native::random_values<T>(queries * keys, 6);
+  std::vector<T> key_sums((queries + keys) * stride), query_sums(key_sums.size()),
+      grad_pairs(pair_bias.size());
+  const std::vector<int64_t> starts{0, queries * keys}, seeds{-7};
   const T slope = T(0.25);
   const emblas::VarlenAttentionBackwardArgs<T> args{
       .forward = {.q = {q.data(), dim, dim},
@@ -138,14 +153,34 @@ void check_shaped(int64_t queries, int64_t keys) {
                              .distance_radius = radius,
                              .prefix_len = prefix.data(),
                              .branch = ids.data(),
-                             .block_ids = ids.data()}},
+                             .block_ids = ids.data(),
+                             .positions = {.keys = position_keys.data(),
+                                           .queries = position_queries.data(),
+                                           .run = run.data(),
+                                           .radius = radius,
+                                           .runs = runs,
+                                           .stride = stride},
+                             .pair_bias = {.data = pair_bias.data(),
+                                           .starts = starts.data(),
+                                           .head_stride = 0,
+                                           .query_stride = -1},
+                             .dropout = {.seeds = seeds.data(),
+                                         .threshold = uint32_t(1) << 30,
+                                         .factor = T(4) / 3}}},
       .grad_out = {q.data(), dim, dim},
       .grad_lse = nullptr,
       .grad_q = {grad_q.data(), dim, dim},
       .grad_k = {grad_k.data(), dim, dim},
       .grad_v = {grad_v.data(), dim, dim},
       .distance_sums = sums.data(),
-      .distance_sums_stride = queries + keys};
+      .distance_sums_stride = queries + keys,
+      .position_key_sums = key_sums.data(),
+      .position_query_sums = query_sums.data(),
+      .position_sums_stride = (queries + keys) * stride,
+      .grad_pair_bias = {.data = grad_pairs.data(),
+                         .starts = starts.data(),
+                         .head_stride = 0,
+                         .query_stride = -1}};
   const auto& forward = emblas::kernels<emblas::AttentionKernels>().of(T{});
   const auto& backward = emblas::kernels<emblas::AttentionBackwardKernels>().of(T{});
   std::vector<T> scratch(forward.scratch_size + backward.scratch_size(args, keys) + 64);
@@ -154,6 +189,8 @@ void check_shaped(int64_t queries, int64_t keys) {
   backward.backward(args, 0, 0, 1, aligned(scratch));
   double total = 0;  // a softmax doesn't change when all its scores do
   for (const T sum : sums) total += sum;
+  CHECK_NEAR(total, 0, 1e-4);
+  for (const T grad : grad_pairs) total += grad;
   CHECK_NEAR(total, 0, 1e-4);
 }
 

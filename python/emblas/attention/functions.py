@@ -57,6 +57,75 @@ def _distance_bias(relative_bias: tuple[Tensor, Tensor] | None, q: Tensor) -> Te
     return table.index_select(1, lookup).to(_accumulator(q)).contiguous()
 
 
+def _disentangled(
+    disentangled: tuple[Tensor | None, Tensor | None, Tensor] | None, q: Tensor, k: Tensor
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Position vectors as kernels take them, and the lookup of their rows."""
+    if disentangled is None:
+        return None, None, None
+    *tables, lookup = disentangled
+    integers = (torch.int32, torch.int64)
+    _op.check_tensor("disentangled[2]", lookup, ndim=1, dtypes=integers, device=q.device)
+    if lookup.shape[0] % 2 == 0:
+        raise ValueError(
+            f"disentangled[2] must have an odd length, 2 radius + 1, got {lookup.shape[0]}"
+        )
+    for i, (name, heads) in enumerate((("k", k.shape[1]), ("q", q.shape[1]))):
+        table = tables[i]
+        if table is None:
+            continue
+        _op.check_tensor(f"disentangled[{i}]", table, ndim=3, dtypes=_op.FLOATS, device=q.device)
+        if table.shape[1:] != (heads, q.shape[2]):
+            raise ValueError(
+                f"disentangled[{i}] must have the shape (slots, heads of {name}, head_dim), "
+                f"(..., {heads}, {q.shape[2]}), got {tuple(table.shape)}"
+            )
+        tables[i] = _op.rows(table.to(_accumulator(q)))
+    return tables[0], tables[1], lookup.to(torch.int32).contiguous()
+
+
+def _pair_bias(
+    attn_bias: Tensor | None, q: Tensor, batch: int, max_seqlen_q: int, max_seqlen_k: int
+) -> Tensor | None:
+    """Bias (batch, heads, queries, keys) or (heads, pairs)."""
+    if attn_bias is None:
+        return None
+    _op.check_tensor("attn_bias", attn_bias, dtypes=_op.FLOATS, device=q.device)
+    heads = q.shape[1]
+    shape = attn_bias.shape
+    padded = len(shape) == 4 and shape[0] in (1, batch) and shape[1] in (1, heads)
+    if not padded and not (len(shape) == 2 and shape[0] in (1, heads)):
+        raise ValueError(
+            f"attn_bias must have the shape (batch or 1, heads or 1, queries, keys), "
+            f"({batch} or 1, {heads} or 1, ...), or (heads or 1, pairs), got {tuple(shape)}"
+        )
+    if padded and (shape[2] < max_seqlen_q or shape[3] < max_seqlen_k):
+        raise ValueError(
+            f"attn_bias must have room for {max_seqlen_q} queries and {max_seqlen_k} keys, "
+            f"got {tuple(shape[2:])}"
+        )
+    bias = _op.rows(attn_bias.to(_accumulator(q)))
+    return bias.expand(batch, heads, *shape[2:]) if padded else bias.expand(heads, shape[1])
+
+
+def _dropout_seeds(
+    dropout_p: float, dropout_seeds: Tensor | None, batch: int, device: torch.device
+) -> Tensor | None:
+    """Seeds of the sequences; None without dropout."""
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"dropout_p must be at least 0 and less than 1, got {dropout_p}")
+    if dropout_p == 0:
+        return None
+    if dropout_seeds is None:
+        return torch.randint(-(2**63), 2**63 - 1, (batch,), dtype=torch.int64, device=device)
+    _op.check_tensor("dropout_seeds", dropout_seeds, ndim=1, dtypes=(torch.int64,), device=device)
+    if dropout_seeds.shape[0] != batch:
+        raise ValueError(
+            f"dropout_seeds must have one seed per sequence, {batch}, got {dropout_seeds.shape[0]}"
+        )
+    return dropout_seeds.contiguous()
+
+
 def alibi_slopes(heads: int) -> Tensor:
     """Return the slopes that ALiBi gives to ``heads`` heads.
 
@@ -123,6 +192,51 @@ def t5_buckets(
     return side + torch.where(distance < exact, distance, coarse)
 
 
+def deberta_buckets(position_buckets: int = 256, max_relative_positions: int = 512) -> Tensor:
+    """Return the lookup of DeBERTa's relative positions, for ``disentangled``.
+
+    Parameters
+    ----------
+    position_buckets : int, default 256
+        Half the rows of the tables: so many buckets on either side. Half of them are single
+        distances, the others grow with the logarithm. 0 or less: a row for each distance.
+    max_relative_positions : int, default 512
+        Distance from which on all share the last bucket of their side.
+
+    Returns
+    -------
+    Tensor
+        int64 ``(2 * max_relative_positions + 1,)``: the row of each distance of a key from a
+        query, ``-max_relative_positions`` to ``max_relative_positions``.
+
+    Raises
+    ------
+    ValueError
+        If ``max_relative_positions`` is not positive, or there are fewer than 4 buckets.
+
+    Notes
+    -----
+    He et al., 2021 (arXiv 2006.03654, equation 3) and the public code of version 2, in float32:
+    with ``m = position_buckets // 2`` and ``M = max_relative_positions``, a distance x beyond m is
+    in bucket ``ceil(ln(x / m) / ln((M - 1) / m) * (m - 1)) + m``.
+    """
+    if max_relative_positions < 1:
+        raise ValueError(f"max_relative_positions must be positive, got {max_relative_positions}")
+    if 0 < position_buckets < 4:
+        raise ValueError(f"position_buckets must be at least 4, or 0, got {position_buckets}")
+    # Rows are counted by the distance of the query from the key.
+    distance = -torch.arange(-max_relative_positions, max_relative_positions + 1)
+    rows, bucket = max_relative_positions, distance
+    if position_buckets > 0:
+        rows, middle = position_buckets, position_buckets // 2
+        logarithm = torch.log(distance.abs().clamp_min(middle) / middle)
+        longest = torch.log(torch.tensor((max_relative_positions - 1) / middle))
+        coarse = torch.ceil(logarithm / longest * (middle - 1)) + middle
+        coarse = (coarse * distance.sign()).long()
+        bucket = torch.where(distance.abs() <= middle, distance, coarse)
+    return (bucket + rows).clamp(0, 2 * rows - 1)
+
+
 @overload
 def varlen_attention(
     q: Tensor,
@@ -141,6 +255,9 @@ def varlen_attention(
     deterministic: bool = ...,
     *,
     relative_bias: tuple[Tensor, Tensor] | None = ...,
+    disentangled: tuple[Tensor | None, Tensor | None, Tensor] | None = ...,
+    attn_bias: Tensor | None = ...,
+    dropout_seeds: Tensor | None = ...,
     prefix_len: Tensor | None = ...,
     branch: Tensor | None = ...,
     block_ids: Tensor | None = ...,
@@ -164,6 +281,9 @@ def varlen_attention(
     deterministic: bool = ...,
     *,
     relative_bias: tuple[Tensor, Tensor] | None = ...,
+    disentangled: tuple[Tensor | None, Tensor | None, Tensor] | None = ...,
+    attn_bias: Tensor | None = ...,
+    dropout_seeds: Tensor | None = ...,
     prefix_len: Tensor | None = ...,
     branch: Tensor | None = ...,
     block_ids: Tensor | None = ...,
@@ -186,6 +306,9 @@ def varlen_attention(
     deterministic: bool = True,
     *,
     relative_bias: tuple[Tensor, Tensor] | None = None,
+    disentangled: tuple[Tensor | None, Tensor | None, Tensor] | None = None,
+    attn_bias: Tensor | None = None,
+    dropout_seeds: Tensor | None = None,
     prefix_len: Tensor | None = None,
     branch: Tensor | None = None,
     block_ids: Tensor | None = None,
@@ -194,7 +317,7 @@ def varlen_attention(
     """Attend within each sequence of a packed batch, exactly.
 
     Arguments are named and ordered as those of ``flash_attn_varlen_func``. Gradients flow to
-    ``q``, ``k`` and ``v``.
+    ``q``, ``k`` and ``v``, and to the biases that say so.
 
     Parameters
     ----------
@@ -211,7 +334,8 @@ def varlen_attention(
     max_seqlen_q, max_seqlen_k : int
         Upper bounds of the sequence lengths. Kernels that plan by them need them to be right.
     dropout_p : float, default 0.0
-        Must be 0: there is no dropout yet.
+        Probability, less than 1, with which a query doesn't take the value of a key; the other
+        values count ``1 / (1 - dropout_p)`` times.
     softmax_scale : float, optional
         Factor of the scores; default ``head_dim ** -0.5``.
     causal : bool, default False
@@ -230,6 +354,22 @@ def varlen_attention(
         distances ``-radius`` to ``radius`` of a key from a query's position; farther ones take the
         lookup's ends. Adds ``table[:, lookup[distance]]`` to the scores, as T5 does (see
         :func:`t5_buckets`). Gradients flow to the table.
+    disentangled : tuple of (Tensor or None, Tensor or None, Tensor), optional
+        Position keys ``(slots, key_heads, head_dim)``, position queries ``(slots, heads,
+        head_dim)`` and a lookup ``(2 * radius + 1,)`` of their rows by distance, as in
+        ``relative_bias``. Adds ``softmax_scale * (q_i . position_keys[r] + k_j .
+        position_queries[r])`` with ``r = lookup[distance]`` to the scores, as DeBERTa-v2 and v3 do
+        (see :func:`deberta_buckets`; their softmax_scale is ``(3 * head_dim) ** -0.5``). Gradients
+        flow to both tables.
+    attn_bias : Tensor, optional
+        A number for each pair, added to the score: padded ``(batch or 1, heads or 1, queries,
+        keys)`` with room for the longest sequence, or ragged ``(heads or 1, pairs)``, where the
+        matrices (queries, keys) of the sequences follow each other. -inf hides a pair. Gradients
+        flow to it. This is the one argument, and gradient, whose size grows with the square of the
+        length.
+    dropout_seeds : Tensor, optional
+        ``(batch,)`` int64: what is dropped in a sequence is a function of its seed, whatever else
+        is in the batch. Without it seeds come from torch's generator.
     prefix_len : Tensor, optional
         ``(batch,)`` integers: so many first keys of a sequence are seen by all its queries,
         whatever the right radius or ``causal`` hide.
@@ -258,18 +398,15 @@ def varlen_attention(
         If an argument has the wrong type or dtype.
     ValueError
         If shapes, devices or offsets don't fit together.
-    NotImplementedError
-        If an option is asked for that this version doesn't have.
 
     Notes
     -----
     Online softmax over blocks of keys (Dao et al., 2022, arXiv 2205.14135, algorithm 1), in float32
     (float64 for float64). Backward makes the scores again, block by block, from the log-sum-exp
-    (algorithm 4 there): the memory of both is linear in the number of tokens. ``torch.func``
+    (algorithm 4 there): the memory of both is linear in the number of tokens. Dropout draws with
+    Philox4x32-10 (Salmon et al., 2011), whose counter is the pair and the head. ``torch.func``
     transforms are not supported.
     """
-    if dropout_p != 0.0:
-        raise NotImplementedError("varlen_attention has no dropout_p in this version")
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         _op.check_tensor(name, tensor, ndim=3, dtypes=_op.FLOATS)
         if tensor.dtype != q.dtype:
@@ -311,6 +448,10 @@ def varlen_attention(
         _ids("prefix_len", prefix_len, batch, q.device),
         _ids("branch", branch, k.shape[0], q.device),
         _ids("block_ids", block_ids, k.shape[0], q.device),
+        *_disentangled(disentangled, q, k),
+        _pair_bias(attn_bias, q, batch, max_seqlen_q, max_seqlen_k),
+        dropout_p,
+        _dropout_seeds(dropout_p, dropout_seeds, batch, q.device),
     )
     out, lse = op.varlen_attention(
         _op.rows(q),

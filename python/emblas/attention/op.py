@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -63,6 +63,52 @@ def _backward_fake(
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), grad_bias
 
 
+def _biases_backward_fake(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    softmax_scale: float | None,
+    window_left: int,
+    window_right: int,
+    softcap: float,
+    alibi_slopes: Tensor | None,
+    distance_bias: Tensor | None,
+    prefix_len: Tensor | None,
+    branch: Tensor | None,
+    block_ids: Tensor | None,
+    position_keys: Tensor | None,
+    position_queries: Tensor | None,
+    position_lookup: Tensor | None,
+    pair_bias: Tensor | None,
+    dropout_p: float,
+    dropout_seeds: Tensor | None,
+    need_distance_bias: bool,
+    need_positions: bool,
+    need_pair_bias: bool,
+) -> tuple[Tensor, ...]:
+    def like(bias: Tensor | None, needed: bool, dims: int) -> Tensor:
+        shape = bias.shape if bias is not None and needed else (0,) * dims
+        return q.new_empty(shape, dtype=_accumulator(q))
+
+    return (
+        q.new_empty(q.shape),
+        k.new_empty(k.shape),
+        v.new_empty(v.shape),
+        like(distance_bias, need_distance_bias, 2),
+        like(position_keys, need_positions, 3),
+        like(position_queries, need_positions, 3),
+        like(pair_bias, need_pair_bias, 2),
+    )
+
+
 def _check_values(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, *others: Any
 ) -> None:
@@ -83,6 +129,12 @@ _varlen_attention_backward = Op(
     reference=reference.varlen_attention_backward,
     fake=_backward_fake,
 )
+# The gradient where the biases beyond those of distance, or dropout, are in use.
+_varlen_attention_biases_backward = Op(
+    "varlen_attention_biases_backward",
+    reference=reference.varlen_attention_biases_backward,
+    fake=_biases_backward_fake,
+)
 
 
 class Shaping(NamedTuple):
@@ -94,6 +146,21 @@ class Shaping(NamedTuple):
     prefix_len: Tensor | None = None
     branch: Tensor | None = None
     block_ids: Tensor | None = None
+    position_keys: Tensor | None = None
+    position_queries: Tensor | None = None
+    position_lookup: Tensor | None = None
+    pair_bias: Tensor | None = None
+    dropout_p: float = 0.0
+    dropout_seeds: Tensor | None = None
+
+    def of_distance(self) -> tuple[Any, ...]:
+        """Return the options that all gradient kernels have."""
+        return self[:6]
+
+    def beyond(self) -> bool:
+        """Tell whether others are in use."""
+        tensors = (self.position_lookup, self.pair_bias, self.dropout_seeds)
+        return any(x is not None for x in tensors)
 
 
 class _VarlenAttention(torch.autograd.Function):
@@ -104,21 +171,21 @@ class _VarlenAttention(torch.autograd.Function):
         k: Tensor,
         v: Tensor,
         distance_bias: Tensor | None,
+        position_keys: Tensor | None,
+        position_queries: Tensor | None,
+        pair_bias: Tensor | None,
         cu_seqlens_q: Tensor,
         cu_seqlens_k: Tensor,
         numbers: tuple[Any, ...],
         softcap: float,
-        alibi_slopes: Tensor | None,
-        *masks: Tensor | None,
+        dropout_p: float,
+        *others: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        out, lse = _varlen_attention(
-            q, k, v, cu_seqlens_q, cu_seqlens_k, *numbers, True, softcap, alibi_slopes,
-            distance_bias, *masks,
-        )  # fmt: skip
-        ctx.save_for_backward(
-            q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, alibi_slopes, distance_bias, *masks
-        )
-        ctx.numbers, ctx.softcap = numbers, softcap
+        biases = (distance_bias, position_keys, position_queries, pair_bias)
+        shaping = _shaping(softcap, dropout_p, biases, others)
+        out, lse = _varlen_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, *numbers, True, *shaping)
+        ctx.save_for_backward(q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, *biases, *others)
+        ctx.numbers, ctx.softcap, ctx.dropout_p = numbers, softcap, dropout_p
         ctx.set_materialize_grads(False)
         return out, lse
 
@@ -126,15 +193,35 @@ class _VarlenAttention(torch.autograd.Function):
     def backward(
         ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, *shaping = ctx.saved_tensors
+        q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, *rest = ctx.saved_tensors
+        shaping = _shaping(ctx.softcap, ctx.dropout_p, rest[:4], rest[4:])
         grad_out = torch.zeros_like(out) if grad_out is None else rows(grad_out)
         grad_lse = None if grad_lse is None else grad_lse.contiguous()
-        need_bias = ctx.needs_input_grad[3]
-        *grads, grad_bias = _varlen_attention_backward(
-            grad_out, grad_lse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, *ctx.numbers,
-            ctx.softcap, *shaping, need_bias,
-        )  # fmt: skip
-        return *grads, grad_bias if need_bias else None, *[None] * 8
+        need = ctx.needs_input_grad[3:7]
+        given = (grad_out, grad_lse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, *ctx.numbers)
+        if shaping.beyond():
+            needs = (need[0], need[1] or need[2], need[3])
+            grads = _varlen_attention_biases_backward(*given, *shaping, *needs)
+        else:
+            grads = _varlen_attention_backward(*given, *shaping.of_distance(), need[0])
+        of_biases = [grad if n else None for grad, n in zip(grads[3:], need, strict=False)]
+        of_biases += [None] * (4 - len(of_biases))
+        return *grads[:3], *of_biases, *[None] * (5 + len(rest) - 4)
+
+
+def _shaping(
+    softcap: float,
+    dropout_p: float,
+    biases: Sequence[Tensor | None],
+    others: Sequence[Tensor | None],
+) -> Shaping:
+    """Order the arguments of :class:`_VarlenAttention` as the operators do."""
+    distance_bias, position_keys, position_queries, pair_bias = biases
+    alibi_slopes, prefix_len, branch, block_ids, position_lookup, dropout_seeds = others
+    return Shaping(
+        softcap, alibi_slopes, distance_bias, prefix_len, branch, block_ids, position_keys,
+        position_queries, position_lookup, pair_bias, dropout_p, dropout_seeds,
+    )  # fmt: skip
 
 
 def varlen_attention(
@@ -152,17 +239,21 @@ def varlen_attention(
 ) -> tuple[Tensor, Tensor]:
     """Attend with checked arguments; see :func:`emblas.attention.varlen_attention`."""
     numbers = (max_seqlen_q, max_seqlen_k, softmax_scale, *window)
-    if needs_grad(q, k, v, shaping.distance_bias) and not use_reference():
-        softcap, alibi_slopes, distance_bias, *masks = shaping
+    biases = (
+        shaping.distance_bias, shaping.position_keys, shaping.position_queries, shaping.pair_bias,
+    )  # fmt: skip
+    if needs_grad(q, k, v, *biases) and not use_reference():
         # torch.compile can't trace a Function that gets one tensor twice: alias the others.
-        given = (q, k, v, distance_bias, cu_seqlens_q, cu_seqlens_k)
+        given = (q, k, v, *biases, cu_seqlens_q, cu_seqlens_k)
         tensors = [
             x.view_as(x) if x is not None and any(x is other for other in given[:i]) else x
             for i, x in enumerate(given)
         ]
         result: tuple[Tensor, Tensor] = _VarlenAttention.apply(
-            *tensors, numbers, softcap, alibi_slopes, *masks
-        )
+            *tensors, numbers, shaping.softcap, shaping.dropout_p, shaping.alibi_slopes,
+            shaping.prefix_len, shaping.branch, shaping.block_ids, shaping.position_lookup,
+            shaping.dropout_seeds,
+        )  # fmt: skip
         return result
     run: Callable[..., Any] = reference.varlen_attention if use_reference() else _varlen_attention
     return run(q, k, v, cu_seqlens_q, cu_seqlens_k, *numbers, return_lse, *shaping)

@@ -7,9 +7,54 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from emblas._philox import philox4x32
+
 
 def _accumulator(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _disentangled(
+    queries: Tensor,
+    keys: Tensor,
+    distance: Tensor,
+    position_keys: Tensor | None,
+    position_queries: Tensor | None,
+    position_lookup: Tensor,
+) -> Tensor:
+    """Scores (heads, queries, keys) of one sequence before the scale."""
+    radius = position_lookup.shape[0] // 2
+    slot = position_lookup.long()[distance.clamp(-radius, radius) + radius]
+    scores = queries.new_zeros(queries.shape[0], *distance.shape)
+    if position_keys is not None:
+        groups = queries.shape[0] // position_keys.shape[1]
+        vectors = position_keys.permute(1, 2, 0).repeat_interleave(groups, 0)
+        scores = scores + (queries @ vectors).gather(2, slot.expand_as(scores))
+    if position_queries is not None:
+        by_key = (keys @ position_queries.permute(1, 2, 0)).transpose(1, 2)
+        scores = scores + by_key.gather(1, slot.expand_as(scores))
+    return scores
+
+
+def _pair_bias(pair_bias: Tensor, b: int, pairs: int, queries: int, keys: int) -> Tensor:
+    """Bias (heads, queries, keys) of sequence b, before which so many pairs lie."""
+    if pair_bias.dim() == 4:
+        return pair_bias[b, :, :queries, :keys]
+    return pair_bias[:, pairs : pairs + queries * keys].unflatten(1, (queries, keys))
+
+
+def _dropout(
+    position: Tensor, keys: int, heads: int, dropout_p: float, seed: int, dtype: torch.dtype
+) -> Tensor:
+    """Return the factors of the probabilities (heads, queries, keys) of one sequence."""
+    head, query, four = torch.broadcast_tensors(
+        torch.arange(heads, device=position.device)[:, None, None],
+        position[None] & 0xFFFFFFFF,
+        torch.arange((keys + 3) // 4, device=position.device)[None, None],
+    )
+    words = philox4x32([query, four, head, torch.zeros_like(head)], seed % 2**64)
+    kept = torch.stack(words, 3).flatten(2)[:, :, :keys] >= int(dropout_p * 2**32)
+    return kept.to(dtype) / (1 - dropout_p)
 
 
 def _hidden(
@@ -62,12 +107,18 @@ def varlen_attention(
     prefix_len: Tensor | None = None,
     branch: Tensor | None = None,
     block_ids: Tensor | None = None,
+    position_keys: Tensor | None = None,
+    position_queries: Tensor | None = None,
+    position_lookup: Tensor | None = None,
+    pair_bias: Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_seeds: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attend within each sequence; the formulas stand in ``csrc/attention/attention.h``."""
     dtype = _accumulator(q)
     heads = q.shape[1]
     scale = q.shape[2] ** -0.5 if softmax_scale is None else softmax_scale
-    outs, lses = [], []
+    outs, lses, pairs = [], [], 0
     bounds = zip(cu_seqlens_q.tolist(), cu_seqlens_k.tolist(), strict=True)
     for b, ((q_begin, k_begin), (q_end, k_end)) in enumerate(pairwise(bounds)):
         groups = heads // max(k.shape[1], 1)
@@ -87,6 +138,13 @@ def varlen_attention(
         if distance_bias is not None:
             radius = distance_bias.shape[1] // 2
             scores = scores + distance_bias[:, distance.clamp(-radius, radius) + radius]
+        if position_lookup is not None:
+            scores = scores + scale * _disentangled(
+                queries, keys, distance, position_keys, position_queries, position_lookup
+            )
+        if pair_bias is not None:
+            scores = scores + _pair_bias(pair_bias, b, pairs, *distance.shape)
+            pairs += distance.numel()
         hidden = _hidden(
             position,
             k_end - k_begin,
@@ -97,9 +155,12 @@ def varlen_attention(
             None if block_ids is None else block_ids[k_begin:k_end],
         )
         scores = scores.masked_fill(hidden, -torch.inf)
-        empty = hidden.all(1)[None, :, None]
+        empty = (scores == -torch.inf).all(2, keepdim=True)
         lse = torch.where(empty, -torch.inf, scores.masked_fill(empty, 0).logsumexp(2, True))
         weights = torch.where(empty, 0, (scores - lse.masked_fill(empty, 0)).exp())
+        if dropout_p > 0 and dropout_seeds is not None:
+            seed = int(dropout_seeds[b])
+            weights = weights * _dropout(position, keys.shape[1], heads, dropout_p, seed, dtype)
         outs.append((weights @ values).transpose(0, 1))
         lses.append(lse.squeeze(2))
     out = torch.cat(outs).to(q.dtype) if outs else q.new_empty(0, heads, v.shape[2])
@@ -132,20 +193,78 @@ def varlen_attention_backward(
     need_distance_bias: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of :func:`varlen_attention`; that of ``distance_bias`` has no rows if unneeded."""
-    bias = q.new_zeros(q.shape[1], 1, dtype=_accumulator(q))
-    if distance_bias is not None:
-        bias = distance_bias
+    grads = varlen_attention_biases_backward(
+        grad_out, grad_lse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
+        max_seqlen_k, softmax_scale, window_left, window_right, softcap, alibi_slopes,
+        distance_bias, prefix_len, branch, block_ids, None, None, None, None, 0.0, None,
+        need_distance_bias, False, False,
+    )  # fmt: skip
+    return grads[:4]
+
+
+def varlen_attention_biases_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    softmax_scale: float | None,
+    window_left: int,
+    window_right: int,
+    softcap: float,
+    alibi_slopes: Tensor | None,
+    distance_bias: Tensor | None,
+    prefix_len: Tensor | None,
+    branch: Tensor | None,
+    block_ids: Tensor | None,
+    position_keys: Tensor | None,
+    position_queries: Tensor | None,
+    position_lookup: Tensor | None,
+    pair_bias: Tensor | None,
+    dropout_p: float,
+    dropout_seeds: Tensor | None,
+    need_distance_bias: bool,
+    need_positions: bool,
+    need_pair_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of all inputs of :func:`varlen_attention`; without elements where unneeded."""
+    dtype = _accumulator(q)
+    biases = {
+        "distance_bias": (distance_bias, need_distance_bias, 2),
+        "position_keys": (position_keys, need_positions, 3),
+        "position_queries": (position_queries, need_positions, 3),
+        "pair_bias": (pair_bias, need_pair_bias, 2),
+    }
     with torch.enable_grad():
-        q, k, v, bias = leaves = [x.detach().requires_grad_() for x in (q, k, v, bias)]
+        q, k, v = leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+        given = {
+            name: None if bias is None else bias.detach().requires_grad_(need)
+            for name, (bias, need, _) in biases.items()
+        }
+        wanted = [name for name, x in given.items() if x is not None and x.requires_grad]
         results = varlen_attention(
             q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale,
-            window_left, window_right, True, softcap, alibi_slopes, bias, prefix_len, branch,
-            block_ids,
+            window_left, window_right, True, softcap, alibi_slopes, prefix_len=prefix_len,
+            branch=branch, block_ids=block_ids, position_lookup=position_lookup,
+            dropout_p=dropout_p, dropout_seeds=dropout_seeds, **given,
         )  # fmt: skip
-        grads = (grad_out, torch.zeros_like(results[1]) if grad_lse is None else grad_lse)
-        grad_q, grad_k, grad_v, grad_bias = torch.autograd.grad(
-            results, leaves, grads, allow_unused=True, materialize_grads=True
-        )
-    if distance_bias is None or not need_distance_bias:
-        grad_bias = bias.new_empty(0, 0)
-    return grad_q, grad_k, grad_v, grad_bias
+        leaves += [x for x in given.values() if x is not None and x.requires_grad]
+        if not any(result.requires_grad for result in results):  # no sequence
+            grads = [torch.zeros_like(leaf) for leaf in leaves]
+        else:
+            above = (grad_out, torch.zeros_like(results[1]) if grad_lse is None else grad_lse)
+            grads = torch.autograd.grad(
+                results, leaves, above, allow_unused=True, materialize_grads=True
+            )
+    by_name = dict(zip(wanted, grads[3:], strict=True))
+    of_biases = [
+        by_name.get(name, q.new_empty((0,) * dims, dtype=dtype))
+        for name, (_, _, dims) in biases.items()
+    ]
+    return (*grads[:3], *of_biases)

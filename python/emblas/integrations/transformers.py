@@ -51,6 +51,14 @@ class RelativeBias(NamedTuple):
     lookup: Tensor
 
 
+class DisentangledBias(NamedTuple):
+    """Position keys, position queries and lookup of ``disentangled``."""
+
+    keys: Tensor | None
+    queries: Tensor | None
+    lookup: Tensor
+
+
 class PackedEncoder(nn.Module):
     """What an encoder inherits whose model has no way for packed input to it."""
 
@@ -71,8 +79,11 @@ def register() -> None:
 
 def _mask(*, attention_mask: Tensor | None = None, **kwargs: Any) -> PaddedBatch | None:
     """Locate the tokens of a padded batch; None where there is no padding."""
-    if attention_mask is None:
-        return None
+    return None if attention_mask is None else padded_batch(attention_mask)
+
+
+def padded_batch(attention_mask: Tensor) -> PaddedBatch:
+    """Locate the tokens of a padded batch by its mask ``(batch, length)``."""
     lengths = attention_mask.sum(1)
     return PaddedBatch(
         attention_mask.flatten().nonzero().squeeze(1),
@@ -92,7 +103,7 @@ def attend(
     is_causal: bool | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    position_bias: RelativeBias | Tensor | None = None,
+    position_bias: RelativeBias | DisentangledBias | Tensor | None = None,
     s_aux: Tensor | None = None,
     cu_seq_lens_q: Tensor | None = None,
     cu_seq_lens_k: Tensor | None = None,
@@ -134,7 +145,8 @@ def attend(
             return _with_dropout(q, k, v, cu_q, cu_k, dropout, scaling, causal, window)
         return varlen_attention(
             q, k, v, cu_q, cu_k, max_q, max_k, dropout, scaling, causal, window, softcap or 0.0,
-            relative_bias=position_bias,
+            relative_bias=position_bias if isinstance(position_bias, RelativeBias) else None,
+            disentangled=position_bias if isinstance(position_bias, DisentangledBias) else None,
         )  # fmt: skip
 
     batch_size, heads, length, _ = query.shape

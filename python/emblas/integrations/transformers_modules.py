@@ -1,4 +1,4 @@
-"""Models whose attention transformers doesn't let others replace: MPNet, and the bias of T5.
+"""Models whose attention transformers doesn't let others replace: DeBERTa-v2 and v3, MPNet, T5.
 
 >>> from emblas.integrations import transformers as hf, transformers_modules
 >>> hf.register()
@@ -10,12 +10,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from emblas.attention import t5_buckets
+from emblas.attention import deberta_buckets, t5_buckets
 from emblas.integrations import transformers as hf
 
 try:
+    from transformers.models.deberta_v2 import modeling_deberta_v2
     from transformers.models.mpnet import modeling_mpnet
     from transformers.models.t5 import modeling_t5
 except ImportError as error:
@@ -84,7 +86,103 @@ class T5Attention(modeling_t5.T5Attention):
         return hf.RelativeBias(table.t(), lookup.to(table.device))
 
 
+class DebertaV2SelfAttention(modeling_deberta_v2.DisentangledSelfAttention):
+    """Disentangled self-attention of DeBERTa-v2 and v3 through emblas."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: hf.PaddedBatch | hf.PackedBatch,
+        output_attentions: bool = False,
+        query_states: Tensor | None = None,
+        relative_pos: Tensor | None = None,
+        rel_embeddings: Tensor | None = None,
+    ) -> tuple[Tensor, None]:
+        """Attend within each sequence; ``relative_pos`` is the lookup of the position vectors."""
+        _refuse(output_attentions=output_attentions, query_states=query_states is not None)
+        q, k, v = (
+            self._heads(project(hidden_states)).transpose(1, 2)
+            for project in (self.query_proj, self.key_proj, self.value_proj)
+        )
+        kinds = sum(kind in self.pos_att_type for kind in ("c2p", "p2c"))
+        out, _ = hf.attend(
+            self,
+            q,
+            k,
+            v,
+            attention_mask,
+            self.dropout.p if self.training else 0.0,
+            scaling=(self.attention_head_size * (1 + kinds)) ** -0.5,
+            is_causal=False,
+            position_bias=self._position_vectors(rel_embeddings, relative_pos),
+        )
+        return out.flatten(2), None
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.num_attention_heads, -1))
+
+    def _position_vectors(
+        self, rel_embeddings: Tensor | None, lookup: Tensor | None
+    ) -> hf.DisentangledBias | None:
+        if not self.relative_attention or rel_embeddings is None or lookup is None:
+            return None
+        embeddings = self.pos_dropout(rel_embeddings[: 2 * self.pos_ebd_size])
+        keys = queries = None
+        if "c2p" in self.pos_att_type:
+            project = self.key_proj if self.share_att_key else self.pos_key_proj
+            keys = self._heads(project(embeddings))
+        if "p2c" in self.pos_att_type:
+            project = self.query_proj if self.share_att_key else self.pos_query_proj
+            queries = self._heads(project(embeddings))
+        return hf.DisentangledBias(keys, queries, lookup)
+
+
+class DebertaV2Encoder(modeling_deberta_v2.DebertaV2Encoder, hf.PackedEncoder):
+    """Encoder of DeBERTa-v2 and v3 without a mask or positions for each pair of tokens."""
+
+    def get_attention_mask(self, attention_mask: Tensor) -> hf.PaddedBatch:
+        """Locate the tokens of a padded batch ``(batch, length)``."""
+        return hf.padded_batch(attention_mask.bool())
+
+    def get_rel_pos(
+        self,
+        hidden_states: Tensor,
+        query_states: Tensor | None = None,
+        relative_pos: Tensor | None = None,
+    ) -> Tensor | None:
+        """Return the lookup of the position vectors by distance."""
+        _refuse(relative_pos=relative_pos is not None)
+        if not self.relative_attention:
+            return None
+        lookup = deberta_buckets(self.position_buckets, self.max_relative_positions)
+        return lookup.to(hidden_states.device)
+
+    def forward_packed(self, x: Tensor, batch: hf.PackedBatch) -> Tensor:
+        """Map embedded tokens ``(1, tokens, hidden)`` to the last hidden states."""
+        embedded = x
+        lookup, embeddings = self.get_rel_pos(x), self.get_rel_embedding()
+        for i, layer in enumerate(self.layer):
+            x, _ = layer(x, batch, relative_pos=lookup, rel_embeddings=embeddings)
+            if i == 0 and self.conv is not None:
+                x = self._convolve(embedded, x, batch)
+        return x
+
+    def _convolve(self, embedded: Tensor, x: Tensor, batch: hf.PackedBatch) -> Tensor:
+        """Run the convolution over a padded copy: its window ends where a sequence does."""
+        lengths = batch.cu_seqlens.diff()
+        mask = torch.arange(batch.max_seqlen, device=x.device) < lengths[:, None]
+        rows = mask.flatten().nonzero().squeeze(1)
+
+        def pad(tokens: Tensor) -> Tensor:
+            padded = tokens.new_zeros(mask.numel(), tokens.shape[-1])
+            return padded.index_copy(0, rows, tokens[0]).unflatten(0, mask.shape)
+
+        return self.conv(pad(embedded), pad(x), mask.long()).flatten(0, 1)[rows][None]
+
+
 _REPLACEMENTS: dict[type, type] = {
+    modeling_deberta_v2.DisentangledSelfAttention: DebertaV2SelfAttention,
+    modeling_deberta_v2.DebertaV2Encoder: DebertaV2Encoder,
     modeling_mpnet.MPNetSelfAttention: MPNetSelfAttention,
     modeling_mpnet.MPNetEncoder: MPNetEncoder,
     modeling_t5.T5Attention: T5Attention,
@@ -100,14 +198,15 @@ def _refuse(**options: Any) -> None:
 def replace_modules(model: nn.Module) -> nn.Module:
     """Put emblas attention into a model that has no way of its own to choose it.
 
-    The attention of MPNet, and the relative bias of T5 encoders, change their class in place:
-    parameters, their names and hooks stay. No bias or mask of the size (length, length) is made
-    any more. :func:`emblas.integrations.transformers.register` must have been called.
+    The attention of DeBERTa-v2 (and v3) and MPNet, and the relative bias of T5 encoders, change
+    their class in place: parameters, their names and hooks stay. No bias, mask or table of
+    positions of the size (length, length) is made any more.
+    :func:`emblas.integrations.transformers.register` must have been called.
 
     Parameters
     ----------
     model : transformers.PreTrainedModel
-        ``MPNetModel`` or ``T5EncoderModel``, or a model that contains one.
+        ``DebertaV2Model``, ``MPNetModel`` or ``T5EncoderModel``, or a model that contains one.
 
     Returns
     -------
@@ -122,7 +221,8 @@ def replace_modules(model: nn.Module) -> nn.Module:
     found = [module for module in model.modules() if type(module) in _REPLACEMENTS]
     if not found or any(getattr(module, "is_decoder", False) for module in found):
         raise ValueError(
-            f"model must be MPNet or a T5 encoder without a decoder, got {type(model).__name__}"
+            "model must be DeBERTa-v2, MPNet or a T5 encoder without a decoder, "
+            f"got {type(model).__name__}"
         )
     for module in found:
         module.__class__ = _REPLACEMENTS[type(module)]
