@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
 from contract import packed
@@ -70,3 +73,38 @@ def test_twins_share_folders(tmp_path):
         batch["token_embeddings"] = x.clone()  # the peer works in place
         expected = module(dict(batch))["sentence_embedding"]
         torch.testing.assert_close(actual, expected)
+
+
+def test_twins_in_a_model_folder(tmp_path):
+    """A model with twins in it saves, loads and encodes as one without."""
+    transformers = pytest.importorskip("transformers")
+    tokenizers = pytest.importorskip("tokenizers")
+    library = pytest.importorskip("sentence_transformers")
+    words = {word: i for i, word in enumerate(("[PAD]", "[UNK]", "a", "b", "c"))}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    base = str(tmp_path / "base")
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]"
+    ).save_pretrained(base)
+    transformers.BertModel(
+        transformers.BertConfig(
+            vocab_size=5, hidden_size=8, num_hidden_layers=1, num_attention_heads=2,
+            intermediate_size=8,
+        )
+    ).save_pretrained(base)  # fmt: skip
+    texts, embeddings = ["a b c", "c", "a b b b a"], []
+    for source in (peer, twins):
+        model = library.SentenceTransformer(
+            modules=[peer.Transformer(base), source.Pooling(8, "mean"), source.Normalize()],
+            device="cpu",
+        )
+        embeddings.append(model.encode(texts, convert_to_tensor=True))
+    torch.testing.assert_close(embeddings[1], embeddings[0])
+    model.save(str(tmp_path / "saved"))
+    again = library.SentenceTransformer(str(tmp_path / "saved"), device="cpu")
+    assert [type(module) for module in list(again)[1:]] == [peer.Pooling, peer.Normalize]
+    again = pickle.loads(pickle.dumps(twins.use_twins(again)))
+    for module, twin in zip(list(again)[1:], (twins.Pooling, twins.Normalize), strict=True):
+        assert type(module) is type(copy.deepcopy(module)) is twin
+    assert torch.equal(again.encode(texts, convert_to_tensor=True), embeddings[1])

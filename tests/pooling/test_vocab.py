@@ -238,9 +238,6 @@ IDS, NAN = torch.arange(4), torch.full((4,), torch.nan)
             X, W, None, packed((3, -2, 3)), skip_prefix=1)),
         (ValueError, "mask must have the shape", lambda: vocab_pool(
             X[None], W, mask=torch.ones(1, 3))),
-        (ValueError, "weights must not hold NaN", lambda: vocab_pool(X[None], W, mask=NAN[None])),
-        (ValueError, "weights must not hold NaN", lambda: vocab_pool(
-            X[None], W, mask=NAN[None], mode="sum")),
         (ValueError, "weights must not hold NaN", lambda: lexical_weights(IDS, NAN, FOUR)),
         (ValueError, "mask must have the shape", lambda: lexical_weights(
             IDS[None], NAN[None], mask=torch.ones(1, 3))),

@@ -1,6 +1,11 @@
 """Twins of sentence-transformers' Pooling, Normalize and SpladePooling on the kernels of emblas.
 
-They take the same configuration, and save to and load from the same model folders.
+They take the same configuration, and save to and load from the same model folders. A model folder
+names the classes of its modules, and sentence-transformers refuses to load those of other packages
+unless told to trust them. Twins are therefore saved under the names of their peers, and what a
+folder holds opens everywhere, without emblas. Loaded models get their twins by :func:`use_twins`::
+
+    model = use_twins(SentenceTransformer("sentence-transformers/all-MiniLM-L6-v2"))
 """
 
 from __future__ import annotations
@@ -8,7 +13,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from emblas.pooling import Epilogue, segment_pool
 
@@ -89,7 +94,22 @@ def pool_splade(module: _SpladePooling, features: Features, **kwargs: Any) -> Fe
 FORWARD = {_Pooling: pool, _Normalize: normalize, _SpladePooling: pool_splade}
 
 
-class Pooling(_Pooling):
+def _new(name: str) -> Any:
+    twin = TWINS[name]
+    return twin.__new__(twin)
+
+
+class _Twin:
+    """Saved under the name of its peer, and pickled under its own."""
+
+    def __init_subclass__(cls) -> None:
+        cls.__module__ = cls.__bases__[1].__module__
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _new, (type(self).__name__,), self.__dict__
+
+
+class Pooling(_Twin, _Pooling):
     """Pooling with the results of its twin, but zeros for texts without a pooled token.
 
     Weights of whole words (``token_weights_sum``) and ready-made CLS vectors are left to the twin.
@@ -98,13 +118,13 @@ class Pooling(_Pooling):
     forward = pool
 
 
-class Normalize(_Normalize):
+class Normalize(_Twin, _Normalize):
     """Normalization with the results of its twin."""
 
     forward = normalize
 
 
-class SpladePooling(_SpladePooling):
+class SpladePooling(_Twin, _SpladePooling):
     """SPLADE pooling with the results of its twin: the maximum first, then relu and log1p.
 
     Both grow with their argument, so nothing of the size of the logits is written. The sum is left
@@ -112,3 +132,29 @@ class SpladePooling(_SpladePooling):
     """
 
     forward = pool_splade
+
+
+TWINS = {twin.__name__: twin for twin in (Pooling, Normalize, SpladePooling)}
+
+
+def use_twins(model: nn.Module) -> nn.Module:
+    """Put twins in the places of a sentence-transformers model's modules that have one.
+
+    Parameters
+    ----------
+    model : SentenceTransformer or SparseEncoder
+        Of modules that are not those of sentence-transformers, nothing is changed.
+
+    Returns
+    -------
+    Module
+        ``model``.
+    """
+    for parent in list(model.modules()):
+        for name, module in parent.named_children():
+            twin = TWINS.get(type(module).__name__)
+            if twin is not None and type(module) is twin.__bases__[1]:
+                new = _new(twin.__name__)
+                new.__setstate__(module.__dict__)
+                setattr(parent, name, new)
+    return model

@@ -292,7 +292,7 @@ def group_pool(
     if num_groups < 0:
         raise ValueError(f"num_groups must not be negative, got {num_groups}")
     flat = groups.reshape(-1)
-    eager_cpu = x.device.type == "cpu" and not torch.compiler.is_compiling()
+    eager_cpu = _eager_cpu(x)
     if eager_cpu and len(flat) and (int(flat.min()) < 0 or int(flat.max()) >= num_groups):
         raise ValueError(
             f"groups must be between 0 and num_groups - 1 = {num_groups - 1}, "
@@ -365,7 +365,7 @@ def token_segments(
 
 def pooled_spans(segments: Segments) -> tuple[Tensor, Tensor]:
     """Return where the pooled tokens of each segment start and end, without its skipped prefix."""
-    if segments.x.device.type == "cpu" and not torch.compiler.is_compiling():
+    if _eager_cpu(segments.x):
         op.check_segments(segments)  # the kernels won't see what they'd have named
     _, starts, _, ends, skip, _ = segments
     if ends is None:
@@ -373,6 +373,11 @@ def pooled_spans(segments: Segments) -> tuple[Tensor, Tensor]:
     if skip is not None:
         starts = torch.minimum(starts.long() + skip, ends.long()).to(torch.int32)
     return starts, ends
+
+
+def _eager_cpu(x: Tensor) -> bool:
+    """Tell whether values may be looked at: no GPU to wait for, nothing being traced."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _int32(positions: Tensor) -> Tensor:
@@ -399,6 +404,13 @@ def _weights(
                 f"token_ids must have one id per token of x, {tuple(shape)}, "
                 f"got {tuple(token_ids.shape)}"
             )
+        eager_cpu = _eager_cpu(x)
+        if eager_cpu and token_ids.numel():  # a negative one would count from the end
+            low, high = int(token_ids.min()), int(token_ids.max())
+            if low < 0 or high >= weights.shape[0]:
+                raise IndexError(
+                    f"token_ids must be between 0 and {weights.shape[0] - 1}, got {low} to {high}"
+                )
         weights = weights[token_ids]
     if weights.shape != shape:
         raise ValueError(
@@ -415,6 +427,9 @@ def _masked(x: Tensor, mask: Tensor, weights: Tensor | None) -> Tensor:
             f"mask must have the shape (batch, length) of x, {tuple(x.shape[:-1])}, "
             f"got {tuple(mask.shape)}"
         )
+    eager_cpu = _eager_cpu(x)
+    if eager_cpu and mask.is_floating_point() and mask.isnan().any():
+        raise ValueError("mask must not hold NaN")
     flat = mask.reshape(-1).to(accumulator(x.dtype))
     return flat if weights is None else flat * weights
 
