@@ -163,7 +163,7 @@ def test_wrong_offsets_stay_in_bounds(ops, wrong):
     for starts, document_starts in ((offsets, packed((6,))), (packed((5,)), offsets)):
         scores, argmax = ops.maxsim_cuda(q, starts, d, document_starts, 3, False)
         argmax = torch.randint(-9, 9, (5, scores.shape[1]), dtype=torch.int32)
-        argmax[:2] = torch.tensor([[2**31 - 1], [-(2**31)]])
+        argmax[:3] = torch.tensor([[2**31 - 1], [-(2**31)], [len(d)]])
         ops.maxsim_backward_cuda(scores, q, starts, d, document_starts, argmax)
 
 

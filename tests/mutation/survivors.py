@@ -188,6 +188,22 @@ SURVIVORS: dict[tuple[str, str], str] = {
     ("_token_gradients", "weight = (t <= end).to(tl.float32)"): _UNUSED,
     ("_grad_weights", "bag = tl.load(bag_of + i, mask=i < count)"): _UNUSED,
     ("sum_chunks", "for (int i = 0; i «<» vector; ++i) {"): "beyond the tile there is no column",
+    ("find_maxima", "for (int i = 0; i «<» vector; ++i) {"): "beyond the tile there is no column",
+    (
+        "find_maxima",
+        "for (int i = 0; i «<» vector; ++i) largest[i] = {0, -1};",
+    ): "a write past the array that rewriting hides from the check of bounds",
+    ("Largest", "if (other.position «<» 0) return;"): "position 0 is the first warp's, into which "
+    "the others are merged",
+    (
+        "Largest",
+        "if (equal && other.position «<» position) position = other.position;",
+    ): "two warps never hold the same position",
+    ("sum_winners", "for (int i = 0; i «<» vector; ++i) {"): "beyond the tile there is no column",
+    (
+        "score_pairs",
+        "if (other > best[r] || (other == best[r] && there «<» where[r])) {",
+    ): "two lanes never hold the same token",
     ("mean_gradients", "project = args.norm[b] «>» A(kNormalizeEpsilon);"): _EDGE,
     (
         "pack_rows",
@@ -307,6 +323,20 @@ SURVIVORS: dict[tuple[str, str], str] = {
             ),
             ("sum_range", "for (int n = own; n «<» count + own; n += at_once) {"),
             ("sum_pieces", "if (slot «>=» slots) return;"),
+            ("find_maxima", "const bool whole = aligned && first + vector «<=» columns;"),
+            (
+                "score_pairs",
+                "const int pieces = int((args.dim + kPieceValues<Q> «-» 1) / kPieceValues<Q>);",
+            ),
+            ("score_pairs", "for (int64_t i = query.begin; i «<» query.end; i += kQueryTokens) {"),
+            (
+                "score_pairs",
+                "for (int64_t j = document.begin; j «<» document.end; j += kDocumentTokens) {",
+            ),
+            ("score_pairs", "for (int piece = 0; piece «<» pieces; piece += kTilePieces) {"),
+            ("score_pairs", "const int left = min(pieces «-» piece, kTilePieces);"),
+            ("sum_winners", "for (int64_t c = warp * 32; c «<» candidates; c += warps * 32) {"),
+            ("sum_winners", "if (aligned && first + vector «<=» columns) {"),
         )
     },
 }

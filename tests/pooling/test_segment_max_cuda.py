@@ -100,6 +100,7 @@ def test_wrong_arguments_stay_in_bounds(ops):
     x, wrong = torch.randn(7, 5), torch.tensor([2**31 - 1, -5, 3, -(2**31), 9], dtype=torch.int32)
     weights, index = torch.ones(5), torch.tensor([-1, 7, 2**31 - 1, 0, -(2**31)]).int()
     ops.segment_max_cuda(x, wrong, None)
+    ops.segment_max_cuda(x, packed((5,)), weights, None, None, index)
     for starts, ends in ((wrong, wrong.flip(0)), (wrong.abs() % 5, wrong)):
         ops.segment_max_cuda(x, starts, weights, ends, wrong, index)
     argmax = torch.tensor([-1, 7, 2**31 - 1, 0, -(2**31)]).int()[:, None].repeat(1, 5)
