@@ -9,8 +9,7 @@
 // real-valued queries, the total of one table entry of 0..127 for each nibble:
 //   sum = sum over byte positions p of low_p[code[p] & 15] + high_p[code[p] >> 4]
 // A table of 16 bytes lives in one register and one instruction looks up a whole vector (pshufb,
-// tbl). AVX-512 VBMI has tables of 64 bytes, for fields of 6 bits, which the tile then holds in
-// place of bytes. Hamming is the table popcount(nibble ^ query nibble), or the byte-wise popcount
+// tbl). Hamming is the table popcount(nibble ^ query nibble), or the byte-wise popcount
 // instruction (AVX-512 BITALG, NEON). Sums grow in bytes, and are widened to 16 bits before a byte
 // can overflow.
 //
@@ -29,13 +28,6 @@ inline constexpr int64_t kBlock = 128;        // codes side by side in a tile
 inline constexpr int64_t kWidestScan = 8191;  // bytes: their Hamming distance fits in 16 bits
 inline constexpr int kLargestEntry = 127;     // of a table: two fit in a byte
 inline constexpr int64_t kTableBytes = 32;    // per byte position: low table, high table
-
-// A code as a little-endian number, cut into fields of `bits` (4 or 6): one table each.
-inline int64_t table_fields(int64_t bits, int64_t bytes) { return (8 * bytes + bits - 1) / bits; }
-// Byte positions of a tile of such fields.
-inline int64_t table_positions(int64_t bits, int64_t bytes) {
-  return bits == 4 ? bytes : table_fields(bits, bytes);
-}
 
 // offer(context, query, position, sum), position counting from the first code of the tile.
 using Offer = void (*)(void* context, int64_t query, int64_t position, uint32_t sum);
@@ -68,10 +60,6 @@ struct ScanKernels {
   void (*interleave)(const uint8_t* codes, int64_t stride, const int64_t* rows, int64_t count,
                      int64_t bytes, uint8_t* tile);
   void (*scan_hamming)(const ScanArgs&);
-  int64_t table_bits;
-  // The same as interleave for scan_tables: a tile of table_positions(table_bits, bytes).
-  void (*interleave_fields)(const uint8_t* codes, int64_t stride, const int64_t* rows,
-                            int64_t count, int64_t bytes, uint8_t* tile);
   void (*scan_tables)(const ScanArgs&);
   // distances[q * stride + i] of code i of the tile
   void (*distances)(const ScanArgs&, int32_t* distances, int64_t stride);

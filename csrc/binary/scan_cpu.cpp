@@ -46,21 +46,6 @@ struct TableCounter {
   }
 };
 
-#if defined(EMBLAS_HAS_VBMI)
-constexpr int64_t kFieldBits = 6;
-struct FieldCounter {
-  static constexpr int64_t kWidth = 64;
-  using Codes = Bytes;
-  static Codes split(Bytes codes) { return codes; }
-  static Bytes count(Bytes codes, const uint8_t* prepared) {  // of an index, the low 6 bits count
-    return (Bytes)_mm512_permutexvar_epi8((__m512i)codes, _mm512_loadu_si512(prepared));
-  }
-};
-#else
-constexpr int64_t kFieldBits = 4;
-using FieldCounter = TableCounter;
-#endif
-
 #if defined(EMBLAS_HAS_BITALG) || defined(EMBLAS_HAS_NEON)
 struct HammingCounter {
 #if defined(EMBLAS_HAS_BITALG)
@@ -225,8 +210,8 @@ void scan_hamming(const ScanArgs& task) {
 }
 
 void scan_tables(const ScanArgs& args) {
-  for_queries<FieldCounter>(args.queries, [&](auto batch, int64_t q) {
-    scan_some<FieldCounter, decltype(batch)::value>(args, q);
+  for_queries<TableCounter>(args.queries, [&](auto batch, int64_t q) {
+    scan_some<TableCounter, decltype(batch)::value>(args, q);
   });
 }
 
@@ -340,10 +325,8 @@ inline Lanes load_lanes(const uint8_t* first, [[maybe_unused]] const uint8_t* se
 #endif
 }
 
-// padded: a code may be read up to a multiple of 16 bytes.
-template <bool padded>
-inline void transpose(const uint8_t* codes, int64_t stride, const int64_t* rows, int64_t count,
-                      int64_t bytes, uint8_t* tile) {
+void interleave(const uint8_t* codes, int64_t stride, const int64_t* rows, int64_t count,
+                int64_t bytes, uint8_t* tile) {
   constexpr int64_t kStep = 16 * kLaneGroups;  // codes per transpose
   constexpr int64_t kAhead = kStep;            // codes; hides the latency of memory
   // The last code fills its vector up.
@@ -369,7 +352,7 @@ inline void transpose(const uint8_t* codes, int64_t stride, const int64_t* rows,
       }
       for (int i = 0; i < 16; ++i) {
         const uint8_t* from[2] = {code[i] + p, code[kStep - 16 + i] + p};
-        if (!padded && width < 16) {
+        if (width < 16) {
           for (int half = 0; half < kLaneGroups; ++half) {
             std::memcpy(last[i + 16 * half], from[half], size_t(width));
             from[half] = last[i + 16 * half];
@@ -392,56 +375,6 @@ inline void transpose(const uint8_t* codes, int64_t stride, const int64_t* rows,
     }
   }
 }
-
-void interleave(const uint8_t* codes, int64_t stride, const int64_t* rows, int64_t count,
-                int64_t bytes, uint8_t* tile) {
-  transpose<false>(codes, stride, rows, count, bytes, tile);
-}
-
-#if defined(EMBLAS_HAS_VBMI)
-// The first bytes of a vector, zeros after them.
-inline __m512i load_first(const uint8_t* from, int64_t bytes) {
-#if defined(EMBLAS_EMULATE_AVX512)  // SIMDe has no _mm512_maskz_loadu_epi8
-  Bytes out = {};
-  std::memcpy(&out, from, size_t(bytes));
-  return (__m512i)out;
-#else
-  return _mm512_maskz_loadu_epi8((uint64_t(1) << bytes) - 1, from);
-#endif
-}
-
-// Fields of 6 bits become bytes, and those are rearranged.
-void interleave_fields(const uint8_t* codes, int64_t stride, const int64_t* rows, int64_t count,
-                       int64_t bytes, uint8_t* tile) {
-  constexpr int64_t kPart = 48, kAhead = 16;  // bytes, 64 fields of them; codes
-  const int64_t fields = (8 * bytes + 5) / 6;
-  alignas(64) uint8_t spread[8][8], shifts[8][8], part[kBlock][64];
-  for (int i = 0; i < 8; ++i) {
-    for (int j = 0; j < 8; ++j) {
-      spread[i][j] = uint8_t(j < 6 ? 6 * i + j : 63);
-      shifts[i][j] = uint8_t(6 * j);
-    }
-  }
-  const __m512i spread_bytes = _mm512_load_si512(spread), shift_bits = _mm512_load_si512(shifts);
-  for (int64_t first = 0; first < count; first += kBlock) {
-    const int64_t some = count - first < kBlock ? count - first : kBlock;
-    for (int64_t p = 0; p < bytes; p += kPart) {
-      const int64_t width = bytes - p < kPart ? bytes - p : kPart;
-      for (int64_t i = 0; i < some; ++i) {
-        const int64_t next = first + i + kAhead < count ? first + i + kAhead : count - 1;
-        __builtin_prefetch(codes + (rows ? rows[next] : next) * stride + p);
-        const uint8_t* code = codes + (rows ? rows[first + i] : first + i) * stride + p;
-        const __m512i eight = _mm512_permutexvar_epi8(spread_bytes, load_first(code, width));
-        _mm512_store_si512(part[i], _mm512_multishift_epi64_epi8(shift_bits, eight));
-      }
-      const int64_t at = p / kPart * 64, wide = fields - at < 64 ? fields - at : 64;
-      transpose<true>(part[0], 64, nullptr, some, wide, tile + first * fields + at * kBlock);
-    }
-  }
-}
-#else
-constexpr auto interleave_fields = interleave;
-#endif
 
 // --- without rearranging -------------------------------------------------------------------------
 
@@ -578,9 +511,14 @@ void scan_rows(const RowScanArgs& args) {
 
 template <>
 const ScanKernels& table_of<ScanKernels, Isa::EMBLAS_ISA>() {
-  static constexpr ScanKernels table{
-      HammingCounter::kWidth, prepare_hamming, interleave, scan_hamming, kFieldBits,
-      interleave_fields,      scan_tables,     distances,  nearest,      scan_rows};
+  static constexpr ScanKernels table{HammingCounter::kWidth,
+                                     prepare_hamming,
+                                     interleave,
+                                     scan_hamming,
+                                     scan_tables,
+                                     distances,
+                                     nearest,
+                                     scan_rows};
   return table;
 }
 

@@ -44,15 +44,15 @@ class ScoreScan {
   bool by_rows(int64_t) const { return false; }
   const uint8_t* query(int64_t) const { return nullptr; }
 
-  int64_t positions() const { return table_positions(kernel().table_bits, bytes_); }
-  int64_t width() const { return kernel().table_bits == 4 ? kTableBytes : 64; }
+  int64_t positions() const { return bytes_; }
+  int64_t width() const { return kTableBytes; }
   int64_t period() const { return period_; }
   void prepare(int64_t q, uint8_t* out) const {
     std::memcpy(out, tables_[size_t(q)].entries.data(), tables_[size_t(q)].entries.size());
   }
   void interleave(const uint8_t* first, int64_t stride, const int64_t* rows, int64_t count,
                   uint8_t* tile) const {
-    kernel().interleave_fields(first, stride, rows, count, bytes_, tile);
+    kernel().interleave(first, stride, rows, count, bytes_, tile);
   }
   void scan(const ScanArgs& args) const { kernel().scan_tables(args); }
 
@@ -78,13 +78,13 @@ class ScoreScan {
  private:
   struct Tables {
     std::vector<float> exact;      // [bytes, 32] T of each nibble
-    std::vector<uint8_t> entries;  // [fields, 2^table_bits]
+    std::vector<uint8_t> entries;  // [fields, 16]
     double best = 0, scale = 0, error = 0;
     int64_t period = 255;  // byte positions
   };
 
   void build(const float* query, int64_t dim, Tables& tables) const {
-    const int64_t plane = (dim + 7) / 8, bits = kernel().table_bits;
+    const int64_t plane = (dim + 7) / 8, bits = 4;
     std::vector<double> value(size_t(8 * bytes_));  // of each bit of the code, lowest first
     double square = 0;
     for (int64_t p = 0; p < bytes_; ++p) {
@@ -104,7 +104,7 @@ class ScoreScan {
       tables.exact[i] = float(score);
     }
     // loss[n]: what a field loses to its best value if it is n.
-    const int64_t fields = table_fields(bits, bytes_), count = int64_t(1) << bits;
+    const int64_t fields = 2 * bytes_, count = int64_t(1) << bits;
     std::vector<double> loss(size_t(positions() * width()));
     double range = 0, total_range = 0;
     for (int64_t f = 0; f < fields; ++f) {
@@ -158,7 +158,7 @@ class ScoreScan {
       const auto table = entries.begin() + f * count;
       most[size_t(f)] = *std::max_element(table, table + count);
     }
-    const int64_t step = count == 16 ? 2 : 1;  // fields of a position
+    const int64_t step = 2;  // fields of a position
     const auto fits = [&](int64_t period) {
       for (int64_t first = 0; first < fields; first += period * step) {
         int total = 0;
