@@ -130,15 +130,15 @@ class ScoreScan {
     const double finest = std::min(kLargestEntry / range, kLargestSum / total_range);
     // Sums of few levels (another code's values) may be whole numbers of some power of two: the
     // smallest such scale is exact and lets more entries add up in a byte. Otherwise entries are
-    // rounded, as coarsely as leaves the error at what the scores of random codes vary by: few
+    // rounded, as coarsely as keeps the error at half of what scores of random codes vary by: few
     // codes are scored in vain, and again more entries add up.
     const int top = std::ilogb(finest);
     int exponent = top - 7;
     while (exponent <= top && !whole(loss, std::ldexp(1.0, exponent))) ++exponent;
     const double rounded = 0.5 * double(fields);
     tables.error = exponent <= top ? 0 : rounded;
-    tables.scale =
-        exponent <= top ? std::ldexp(1.0, exponent) : std::min(finest, rounded / std::sqrt(square));
+    tables.scale = exponent <= top ? std::ldexp(1.0, exponent)
+                                   : std::min(finest, 2 * rounded / std::sqrt(square));
     for (size_t i = 0; i < loss.size(); ++i) {
       tables.entries[i] = uint8_t(int(loss[i] * tables.scale + 0.5));
     }
