@@ -79,28 +79,33 @@ def _asymmetric(codes: torch.Tensor, k: int) -> dict[str, Callable[[torch.Tensor
     signs = unpack_sign(codes[:100_000], dim)  # the dense form needs 32 times the memory
     return {
         "emblas": lambda queries: asymmetric_topk(queries, codes, k),
-        "torch matmul + topk, 100k": lambda queries: (queries @ signs.T).topk(k),
+        "emblas hamming_topk": lambda queries: hamming_topk(pack_sign(queries.float()), codes, k),
+        "torch matmul + topk, 100k": lambda queries: (queries.float() @ signs.T).topk(k),
     }
 
 
-@pytest.mark.parametrize("who", ["emblas", "torch matmul + topk, 100k"])
+@pytest.mark.parametrize("who", ["emblas", "emblas hamming_topk", "torch matmul + topk, 100k"])
 @pytest.mark.parametrize("queries", [1, 16])
-def bench_asymmetric_topk(row: Any, threads: int, queries: int, who: str) -> None:
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def bench_asymmetric_topk(row: Any, threads: int, dtype: str, queries: int, who: str) -> None:
     codes = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (ROWS, 32), dtype=np.uint8))
+    wanted = [torch.randn(queries, 256) for _ in range(8)]
+    if dtype == "int8":
+        wanted = [(x * 40).round().clamp(-127, 127).to(torch.int8) for x in wanted]
     row(
         "binary", "asymmetric_topk k=10", who,
-        shape=f"{queries} queries x 1M codes", dtype="float32 x 256 bits",
-        call=_asymmetric(codes, K)[who],
-        inputs=[(torch.randn(queries, 256),) for _ in range(8)], bytes=codes.numel(),
+        shape=f"{queries} queries x 1M codes", dtype=f"{dtype} x 256 bits",
+        call=_asymmetric(codes, K)[who], inputs=[(x,) for x in wanted], bytes=codes.numel(),
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("who", ["emblas", "torch matmul + topk, 100k"])
+@pytest.mark.parametrize("who", ["emblas", "emblas hamming_topk", "torch matmul + topk, 100k"])
 def bench_symmetric_topk(row: Any, threads: int, who: str) -> None:
     codes = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (ROWS, 64), dtype=np.uint8))
-    values = unpack_planes(codes[:100_000], 256)
+    values, signs = unpack_planes(codes[:100_000], 256), codes[:, :32].contiguous()
     calls: dict[str, Callable[[torch.Tensor], Any]] = {
         "emblas": lambda queries: symmetric_topk(queries, codes, K, dim=256),
+        "emblas hamming_topk": lambda queries: hamming_topk(queries[:, :32], signs, K),
         "torch matmul + topk, 100k": lambda queries: (unpack_planes(queries, 256) @ values.T).topk(
             K
         ),
@@ -166,14 +171,18 @@ def _dense(documents: torch.Tensor, threads: int) -> dict[str, Callable[[torch.T
     faiss.omp_set_num_threads(threads)
     index = faiss.IndexFlatIP(documents.shape[1])
     index.add(documents.numpy())
+    codes = (documents * 40).round().clamp(-127, 127).to(torch.int8)
     return {
         "emblas": lambda queries: dense_topk(queries, documents, K),
+        "emblas, int8 documents": lambda queries: dense_topk(queries, codes, K),
         "faiss IndexFlatIP": lambda queries: index.search(queries.numpy(), K),
         "torch matmul + topk": lambda queries: (queries @ documents.T).topk(K),
     }
 
 
-@pytest.mark.parametrize("who", ["emblas", "faiss IndexFlatIP", "torch matmul + topk"])
+@pytest.mark.parametrize(
+    "who", ["emblas", "emblas, int8 documents", "faiss IndexFlatIP", "torch matmul + topk"]
+)
 @pytest.mark.parametrize("queries", [1, 16])
 def bench_dense_topk(row: Any, threads: int, queries: int, who: str) -> None:
     documents = torch.randn(100_000, 384)

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "binary/dots.h"
+#include "binary/maxsim.h"
 #include "binary/search.h"
 #include "common/isa.h"
 #include "common/types.h"
@@ -128,13 +129,39 @@ void gather_scores(const Queries& queries, const Vectors<T>& vectors, const int6
   }
 }
 
-// Late interaction: score(Q, D) = sum over tokens i of Q of max over tokens j of D of <q_i, d_j>.
+// Late interaction of all queries with documents [first, last). best_of(begin, end, best, where)
+// writes the largest product of tokens [begin, end) with each query token, and its first token
+// counted from `begin` if `where` is not null.
+template <class A, class BestOf>
+void maxsim_documents(const int32_t* query_offsets, int64_t query_count, int64_t query_tokens,
+                      const int32_t* offsets, int64_t count, int64_t first, int64_t last, A* scores,
+                      int32_t* argmax, const BestOf& best_of) {
+  std::vector<A> best(size_t(maxsim_padded(query_tokens)));
+  std::vector<int32_t> where(argmax ? best.size() : 0);
+  for (int64_t n = first; n < last; ++n) {
+    const bool empty = offsets[n] == offsets[n + 1];
+    if (empty) {
+      std::fill(best.begin(), best.end(), A(0));
+    } else {
+      best_of(offsets[n], offsets[n + 1], best.data(), argmax ? where.data() : nullptr);
+    }
+    for (int64_t b = 0; b < query_count; ++b) {
+      A total = 0;
+      for (int64_t i = query_offsets[b]; i < query_offsets[b + 1]; ++i) total += best[size_t(i)];
+      scores[b * count + n] = total;
+    }
+    for (int64_t i = 0; argmax && i < query_tokens; ++i) {
+      argmax[i * count + n] = empty ? -1 : offsets[n] + where[size_t(i)];
+    }
+  }
+}
+
 template <class T>
 struct MaxSimArgs {
   const Accumulator<T>* queries;  // [tokens, dim]
   const int32_t* query_offsets;
   int64_t query_count, query_tokens, dim;
-  const T* tokens;
+  const T* tokens;  // floating-point, or uint8 codes
   int64_t stride;
   const int32_t* offsets;
   int64_t count;           // documents
@@ -142,63 +169,98 @@ struct MaxSimArgs {
   int32_t* argmax;         // [query_tokens, count] token of the batch, -1 if there is none; or null
 };
 
-// Eight maxima side by side, which compilers make a vector: one would wait for itself.
-template <class A>
-A largest_of(const A* x, int64_t count) {
-  constexpr int64_t kLanes = 8;
-  A lanes[kLanes];
-  std::fill(lanes, lanes + kLanes, x[0]);
-  int64_t j = 0;
-  for (; j + kLanes <= count; j += kLanes) {
-    for (int64_t i = 0; i < kLanes; ++i) lanes[i] = x[j + i] > lanes[i] ? x[j + i] : lanes[i];
-  }
-  for (; j < count; ++j) lanes[0] = x[j] > lanes[0] ? x[j] : lanes[0];
-  return *std::max_element(lanes, lanes + kLanes);
-}
-
-// Documents [first, last). `dots_of(begin, end, out)` writes the products of tokens [begin, end)
-// with all query tokens, [query_tokens, end - begin].
-template <class A, class DotsOf>
-void maxsim_documents(const int32_t* query_offsets, int64_t query_count, int64_t query_tokens,
-                      const int32_t* offsets, int64_t count, int64_t first, int64_t last, A* scores,
-                      int32_t* argmax, const DotsOf& dots_of) {
-  constexpr int64_t kTokens = 256;
-  std::vector<A> dots(size_t(kTokens * query_tokens)), best(static_cast<size_t>(query_tokens));
-  std::vector<int32_t> where(static_cast<size_t>(query_tokens));
-  for (int64_t n = first; n < last; ++n) {
-    std::fill(where.begin(), where.end(), -1);
-    std::fill(best.begin(), best.end(), A(0));  // no token: 0
-    for (int64_t begin = offsets[n]; begin < offsets[n + 1]; begin += kTokens) {
-      const int64_t tokens = std::min<int64_t>(kTokens, offsets[n + 1] - begin);
-      dots_of(begin, begin + tokens, dots.data());
-      for (int64_t i = 0; i < query_tokens; ++i) {
-        const A* row = dots.data() + i * tokens;
-        const A largest = largest_of(row, tokens);
-        if (where[size_t(i)] >= 0 && !(largest > best[size_t(i)])) continue;
-        best[size_t(i)] = largest;
-        int64_t j = 0;
-        while (argmax && j + 1 < tokens && row[j] != largest) ++j;
-        where[size_t(i)] = int32_t(begin + j);
-      }
-    }
-    for (int64_t b = 0; b < query_count; ++b) {
-      A total = 0;
-      for (int64_t i = query_offsets[b]; i < query_offsets[b + 1]; ++i) total += best[size_t(i)];
-      scores[b * count + n] = total;
-    }
-    for (int64_t i = 0; argmax && i < query_tokens; ++i) argmax[i * count + n] = where[size_t(i)];
-  }
-}
-
+// Real-valued queries, packed once, with documents a range at a time.
 template <class T>
-void maxsim(const MaxSimArgs<T>& args, int64_t first, int64_t last) {
-  const auto& kernel = kernels<DotsKernels>().of(T{});
-  maxsim_documents(
-      args.query_offsets, args.query_count, args.query_tokens, args.offsets, args.count, first,
-      last, args.scores, args.argmax, [&](int64_t begin, int64_t end, Accumulator<T>* out) {
-        kernel.dots({args.tokens + begin * args.stride, args.stride, nullptr, end - begin, args.dim,
-                     args.queries, args.dim, args.query_tokens, out});
-      });
-}
+class MaxSimQueries {
+ public:
+  using A = Accumulator<T>;
+
+  explicit MaxSimQueries(const MaxSimArgs<T>& args)
+      : args_(args),
+        packed_(maxsim_padded(args.query_tokens) * kernel().packed(args.dim) * int64_t(sizeof(A))) {
+    kernel().pack(args.queries, args.query_tokens, args.dim, packed());
+  }
+
+  void run(int64_t first, int64_t last) const {
+    std::vector<A> buffer(size_t(maxsim_buffer(args_.dim)));
+    maxsim_documents(
+        args_.query_offsets, args_.query_count, args_.query_tokens, args_.offsets, args_.count,
+        first, last, args_.scores, args_.argmax,
+        [&](int64_t begin, int64_t end, A* best, int32_t* where) {
+          kernel().best({args_.tokens + begin * args_.stride, args_.stride, end - begin, args_.dim,
+                         packed(), args_.query_tokens, buffer.data(), best, where});
+        });
+  }
+
+ private:
+  static const MaxSim<T>& kernel() { return kernels<MaxSimKernels>().of(T{}); }
+  A* packed() const { return reinterpret_cast<A*>(packed_.data()); }
+
+  const MaxSimArgs<T>& args_;
+  Tile packed_;
+};
+
+// Bits on both sides: the product of two codes is dim - 2 * distance.
+class MaxSimCodes {
+ public:
+  MaxSimCodes(const Codes& queries, const Codes& tokens, int64_t dim)
+      : queries_(queries), tokens_(tokens), dim_(dim) {
+    if (!rearranged()) return;
+    prepared_ = Tile(queries.count * width());
+    for (int64_t q = 0; q < queries.count; ++q) {
+      kernel().prepare_hamming(queries.at(q), queries.bytes, prepared_.data() + q * width());
+    }
+  }
+
+  // Memory of one thread.
+  Tile tile() const { return Tile(rearranged() ? capacity() * tokens_.bytes : 0); }
+
+  void best(int64_t begin, int64_t end, Tile& tile, float* best, int32_t* where) const {
+    if (where || !rearranged()) return best_of_rows(begin, end, best, where);
+    std::vector<uint16_t> least(size_t(queries_.count), 0xffff);
+    for (int64_t first = begin; first < end; first += capacity()) {
+      const int64_t count = std::min(capacity(), end - first);
+      kernel().interleave(tokens_.at(first), tokens_.stride, nullptr, count, tokens_.bytes,
+                          tile.data());
+      kernel().nearest({tile.data(), count, tokens_.bytes, prepared_.data(), queries_.count, 0,
+                        nullptr, nullptr, nullptr},
+                       least.data());
+    }
+    for (int64_t q = 0; q < queries_.count; ++q) best[q] = product(least[size_t(q)]);
+  }
+
+ private:
+  // Any width, and the place of the nearest token.
+  void best_of_rows(int64_t begin, int64_t end, float* best, int32_t* where) const {
+    struct Nearest {
+      uint32_t distance = 0xffffffff;
+      int32_t at = 0;
+    };
+    std::vector<uint64_t> words(size_t(tokens_.bytes + 7) / 8);
+    for (int64_t q = 0; q < queries_.count; ++q) {
+      if (tokens_.bytes > 0) std::memcpy(words.data(), queries_.at(q), size_t(tokens_.bytes));
+      Nearest nearest;
+      kernel().scan_rows({tokens_.at(begin), tokens_.stride, end - begin, tokens_.bytes, nullptr,
+                          words.data(), &nearest.distance, &nearest,
+                          [](void* context, int64_t, int64_t position, uint32_t sum) {
+                            *static_cast<Nearest*>(context) = {sum, int32_t(position)};
+                          }});
+      best[q] = product(nearest.distance);
+      if (where) where[q] = nearest.at;
+    }
+  }
+
+  float product(uint32_t distance) const { return float(dim_ - 2 * int64_t(distance)); }
+  bool rearranged() const { return tokens_.bytes > 0 && tokens_.bytes <= kWidestScan; }
+  int64_t width() const { return queries_.bytes * kernel().hamming_width; }
+  int64_t capacity() const {
+    return std::max<int64_t>(1, Tile::kBytes / tokens_.bytes / kBlock) * kBlock;
+  }
+  static const ScanKernels& kernel() { return kernels<ScanKernels>(); }
+
+  Codes queries_, tokens_;
+  int64_t dim_;
+  Tile prepared_;
+};
 
 }  // namespace emblas

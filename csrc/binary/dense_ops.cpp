@@ -113,22 +113,6 @@ constexpr char kQueryTokens[] =
 constexpr char kDocumentTokens[] =
     "document_offsets must start at 0, never decrease and end at the number of document tokens";
 
-// Bits of a code as +1 and -1, a byte at a time.
-void unpack(const uint8_t* code, int64_t dim, float* out) {
-  struct Signs {
-    float of[256][8];
-    Signs() {
-      for (int byte = 0; byte < 256; ++byte) {
-        for (int i = 0; i < 8; ++i) of[byte][i] = byte >> (7 - i) & 1 ? 1.0f : -1.0f;
-      }
-    }
-  };
-  static const Signs signs;
-  int64_t i = 0;
-  for (; i + 8 <= dim; i += 8) std::memcpy(out + i, signs.of[code[i / 8]], 8 * sizeof(float));
-  if (i < dim) std::memcpy(out + i, signs.of[code[i / 8]], size_t(dim - i) * sizeof(float));
-}
-
 std::tuple<Tensor, Tensor> maxsim_op(const Tensor& queries, const Tensor& query_offsets,
                                      const Tensor& documents, const Tensor& document_offsets,
                                      int64_t dim, bool need_argmax) {
@@ -151,49 +135,41 @@ std::tuple<Tensor, Tensor> maxsim_op(const Tensor& queries, const Tensor& query_
   const auto for_documents = [&](auto body) {
     parallel_for(given.count, average * dim * std::max<int64_t>(wanted.total, 1), body);
   };
-  if (bits) {
-    const Codes codes = codes_of(documents, kDocumentTokens);
+  if (query_bits) {
+    const MaxSimCodes codes(codes_of(queries, kQueryTokens), codes_of(documents, kDocumentTokens),
+                            dim);
     for_documents([&](int64_t first, int64_t last) {
-      std::vector<float> values;
-      std::vector<int32_t> distances;
-      const auto dots_of = [&](int64_t begin, int64_t end, float* out) {
-        const int64_t count = end - begin;
-        const Codes some{codes.at(begin), codes.stride, count, codes.bytes};
-        if (query_bits) {
-          distances.resize(size_t(count * wanted.total));
-          hamming_distances(codes_of(queries, kQueryTokens), some, 0, count, distances.data());
-          for (int64_t i = 0; i < count * wanted.total; ++i) {
-            out[i] = float(dim - 2 * int64_t(distances[size_t(i)]));
-          }
-          return;
-        }
-        values.resize(size_t(count * dim));
-        for (int64_t j = 0; j < count; ++j) unpack(some.at(j), dim, values.data() + j * dim);
-        kernels<DotsKernels>().of(float{}).dots({values.data(), dim, nullptr, count, dim,
-                                                 read<float>(queries), dim, wanted.total, out});
-      };
+      Tile tile = codes.tile();
       maxsim_documents(wanted.offsets, wanted.count, wanted.total, given.offsets, given.count,
-                       first, last, write<float>(scores), where, dots_of);
+                       first, last, write<float>(scores), where,
+                       [&](int64_t begin, int64_t end, float* best, int32_t* at) {
+                         codes.best(begin, end, tile, best, at);
+                       });
     });
     return {scores, argmax};
   }
-  visit_float(documents.scalar_type(), "documents must be floating-point or uint8 codes",
-              [&](auto element) {
-                using T = decltype(element);
-                using A = Accumulator<T>;
-                const MaxSimArgs<T> args{read<A>(queries),
-                                         wanted.offsets,
-                                         wanted.count,
-                                         wanted.total,
-                                         dim,
-                                         read<T>(documents),
-                                         documents.stride(0),
-                                         given.offsets,
-                                         given.count,
-                                         write<A>(scores),
-                                         where};
-                for_documents([&](int64_t first, int64_t last) { maxsim(args, first, last); });
-              });
+  const auto run = [&](auto element) {
+    using T = decltype(element);
+    using A = Accumulator<T>;
+    const MaxSimArgs<T> args{read<A>(queries),
+                             wanted.offsets,
+                             wanted.count,
+                             wanted.total,
+                             dim,
+                             read<T>(documents),
+                             documents.stride(0),
+                             given.offsets,
+                             given.count,
+                             write<A>(scores),
+                             where};
+    const MaxSimQueries<T> packed(args);
+    for_documents([&](int64_t first, int64_t last) { packed.run(first, last); });
+  };
+  if (bits) {
+    run(uint8_t{});
+  } else {
+    visit_float(documents.scalar_type(), "documents must be floating-point or uint8 codes", run);
+  }
   return {scores, argmax};
 }
 

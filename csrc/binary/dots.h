@@ -1,5 +1,4 @@
-// Inner products of real-valued vectors, the base of exact float and int8 search, of rescoring and
-// of late interaction.
+// Inner products of real-valued vectors, the base of exact float and int8 search and of rescoring.
 //
 // A few rows and a few queries are multiplied at a time, each pair with a vector of its own, so
 // that every load serves several pairs; a pair's terms are added in an order that depends on the

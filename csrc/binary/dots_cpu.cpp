@@ -8,10 +8,19 @@ namespace {
 
 typedef int8_t vint8 __attribute__((vector_size(EMBLAS_VECTOR_BYTES / 4)));
 typedef vint8 vint8_unaligned __attribute__((aligned(1), may_alias));
+typedef int16_t vint16 __attribute__((vector_size(EMBLAS_VECTOR_BYTES / 2)));
 
 inline vfloat load(const int8_t* from) {
-  const vint8 bytes = *(const vint8_unaligned*)from;
-  return __builtin_convertvector(__builtin_convertvector(bytes, vint32), vfloat);
+#if defined(EMBLAS_HAS_AVX512) && !defined(EMBLAS_EMULATE_AVX512)
+  const vint32 wide = (vint32)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)from));
+#elif defined(EMBLAS_HAS_AVX2) && !defined(EMBLAS_HAS_AVX512)
+  const vint32 wide = (vint32)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)from));
+#else
+  // By way of 16 bits: compilers take the direct conversion apart.
+  const vint16 halves = __builtin_convertvector(*(const vint8_unaligned*)from, vint16);
+  const vint32 wide = __builtin_convertvector(halves, vint32);
+#endif
+  return __builtin_convertvector(wide, vfloat);
 }
 inline float to_accumulator(int8_t x) { return x; }
 

@@ -63,6 +63,8 @@ struct ScanKernels {
   void (*scan_tables)(const ScanArgs&);
   // distances[q * stride + i] of code i of the tile
   void (*distances)(const ScanArgs&, int32_t* distances, int64_t stride);
+  // least[q] is lowered to the smallest distance of query q
+  void (*nearest)(const ScanArgs&, uint16_t* least);
   // Hamming without rearranging, for a query or two.
   void (*scan_rows)(const RowScanArgs&);
 };

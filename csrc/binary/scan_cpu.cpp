@@ -85,24 +85,25 @@ constexpr int64_t kHammingPeriod = 31;  // 31 byte positions of at most 8 bits s
 template <class Counter>
 constexpr int kQueriesAtOnce = EMBLAS_VECTOR_BYTES == 64 ? 4 : 2;
 
-// The sums of a block: of the codes of even and of odd number, as they leave the bytes.
-template <int queries>
+// The sums of a block, or of some of its vectors: of the codes of even and of odd number, as they
+// leave the bytes.
+template <int queries, int groups = kGroups>
 struct Sums {
-  Halves even[queries][kGroups], odd[queries][kGroups];
+  Halves even[queries][groups], odd[queries][groups];
 };
 
 // kPeriod 0: the period is only known at run time.
-template <class Counter, int queries, int64_t kPeriod>
+template <class Counter, int64_t kPeriod, int queries, int groups>
 inline void add_up(const uint8_t* block, int64_t bytes, const uint8_t* prepared,
-                   int64_t dynamic_period, Sums<queries>& sums) {
+                   int64_t dynamic_period, Sums<queries, groups>& sums) {
   const int64_t period = kPeriod ? kPeriod : dynamic_period;
   const int64_t stride = bytes * Counter::kWidth;
-  Halves both[queries][kGroups] = {}, odd[queries][kGroups] = {};
+  Halves both[queries][groups] = {}, odd[queries][groups] = {};
   for (int64_t begin = 0; begin < bytes; begin += period) {
     const int64_t end = begin + period < bytes ? begin + period : bytes;
-    Bytes counts[queries][kGroups] = {};
+    Bytes counts[queries][groups] = {};
     for (int64_t p = begin; p < end; ++p) {
-      for (int g = 0; g < kGroups; ++g) {
+      for (int g = 0; g < groups; ++g) {
         const auto codes =
             Counter::split(*(const BytesUnaligned*)(block + p * kBlock + g * EMBLAS_VECTOR_BYTES));
         for (int q = 0; q < queries; ++q) {
@@ -111,28 +112,27 @@ inline void add_up(const uint8_t* block, int64_t bytes, const uint8_t* prepared,
       }
     }
     for (int q = 0; q < queries; ++q) {
-      for (int g = 0; g < kGroups; ++g) {
+      for (int g = 0; g < groups; ++g) {
         both[q][g] += (Halves)counts[q][g];  // even + 256 * odd, modulo 2^16
         odd[q][g] += (Halves)counts[q][g] >> 8;
       }
     }
   }
   for (int q = 0; q < queries; ++q) {
-    for (int g = 0; g < kGroups; ++g) {
+    for (int g = 0; g < groups; ++g) {
       sums.even[q][g] = both[q][g] - (odd[q][g] << 8);
       sums.odd[q][g] = odd[q][g];
     }
   }
 }
 
-template <class Counter, int queries>
-inline void block_sums(const ScanArgs& args, int64_t first, const uint8_t* prepared,
-                       Sums<queries>& sums) {
-  const uint8_t* block = args.tile + first * args.bytes;
+template <class Counter, int queries, int groups>
+inline void block_sums(const ScanArgs& args, const uint8_t* block, const uint8_t* prepared,
+                       Sums<queries, groups>& sums) {
   if (args.period == 1) {
-    add_up<Counter, queries, 1>(block, args.bytes, prepared, 1, sums);
+    add_up<Counter, 1>(block, args.bytes, prepared, 1, sums);
   } else {
-    add_up<Counter, queries, 0>(block, args.bytes, prepared, args.period, sums);
+    add_up<Counter, 0>(block, args.bytes, prepared, args.period, sums);
   }
 }
 
@@ -174,7 +174,7 @@ void scan_some(const ScanArgs& args, int64_t q0) {
   const uint8_t* prepared = args.prepared + q0 * args.bytes * Counter::kWidth;
   for (int64_t first = 0; first < args.count; first += kBlock) {
     Sums<queries> sums;
-    block_sums<Counter>(args, first, prepared, sums);
+    block_sums<Counter>(args, args.tile + first * args.bytes, prepared, sums);
     for (int q = 0; q < queries; ++q) {
       uint32_t* limit = args.limits + q0 + q;
       if (__builtin_expect(!any_below(sums, q, *limit), 1)) continue;
@@ -223,7 +223,7 @@ void distances(const ScanArgs& task, int32_t* out, int64_t stride) {
     const uint8_t* prepared = args.prepared + q0 * args.bytes * HammingCounter::kWidth;
     for (int64_t first = 0; first < args.count; first += kBlock) {
       Sums<queries> sums;
-      block_sums<HammingCounter>(args, first, prepared, sums);
+      block_sums<HammingCounter>(args, args.tile + first * args.bytes, prepared, sums);
       const int64_t last = args.count - first < kBlock ? args.count - first : kBlock;
       for (int q = 0; q < queries; ++q) {
         uint16_t sum[kBlock];
@@ -231,6 +231,57 @@ void distances(const ScanArgs& task, int32_t* out, int64_t stride) {
         int32_t* to = out + (q0 + q) * stride + first;
         for (int64_t i = 0; i < last; ++i) to[i] = sum[i];
       }
+    }
+  });
+}
+
+inline uint16_t smallest(Halves x) {
+  typedef uint16_t Eight __attribute__((vector_size(16)));
+  Eight part[EMBLAS_VECTOR_BYTES / 16];
+  std::memcpy(part, &x, sizeof x);
+  Eight least = part[0];
+  for (int i = 1; i < EMBLAS_VECTOR_BYTES / 16; ++i) least = part[i] < least ? part[i] : least;
+#if defined(EMBLAS_HAS_AVX2)
+  return uint16_t(_mm_extract_epi16(_mm_minpos_epu16((__m128i)least), 0));
+#elif defined(EMBLAS_HAS_NEON)
+  return vminvq_u16((uint16x8_t)least);
+#else
+  uint16_t found = least[0];
+  for (int i = 1; i < 8; ++i) found = least[i] < found ? least[i] : found;
+  return found;
+#endif
+}
+
+void nearest(const ScanArgs& task, uint16_t* least) {
+  ScanArgs args = task;
+  args.period = kHammingPeriod;
+  for_queries<HammingCounter>(args.queries, [&](auto batch, int64_t q0) {
+    constexpr int queries = decltype(batch)::value;
+    const uint8_t* prepared = args.prepared + q0 * args.bytes * HammingCounter::kWidth;
+    Halves best[queries];
+    for (int q = 0; q < queries; ++q) best[q] = Halves{} + uint16_t(0xffff);
+    const auto add = [&](auto groups, const uint8_t* block) {
+      constexpr int count = decltype(groups)::value;
+      Sums<queries, count> sums;
+      block_sums<HammingCounter>(args, block, prepared, sums);
+      for (int q = 0; q < queries; ++q) {
+        for (int g = 0; g < count; ++g) {
+          const Halves even = sums.even[q][g], odd = sums.odd[q][g];
+          const Halves both = even < odd ? even : odd;
+          best[q] = both < best[q] ? both : best[q];
+        }
+      }
+    };
+    int64_t first = 0;
+    for (; first + kBlock <= args.count; first += kBlock) {
+      add(Batch<kGroups>{}, args.tile + first * args.bytes);
+    }
+    for (int64_t in = 0; first + in < args.count; in += EMBLAS_VECTOR_BYTES) {
+      add(Batch<1>{}, args.tile + first * args.bytes + in);
+    }
+    for (int q = 0; q < queries; ++q) {
+      const uint16_t found = smallest(best[q]);
+      if (found < least[q0 + q]) least[q0 + q] = found;
     }
   });
 }
@@ -278,10 +329,13 @@ void interleave(const uint8_t* codes, int64_t stride, const int64_t* rows, int64
                 int64_t bytes, uint8_t* tile) {
   constexpr int64_t kStep = 16 * kLaneGroups;  // codes per transpose
   constexpr int64_t kAhead = kStep;            // codes; hides the latency of memory
-  for (int64_t first = 0; first < count; first += kStep) {
+  // The last code fills its vector up.
+  constexpr int64_t kVector = EMBLAS_VECTOR_BYTES;
+  const int64_t end = (count + kVector - 1) / kVector * kVector;
+  for (int64_t first = 0; first < end; first += kStep) {
     const uint8_t *code[kStep], *ahead[kStep];
     for (int64_t i = 0; i < kStep; ++i) {
-      const int64_t position = first + i < count ? first + i : count - 1;  // padding: never offered
+      const int64_t position = first + i < count ? first + i : count - 1;
       code[i] = codes + (rows ? rows[position] : position) * stride;
       const int64_t next = position + kAhead < count ? position + kAhead : count - 1;
       ahead[i] = codes + (rows ? rows[next] : next) * stride;
@@ -368,7 +422,74 @@ void scan_rows_of(const RowScanArgs& args) {
   }
 }
 
+#if defined(EMBLAS_HAS_VPOPCNTDQ)
+// Codes of 4, 8 or 16 words that follow each other, eight at a time. The counts of 64-bit words
+// take 16 bits, so those of four vectors fit in one and are added across lanes together.
+template <int kWords>
+void scan_contiguous(const RowScanArgs& args) {
+  constexpr int64_t kCodes = 8, kAhead = 4096;  // bytes; the next page, where prefetchers stop
+  constexpr int kParts = kWords == 16 ? 2 : 1, kVectors = kWords == 4 ? 4 : 8;
+  __m512i query[kParts];
+  for (int part = 0; part < kParts; ++part) {
+    query[part] = kWords == 4
+                      ? _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i*)args.query))
+                      : _mm512_loadu_si512(args.query + 8 * part);
+  }
+  uint32_t limit = *args.limit;
+  int64_t i = 0;
+  for (; i + kCodes <= args.count; i += kCodes) {
+    const uint8_t* code = args.codes + i * args.bytes;
+    __m512i sums[kVectors / 4];
+    for (int v = 0; v < kVectors; ++v) {
+      __m512i counts = _mm512_setzero_si512();
+      for (int part = 0; part < kParts; ++part) {
+        const uint8_t* from = code + 64 * (v * kParts + part);
+        __builtin_prefetch(from + kAhead);
+        counts = _mm512_add_epi64(
+            counts, _mm512_popcnt_epi64(_mm512_xor_si512(query[part], _mm512_loadu_si512(from))));
+      }
+      const vuint64 shifted = (vuint64)counts << 16 * (v % 4);
+      sums[v / 4] = v % 4 == 0 ? counts : (__m512i)((vuint64)sums[v / 4] | shifted);
+    }
+    __m512i total = sums[0];
+    if constexpr (kWords == 4) {
+      total = _mm512_add_epi64(total, _mm512_permutex_epi64(total, 0x4e));
+      total = _mm512_add_epi64(total, _mm512_permutex_epi64(total, 0xb1));
+    } else {
+      total = _mm512_add_epi64(_mm512_unpacklo_epi64(sums[0], sums[1]),
+                               _mm512_unpackhi_epi64(sums[0], sums[1]));
+      total = _mm512_add_epi64(total, _mm512_shuffle_i64x2(total, total, 0x4e));
+      total = _mm512_add_epi64(total, _mm512_shuffle_i64x2(total, total, 0xb1));
+    }
+    const auto below = (Halves)total < uint16_t(limit < 0xffff ? limit : 0xffff);
+    if (__builtin_expect(_mm512_movepi16_mask((__m512i)below) == 0, 1)) continue;
+    uint16_t distance[32];
+    _mm512_storeu_si512(distance, total);
+    for (int64_t c = 0; c < kCodes; ++c) {
+      // Of 4 words, a vector holds codes 2 v and 2 v + 1; otherwise code v, in word v / 4.
+      const uint32_t one = distance[kWords == 4 ? c % 2 * 16 + c / 2 : c];
+      if (one >= limit) continue;
+      args.offer(args.context, 0, i + c, one);
+      limit = *args.limit;
+    }
+  }
+  for (; i < args.count; ++i) {
+    const uint32_t one = row_distance<kWords>(args.codes + i * args.bytes, args.bytes, args.query);
+    if (one >= limit) continue;
+    args.offer(args.context, 0, i, one);
+    limit = *args.limit;
+  }
+}
+#endif
+
 void scan_rows(const RowScanArgs& args) {
+#if defined(EMBLAS_HAS_VPOPCNTDQ)
+  if (!args.rows && args.stride == args.bytes) {
+    if (args.bytes == 32) return scan_contiguous<4>(args);
+    if (args.bytes == 64) return scan_contiguous<8>(args);
+    if (args.bytes == 128) return scan_contiguous<16>(args);
+  }
+#endif
   const auto run = [&](auto all, auto some) { args.rows ? some(args) : all(args); };
   switch (args.bytes) {
     case 32:
@@ -396,6 +517,7 @@ const ScanKernels& table_of<ScanKernels, Isa::EMBLAS_ISA>() {
                                      scan_hamming,
                                      scan_tables,
                                      distances,
+                                     nearest,
                                      scan_rows};
   return table;
 }

@@ -35,7 +35,7 @@ class ScoreScan {
     }
     for (int64_t q = 0; q < count; ++q) {
       build(queries + q * stride, dim, tables_[size_t(q)]);
-      period_ = std::min<int64_t>(period_, 255 / (2 * std::max(tables_[size_t(q)].largest, 1)));
+      period_ = std::min(period_, tables_[size_t(q)].period);
     }
   }
 
@@ -44,12 +44,17 @@ class ScoreScan {
   bool by_rows(int64_t) const { return false; }
   const uint8_t* query(int64_t) const { return nullptr; }
 
+  int64_t positions() const { return bytes_; }
   int64_t width() const { return kTableBytes; }
   int64_t period() const { return period_; }
   void prepare(int64_t q, uint8_t* out) const {
-    std::memcpy(out, tables_[size_t(q)].entries.data(), size_t(bytes_ * kTableBytes));
+    std::memcpy(out, tables_[size_t(q)].entries.data(), tables_[size_t(q)].entries.size());
   }
-  void scan(const ScanArgs& args) const { kernels<ScanKernels>().scan_tables(args); }
+  void interleave(const uint8_t* first, int64_t stride, const int64_t* rows, int64_t count,
+                  uint8_t* tile) const {
+    kernel().interleave(first, stride, rows, count, bytes_, tile);
+  }
+  void scan(const ScanArgs& args) const { kernel().scan_tables(args); }
 
   uint32_t limit(int64_t q, const Collector& found) const {
     constexpr uint32_t everything = 0xffffffff;
@@ -72,73 +77,103 @@ class ScoreScan {
 
  private:
   struct Tables {
-    std::vector<float> exact;      // [bytes, 32] T
-    std::vector<uint8_t> entries;  // [bytes, 32]
+    std::vector<float> exact;      // [bytes, 32] T of each nibble
+    std::vector<uint8_t> entries;  // [fields, 16]
     double best = 0, scale = 0, error = 0;
-    int largest = 0;
+    int64_t period = 255;  // byte positions
   };
 
   void build(const float* query, int64_t dim, Tables& tables) const {
-    const int64_t width = (dim + 7) / 8;
-    tables.exact.resize(size_t(bytes_ * kTableBytes));
-    tables.entries.resize(size_t(bytes_ * kTableBytes));
-    std::vector<double> most(size_t(2 * bytes_));  // max T of each nibble
-    double range = 0, total_range = 0;
+    const int64_t plane = (dim + 7) / 8, bits = 4;
+    std::vector<double> value(size_t(8 * bytes_));  // of each bit of the code, lowest first
+    double square = 0;
     for (int64_t p = 0; p < bytes_; ++p) {
-      const double weight = std::ldexp(1.0, -int(p / width));
-      for (int half = 0; half < 2; ++half) {  // the low nibble holds the later dimensions
-        const int64_t first = p % width * 8 + (half ? 0 : 4);
-        double value[4], sum = 0;
-        for (int64_t i = 0; i < 4; ++i) {
-          value[i] = first + i < dim ? weight * double(query[first + i]) : 0;
-          sum += std::fabs(value[i]);
-        }
-        float* exact = &tables.exact[size_t(kTableBytes * p + 16 * half)];
-        double& best = most[size_t(2 * p + half)];
-        best = -sum;
-        for (int n = 0; n < 16; ++n) {
-          double score = 0;
-          for (int i = 0; i < 4; ++i) score += n >> (3 - i) & 1 ? value[i] : -value[i];
-          exact[n] = float(score);
-          best = std::max(best, double(exact[n]));
-        }
-        tables.best += best;
-        range = std::max(range, 2 * sum);
-        total_range += 2 * sum;
+      const double weight = std::ldexp(1.0, -int(p / plane));
+      for (int64_t i = 0; i < 8; ++i) {
+        const int64_t at = p % plane * 8 + 7 - i;
+        if (at < dim) value[size_t(8 * p + i)] = weight * double(query[at]);
+        square += value[size_t(8 * p + i)] * value[size_t(8 * p + i)];
       }
     }
+    tables.exact.resize(size_t(bytes_ * kTableBytes));
+    for (size_t i = 0; i < tables.exact.size(); ++i) {
+      double score = 0;
+      for (size_t j = 0; j < 4; ++j) {
+        score += i % 16 >> j & 1 ? value[i / 16 * 4 + j] : -value[i / 16 * 4 + j];
+      }
+      tables.exact[i] = float(score);
+    }
+    // loss[n]: what a field loses to its best value if it is n.
+    const int64_t fields = 2 * bytes_, count = int64_t(1) << bits;
+    std::vector<double> loss(size_t(positions() * width()));
+    double range = 0, total_range = 0;
+    for (int64_t f = 0; f < fields; ++f) {
+      const auto of = [&](int64_t i) {
+        return f * bits + i < 8 * bytes_ ? value[size_t(f * bits + i)] : 0.0;
+      };
+      double* table = &loss[size_t(f * count)];
+      double most = 0;
+      for (int64_t i = 0; i < bits; ++i) {
+        most += std::fabs(of(i));
+        table[0] += std::fabs(of(i)) + of(i);
+      }
+      for (int64_t n = 1; n < count; ++n) {
+        table[n] = std::max(0.0, table[n & (n - 1)] - 2 * of(__builtin_ctzll(uint64_t(n))));
+      }
+      tables.best += most;
+      range = std::max(range, 2 * most);
+      total_range += 2 * most;
+    }
+    tables.entries.resize(loss.size());
     if (range == 0) return;  // every code scores 0
     constexpr double kLargestSum = 65000;
     const double finest = std::min(kLargestEntry / range, kLargestSum / total_range);
     // Sums of few levels (another code's values) may be whole numbers of some power of two: the
-    // smallest such scale is exact and lets more entries add up in a byte.
+    // smallest such scale is exact and lets more entries add up in a byte. Otherwise entries are
+    // rounded, as coarsely as keeps the error at half of what scores of random codes vary by: few
+    // codes are scored in vain, and again more entries add up.
     const int top = std::ilogb(finest);
-    bool exact = false;
-    for (int exponent = top - 7; exponent <= top && !exact; ++exponent) {
-      exact = fill(tables, most, std::ldexp(1.0, exponent));
+    int exponent = top - 7;
+    while (exponent <= top && !whole(loss, std::ldexp(1.0, exponent))) ++exponent;
+    const double rounded = 0.5 * double(fields);
+    tables.error = exponent <= top ? 0 : rounded;
+    tables.scale = exponent <= top ? std::ldexp(1.0, exponent)
+                                   : std::min(finest, 2 * rounded / std::sqrt(square));
+    for (size_t i = 0; i < loss.size(); ++i) {
+      tables.entries[i] = uint8_t(int(loss[i] * tables.scale + 0.5));
     }
-    if (!exact) fill(tables, most, finest);
     tables.error += 0.02;  // of scores rounded to float
+    tables.period = period_of(tables.entries, fields, count);
   }
 
-  // Returns whether all entries are exact.
-  bool fill(Tables& tables, const std::vector<double>& most, double scale) const {
-    tables.scale = scale;
-    tables.error = 0;
-    tables.largest = 0;
-    for (size_t nibble = 0; nibble < most.size(); ++nibble) {
-      double error = 0;
-      for (size_t n = 0; n < 16; ++n) {
-        const double loss = (most[nibble] - double(tables.exact[16 * nibble + n])) * scale;
-        const int entry = int(loss + 0.5);
-        error = std::max(error, std::fabs(loss - entry));
-        tables.entries[16 * nibble + n] = uint8_t(entry);
-        tables.largest = std::max(tables.largest, entry);
-      }
-      tables.error += error;
-    }
-    return tables.error == 0;
+  static bool whole(const std::vector<double>& loss, double scale) {
+    return std::all_of(loss.begin(), loss.end(),
+                       [scale](double x) { return x * scale == double(int(x * scale)); });
   }
+
+  // Byte positions, as many as possible, whose largest entries together fit in a byte.
+  static int64_t period_of(const std::vector<uint8_t>& entries, int64_t fields, int64_t count) {
+    std::vector<int> most(static_cast<size_t>(fields));
+    for (int64_t f = 0; f < fields; ++f) {
+      const auto table = entries.begin() + f * count;
+      most[size_t(f)] = *std::max_element(table, table + count);
+    }
+    const int64_t step = 2;  // fields of a position
+    const auto fits = [&](int64_t period) {
+      for (int64_t first = 0; first < fields; first += period * step) {
+        int total = 0;
+        const int64_t last = std::min(fields, first + period * step);
+        for (int64_t f = first; f < last; ++f) total += most[size_t(f)];
+        if (total > 255) return false;
+      }
+      return true;
+    };
+    int64_t period = 1;
+    while (period < 255 && fits(period + 1)) ++period;
+    return period;
+  }
+
+  static const ScanKernels& kernel() { return kernels<ScanKernels>(); }
 
   int64_t bytes_, period_ = 255;
   const float* scale_;

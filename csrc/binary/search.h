@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <memory>
 #include <mutex>
 #include <vector>
 
@@ -43,13 +44,13 @@ class Tile {
  public:
   static constexpr int64_t kBytes = 128 << 10;  // a part of L2, which every query reads again
 
-  explicit Tile(int64_t bytes = 0) : storage_(size_t(bytes + 64)) {}
-  uint8_t* data() {
-    return storage_.data() + (64 - reinterpret_cast<uintptr_t>(storage_.data()) % 64) % 64;
+  explicit Tile(int64_t bytes = 0) : storage_(new uint8_t[size_t(bytes + 64)]) {}
+  uint8_t* data() const {
+    return storage_.get() + (64 - reinterpret_cast<uintptr_t>(storage_.get()) % 64) % 64;
   }
 
  private:
-  std::vector<uint8_t> storage_;
+  std::unique_ptr<uint8_t[]> storage_;
 };
 
 // Set bits of the bytes [first, last): 8 bytes at a time, without popcount instructions.
@@ -132,10 +133,15 @@ class HammingScan {
   }
   const uint8_t* query(int64_t q) const { return queries_.at(q); }
 
+  int64_t positions() const { return queries_.bytes; }
   int64_t width() const { return kernel().hamming_width; }
   int64_t period() const { return 0; }
   void prepare(int64_t q, uint8_t* out) const {
     kernel().prepare_hamming(queries_.at(q), queries_.bytes, out);
+  }
+  void interleave(const uint8_t* first, int64_t stride, const int64_t* rows, int64_t count,
+                  uint8_t* tile) const {
+    kernel().interleave(first, stride, rows, count, queries_.bytes, tile);
   }
   void scan(const ScanArgs& args) const { kernel().scan_hamming(args); }
   uint32_t limit(int64_t, const Collector& found) const {
@@ -205,7 +211,8 @@ class Pass {
     const int64_t queries = end - begin;
     const bool by_rows = scan_.by_rows(queries);
     const int64_t capacity =
-        std::max<int64_t>(1, Tile::kBytes / std::max<int64_t>(codes_.bytes, 1) / kBlock) * kBlock;
+        std::max<int64_t>(1, Tile::kBytes / std::max<int64_t>(scan_.positions(), 1) / kBlock) *
+        kBlock;
     if (options_.later_only && !options_.filter.ids) first = std::max(first, begin + 1);
     prepare(begin, end, by_rows, capacity);
     while (first < last) {
@@ -259,12 +266,11 @@ class Pass {
       }
       return;
     }
-    prepared_.resize(size_t(queries * codes_.bytes * scan_.width()));
-    for (int64_t q = 0; q < queries; ++q) {
-      scan_.prepare(begin + q, prepared_.data() + q * codes_.bytes * scan_.width());
-    }
-    if (capacity * codes_.bytes != tile_bytes_) {
-      tile_bytes_ = capacity * codes_.bytes;
+    const int64_t bytes = scan_.positions() * scan_.width();
+    prepared_ = Tile(queries * bytes);
+    for (int64_t q = 0; q < queries; ++q) scan_.prepare(begin + q, prepared_.data() + q * bytes);
+    if (capacity * scan_.positions() != tile_bytes_) {
+      tile_bytes_ = capacity * scan_.positions();
       tile_ = Tile(tile_bytes_);
     }
   }
@@ -282,9 +288,9 @@ class Pass {
       return;
     }
     first_query_ = begin;
-    kernel.interleave(first_code, codes_.stride, rows_, count, codes_.bytes, tile_.data());
-    scan_.scan({tile_.data(), count, codes_.bytes, prepared_.data(), end - begin, scan_.period(),
-                &limits_[size_t(begin - begin_)], this, &Pass::offer});
+    scan_.interleave(first_code, codes_.stride, rows_, count, tile_.data());
+    scan_.scan({tile_.data(), count, scan_.positions(), prepared_.data(), end - begin,
+                scan_.period(), &limits_[size_t(begin - begin_)], this, &Pass::offer});
   }
 
   static void offer(void* context, int64_t query, int64_t position, uint32_t sum) {
@@ -305,8 +311,7 @@ class Pass {
   const Scan& scan_;
   const Codes& codes_;
   const SearchOptions& options_;
-  std::vector<uint8_t> prepared_;
-  Tile tile_;
+  Tile prepared_, tile_;
   int64_t tile_bytes_ = 0;
   std::vector<uint64_t> words_;
   std::vector<int64_t> gathered_;

@@ -84,6 +84,7 @@ NATIVE_TEST(asymmetric_topk) {
   for (int64_t planes : {1, 2, 4}) {
     check_scores(1, 211, 70, planes, 5);
     check_scores(6, 300, 33, planes, 20);
+    check_scores(5, 150, 800, planes, 3);
   }
 }
 
@@ -148,9 +149,10 @@ NATIVE_TEST(dense_search_and_maxsim) {
   const std::vector<int32_t> query_offsets{0, 2, 6}, offsets{0, 1, 1, 301};
   std::vector<float> totals(2 * 3);
   std::vector<int32_t> argmax(queries * 3);
-  emblas::maxsim<float>({wanted.data(), query_offsets.data(), 2, queries, dim, random.data(), dim,
-                         offsets.data(), 3, totals.data(), argmax.data()},
-                        0, 3);
+  const emblas::MaxSimArgs<float> args{
+      wanted.data(), query_offsets.data(), 2, queries,       dim,          random.data(),
+      dim,           offsets.data(),       3, totals.data(), argmax.data()};
+  emblas::MaxSimQueries<float>(args).run(0, 3);
   for (int b = 0; b < 2; ++b) {
     for (int n = 0; n < 3; ++n) {
       double total = 0;
@@ -165,6 +167,101 @@ NATIVE_TEST(dense_search_and_maxsim) {
         if (j >= 0) CHECK_NEAR(dot(i, j, random.data()), best, 1e-4);
       }
       CHECK_NEAR(totals[b * 3 + n], total, 1e-3);
+    }
+  }
+}
+
+namespace {
+
+double value_of(const uint8_t* code, int64_t dim, int64_t i) { return value_of(code, dim, 1, i); }
+double value_of(const float* token, int64_t, int64_t i) { return double(token[i]); }
+double value_of(const double* token, int64_t, int64_t i) { return token[i]; }
+
+// Scores and places of documents of 1, 0, 2, 61 and 150 tokens against the largest products.
+template <class Query, class Token, class Score, class Run>
+void check_maxsim(const Query* queries, int64_t query_stride, const std::vector<int32_t>& sets,
+                  const Token* tokens, int64_t stride, int64_t dim, const Run& run) {
+  const std::vector<int32_t> offsets{0, 1, 1, 3, 64, 214};
+  const int64_t documents = 5, total = sets.back();
+  for (bool places : {false, true}) {
+    std::vector<Score> scores((sets.size() - 1) * documents, -1);
+    std::vector<int32_t> argmax(total * documents, -2);
+    run(offsets, scores.data(), places ? argmax.data() : nullptr);
+    for (size_t b = 0; b + 1 < sets.size(); ++b) {
+      for (int64_t n = 0; n < documents; ++n) {
+        double sum = 0;
+        for (int64_t i = sets[b]; i < sets[b + 1]; ++i) {
+          double best = offsets[n] == offsets[n + 1] ? 0 : -1e9;
+          std::vector<double> products;
+          for (int64_t j = offsets[n]; j < offsets[n + 1]; ++j) {
+            double product = 0;
+            for (int64_t c = 0; c < dim; ++c) {
+              product += value_of(queries + i * query_stride, dim, c) *
+                         value_of(tokens + j * stride, dim, c);
+            }
+            products.push_back(product);
+            best = std::max(best, product);
+          }
+          sum += best;
+          if (!places) continue;
+          const int32_t at = argmax[i * documents + n];
+          CHECK(products.empty() ? at == -1 : at >= offsets[n] && at < offsets[n + 1]);
+          if (at >= 0) CHECK_NEAR(products[at - offsets[n]], best, 1e-4);
+        }
+        CHECK_NEAR(scores[b * documents + n], sum, 1e-3);
+      }
+    }
+  }
+}
+
+}  // namespace
+
+NATIVE_TEST(maxsim) {
+  for (int64_t dim : {1, 7, 32, 67, 130}) {
+    for (const std::vector<int32_t>& sets : {std::vector<int32_t>{0, 1}, {0, 3, 3, 19, 52}}) {
+      const int64_t total = sets.back(), count = int64_t(sets.size()) - 1, bytes = (dim + 7) / 8;
+      const auto run = [&](const auto* queries, const auto* tokens, int64_t stride) {
+        return [=, &sets](const std::vector<int32_t>& offsets, auto* scores, int32_t* argmax) {
+          using T = std::decay_t<decltype(*tokens)>;
+          const emblas::MaxSimArgs<T> args{queries, sets.data(),    count, total,  dim,   tokens,
+                                           stride,  offsets.data(), 5,     scores, argmax};
+          const emblas::MaxSimQueries<T> packed(args);
+          packed.run(0, 2);
+          packed.run(2, 5);
+        };
+      };
+      const auto queries = native::random_values<float>(total * dim, 1);
+      const auto tokens = native::random_values<float>(213 * (dim + 3) + dim, 2);
+      check_maxsim<float, float, float>(queries.data(), dim, sets, tokens.data(), dim + 3, dim,
+                                        run(queries.data(), tokens.data(), dim + 3));
+      const auto wide_queries = native::random_values<double>(total * dim, 3);
+      const auto wide = native::random_values<double>(214 * dim, 4);
+      check_maxsim<double, double, double>(wide_queries.data(), dim, sets, wide.data(), dim, dim,
+                                           run(wide_queries.data(), wide.data(), dim));
+      const auto codes = native::random_bits<uint8_t>(214 * bytes, 5);
+      check_maxsim<float, uint8_t, float>(queries.data(), dim, sets, codes.data(), bytes, dim,
+                                          run(queries.data(), codes.data(), bytes));
+      auto query_codes = native::random_bits<uint8_t>(total * bytes, 6);
+      auto token_codes = codes;  // of which the bits after the last dimension are 0
+      const auto clear = [&](std::vector<uint8_t>& all) {
+        for (size_t at = size_t(bytes) - 1; dim % 8 && at < all.size(); at += size_t(bytes)) {
+          all[at] = uint8_t(all[at] >> (8 - dim % 8) << (8 - dim % 8));
+        }
+      };
+      clear(query_codes), clear(token_codes);
+      const emblas::Codes left{query_codes.data(), bytes, total, bytes};
+      const emblas::Codes right{token_codes.data(), bytes, 214, bytes};
+      const emblas::MaxSimCodes both(left, right, dim);
+      check_maxsim<uint8_t, uint8_t, float>(
+          query_codes.data(), bytes, sets, token_codes.data(), bytes, dim,
+          [&](const std::vector<int32_t>& offsets, float* scores, int32_t* argmax) {
+            emblas::Tile tile = both.tile();
+            emblas::maxsim_documents(sets.data(), count, total, offsets.data(), 5, 0, 5, scores,
+                                     argmax,
+                                     [&](int64_t begin, int64_t end, float* best, int32_t* where) {
+                                       both.best(begin, end, tile, best, where);
+                                     });
+          });
     }
   }
 }
@@ -187,7 +284,7 @@ NATIVE_TEST(hamming_distance) {
 }
 
 NATIVE_TEST(hamming_topk) {
-  for (int64_t bytes : {1, 7, 8, 33, 48, 300}) {
+  for (int64_t bytes : {1, 7, 8, 32, 33, 48, 64, 128, 300}) {
     check_search(1, 211, bytes, 5);
     check_search(6, 97, bytes, 120);
   }
