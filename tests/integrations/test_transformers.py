@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from emblas import packed
+from torch._dynamo.testing import CompileCounterWithBackend
 
 transformers = pytest.importorskip("transformers", reason="needs emblas[hf]")
 
@@ -114,7 +115,7 @@ def test_compiled(model):
     """One graph for every batch, whatever its lengths."""
     model.set_attn_implementation("emblas")
     torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("eager")
+    counter = CompileCounterWithBackend("eager")
 
     def run(input_ids, positions, cu_seqlens, longest):
         return model(
@@ -183,8 +184,8 @@ def test_verify(texts, monkeypatch):
     assert hf.verify(model, texts) < 2e-5
     attend = hf.varlen_attention
 
-    def leak(q, k, v, cu_q, cu_k, *rest):
-        return attend(q, k, v, cu_q[[0, -1]], cu_k[[0, -1]], len(q), len(k), *rest[2:])
+    def leak(q, k, v, cu_q, cu_k, *rest, **biases):
+        return attend(q, k, v, cu_q[[0, -1]], cu_k[[0, -1]], len(q), len(k), *rest[2:], **biases)
 
     monkeypatch.setattr(hf, "varlen_attention", leak)
     assert hf.verify(model, texts) > 1e-2
