@@ -144,14 +144,14 @@ def _biased(bias: str, who: str, leaves: list[Tensor]) -> Tensor:
     q, k, v, *tables = leaves
     if who == "emblas":
         cu_seqlens = torch.tensor([0, LONG], dtype=torch.int32)
-        options: dict[str, Any] = {
-            "ALiBi": lambda: {"alibi_slopes": alibi_slopes(BIASED_HEADS)},
-            "T5": lambda: {"relative_bias": (tables[0], t5_buckets())},
-            "DeBERTa": lambda: {
-                "disentangled": (*tables, deberta_buckets()),
-                "softmax_scale": (3 * BIASED_DIM) ** -0.5,
-            },
-        }[bias]()
+        options: dict[str, Any] = {}
+        if bias == "ALiBi":
+            options["alibi_slopes"] = alibi_slopes(BIASED_HEADS)
+        elif bias == "T5":
+            options["relative_bias"] = (tables[0], t5_buckets())
+        else:
+            options["disentangled"] = (*tables, deberta_buckets())
+            options["softmax_scale"] = (3 * BIASED_DIM) ** -0.5
         return varlen_attention(q, k, v, cu_seqlens, cu_seqlens, LONG, LONG, **options)
     if bias == "DeBERTa":
         return _deberta_eager(q, k, v, *tables)
@@ -159,16 +159,18 @@ def _biased(bias: str, who: str, leaves: list[Tensor]) -> Tensor:
         mask = -alibi_slopes(BIASED_HEADS)[:, None, None] * _distances().abs()
     else:
         mask = tables[0][:, t5_buckets()[_distances().clamp(-128, 128) + 128]]
-    out = scaled_dot_product_attention(*_heads_first(q, k, v, 0, LONG), attn_mask=mask[None])  # type: ignore[arg-type]
+    queries, keys, values = _heads_first(q, k, v, 0, LONG)
+    out = scaled_dot_product_attention(queries, keys, values, attn_mask=mask[None])
     return out[0].transpose(0, 1)
 
 
 def _biased_inputs(bias: str, seed: int) -> tuple[Any, ...]:
     generator = torch.Generator().manual_seed(seed)
-    shapes = [(LONG, BIASED_HEADS, BIASED_DIM)] * 3
-    shapes += {"ALiBi": [], "T5": [(BIASED_HEADS, 32)], "DeBERTa": [(512, BIASED_HEADS, 64)] * 2}[
-        bias
-    ]
+    shapes: list[tuple[int, ...]] = [(LONG, BIASED_HEADS, BIASED_DIM)] * 3
+    if bias == "T5":
+        shapes.append((BIASED_HEADS, 32))
+    if bias == "DeBERTa":
+        shapes += [(512, BIASED_HEADS, BIASED_DIM)] * 2
     return tuple(torch.randn(shape, generator=generator) for shape in shapes)
 
 
