@@ -1,4 +1,8 @@
-"""Packed attention beside torch: padded SDPA with a mask, and SDPA one sequence at a time."""
+"""Packed attention beside torch: padded SDPA with a mask, and SDPA one sequence at a time.
+
+Biases stand beside the models' own ways: SDPA with the bias of all pairs (ALiBi, T5), and products
+with all position vectors of which each pair gathers its own (DeBERTa).
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import rotate
-from emblas.attention import varlen_attention
+from emblas.attention import alibi_slopes, deberta_buckets, t5_buckets, varlen_attention
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -116,4 +120,76 @@ def bench_varlen_attention_backward(row: Any, shape: tuple[int, int, int, int], 
         "attention", "varlen_attention backward", who,
         shape=f"{batch} x {length} tokens, {heads} x {dim}", dtype="float32", call=_gradients,
         inputs=inputs, flops=10 * batch * heads * length**2 * dim, seconds=0.7,
+    )  # fmt: skip
+
+
+LONG, BIASED_HEADS, BIASED_DIM = 2048, 4, 64
+BIASES = ("ALiBi", "T5", "DeBERTa")
+
+
+def _distances() -> Tensor:
+    return torch.arange(LONG) - torch.arange(LONG)[:, None]
+
+
+def _deberta_eager(q: Tensor, k: Tensor, v: Tensor, pos_k: Tensor, pos_q: Tensor) -> Tensor:
+    lookup, radius = deberta_buckets(), 512
+    slot = lookup[_distances().clamp(-radius, radius) + radius].expand(BIASED_HEADS, -1, -1)
+    q, k, v, pos_k, pos_q = (x.transpose(0, 1) for x in (q, k, v, pos_k, pos_q))
+    scores = q @ k.mT + (q @ pos_k.mT).gather(2, slot) + (k @ pos_q.mT).mT.gather(1, slot)
+    weights = (scores * (3 * BIASED_DIM) ** -0.5).softmax(2)
+    return (weights @ v).transpose(0, 1)
+
+
+def _biased(bias: str, who: str, leaves: list[Tensor]) -> Tensor:
+    q, k, v, *tables = leaves
+    if who == "emblas":
+        cu_seqlens = torch.tensor([0, LONG], dtype=torch.int32)
+        options: dict[str, Any] = {}
+        if bias == "ALiBi":
+            options["alibi_slopes"] = alibi_slopes(BIASED_HEADS)
+        elif bias == "T5":
+            options["relative_bias"] = (tables[0], t5_buckets())
+        else:
+            options["disentangled"] = (*tables, deberta_buckets())
+            options["softmax_scale"] = (3 * BIASED_DIM) ** -0.5
+        return varlen_attention(q, k, v, cu_seqlens, cu_seqlens, LONG, LONG, **options)
+    if bias == "DeBERTa":
+        return _deberta_eager(q, k, v, *tables)
+    if bias == "ALiBi":
+        mask = -alibi_slopes(BIASED_HEADS)[:, None, None] * _distances().abs()
+    else:
+        mask = tables[0][:, t5_buckets()[_distances().clamp(-128, 128) + 128]]
+    queries, keys, values = _heads_first(q, k, v, 0, LONG)
+    out = scaled_dot_product_attention(queries, keys, values, attn_mask=mask[None])
+    return out[0].transpose(0, 1)
+
+
+def _biased_inputs(bias: str, seed: int) -> tuple[Any, ...]:
+    generator = torch.Generator().manual_seed(seed)
+    shapes: list[tuple[int, ...]] = [(LONG, BIASED_HEADS, BIASED_DIM)] * 3
+    if bias == "T5":
+        shapes.append((BIASED_HEADS, 32))
+    if bias == "DeBERTa":
+        shapes += [(512, BIASED_HEADS, BIASED_DIM)] * 2
+    return tuple(torch.randn(shape, generator=generator) for shape in shapes)
+
+
+@pytest.mark.parametrize("who", ["emblas", "torch, all pairs"])
+@pytest.mark.parametrize("bias", BIASES)
+@pytest.mark.parametrize("training", [False, True], ids=["forward", "forward and backward"])
+def bench_biases(row: Any, bias: str, who: str, training: bool) -> None:
+    def forward(*leaves: Tensor) -> Tensor:
+        return _biased(bias, who, list(leaves))
+
+    def step(*tensors: Tensor) -> tuple[Tensor, ...]:
+        with torch.inference_mode(False), torch.enable_grad():
+            leaves = [x.clone().requires_grad_() for x in tensors]
+            return torch.autograd.grad(_biased(bias, who, leaves).sum(), leaves)
+
+    pairs = BIASED_HEADS * LONG**2
+    row(
+        "attention", f"varlen_attention, {bias}{', with backward' if training else ''}", who,
+        shape=f"1 x {LONG} tokens, {BIASED_HEADS} x {BIASED_DIM}", dtype="float32",
+        call=step if training else forward, inputs=[_biased_inputs(bias, 0)],
+        flops=(14 if training else 4) * pairs * BIASED_DIM, seconds=0.7,
     )  # fmt: skip

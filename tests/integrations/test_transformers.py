@@ -184,8 +184,8 @@ def test_verify(texts, monkeypatch):
     assert hf.verify(model, texts) < 2e-5
     attend = hf.varlen_attention
 
-    def leak(q, k, v, cu_q, cu_k, *rest):
-        return attend(q, k, v, cu_q[[0, -1]], cu_k[[0, -1]], len(q), len(k), *rest[2:])
+    def leak(q, k, v, cu_q, cu_k, *rest, **biases):
+        return attend(q, k, v, cu_q[[0, -1]], cu_k[[0, -1]], len(q), len(k), *rest[2:], **biases)
 
     monkeypatch.setattr(hf, "varlen_attention", leak)
     assert hf.verify(model, texts) > 1e-2

@@ -137,6 +137,19 @@ def test_no_leak(models, texts):
     assert torch.equal(before[7:], after[7:])
 
 
+def test_dropout_in_training(models, texts):
+    """Probabilities are dropped as torch's generator is seeded, and gradients exist."""
+    model = models[1].train()
+    outs = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        outs.append(hf.forward_packed(model, *packed.pack(texts)))
+    assert torch.equal(outs[0], outs[1])
+    assert not torch.equal(outs[0], outs[2])
+    outs[0].sum().backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
 def test_refusals(models):
     model = models[1]
     assert (

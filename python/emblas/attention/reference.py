@@ -259,12 +259,17 @@ def varlen_attention_biases_backward(
             grads = [torch.zeros_like(leaf) for leaf in leaves]
         else:
             above = (grad_out, torch.zeros_like(results[1]) if grad_lse is None else grad_lse)
-            grads = torch.autograd.grad(
-                results, leaves, above, allow_unused=True, materialize_grads=True
+            grads = list(
+                torch.autograd.grad(
+                    results, leaves, above, allow_unused=True, materialize_grads=True
+                )
             )
     by_name = dict(zip(wanted, grads[3:], strict=True))
-    of_biases = [
-        by_name.get(name, q.new_empty((0,) * dims, dtype=dtype))
-        for name, (_, _, dims) in biases.items()
-    ]
-    return (*grads[:3], *of_biases)
+
+    def of(name: str) -> Tensor:
+        return by_name.get(name, q.new_empty((0,) * biases[name][2], dtype=dtype))
+
+    return (
+        *(grads[0], grads[1], grads[2], of("distance_bias")),
+        *(of("position_keys"), of("position_queries"), of("pair_bias")),
+    )

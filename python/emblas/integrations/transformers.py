@@ -156,7 +156,7 @@ def attend(
                 "packed input needs cu_seq_lens_q, cu_seq_lens_k, max_length_q and max_length_k"
             )
         out = run(q, k, v, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
-    elif attention_mask is None:
+    elif not isinstance(attention_mask, PaddedBatch):  # None: no padding
         offsets_q, offsets_k = (
             torch.arange(batch_size + 1, dtype=torch.int32, device=x.device) * x.shape[2]
             for x in (query, key)
@@ -262,7 +262,8 @@ def forward_packed(
     position_ids = packed.positions(cu_seqlens)[None] + position_start(model)
     encoder = getattr(model, "encoder", None)
     if isinstance(encoder, PackedEncoder):
-        x = model.embeddings(input_ids=input_ids[None], position_ids=position_ids, **kwargs)
+        embed: Any = model.embeddings
+        x = embed(input_ids=input_ids[None], position_ids=position_ids, **kwargs)
         return encoder.forward_packed(x, PackedBatch(cu_seqlens, longest))[0]
     outputs = model(
         input_ids=input_ids[None],

@@ -177,7 +177,8 @@ class DebertaV2Encoder(modeling_deberta_v2.DebertaV2Encoder, hf.PackedEncoder):
             padded = tokens.new_zeros(mask.numel(), tokens.shape[-1])
             return padded.index_copy(0, rows, tokens[0]).unflatten(0, mask.shape)
 
-        return self.conv(pad(embedded), pad(x), mask.long()).flatten(0, 1)[rows][None]
+        convolve: Any = self.conv
+        return convolve(pad(embedded), pad(x), mask.long()).flatten(0, 1)[rows][None]
 
 
 _REPLACEMENTS: dict[type, type] = {
