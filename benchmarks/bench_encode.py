@@ -1,15 +1,19 @@
-"""all-MiniLM-L6-v2 from texts to vectors, beside sentence-transformers."""
+"""all-MiniLM-L6-v2 from texts to vectors, beside sentence-transformers and CTranslate2."""
 
 from __future__ import annotations
 
 import os
 import random
+import tempfile
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the model is on disk
 
+import emblas
+import numpy as np
 import pytest
 import torch
 from emblas.encoder import Encoder
@@ -50,9 +54,52 @@ def _sentence_transformers() -> Encode:
     return lambda texts: model.encode(texts, convert_to_tensor=True, show_progress_bar=False)
 
 
+@cache
+def _ctranslate2() -> Encode:
+    ctranslate2 = pytest.importorskip("ctranslate2")
+    from transformers import AutoTokenizer
+
+    source = str(models.get_model_path())
+    folder = Path(tempfile.mkdtemp()) / "model"
+    ctranslate2.converters.TransformersConverter(source).convert(str(folder))
+    tokenizer = AutoTokenizer.from_pretrained(source)
+
+    @cache
+    def encoder(threads: int) -> Any:
+        return ctranslate2.Encoder(str(folder), intra_threads=threads)
+
+    def encode(texts: list[str]) -> Tensor:
+        ids = tokenizer(texts, truncation=True, max_length=256)["input_ids"]
+        order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
+        out = torch.empty(len(ids), 384)
+        for begin in range(0, len(ids), 32):
+            batch = order[begin : begin + 32]
+            tokens = [tokenizer.convert_ids_to_tokens(ids[i]) for i in batch]
+            result = encoder(torch.get_num_threads()).forward_batch(tokens)
+            hidden = torch.from_numpy(np.array(result.last_hidden_state))
+            lengths = torch.tensor([len(ids[i]) for i in batch])
+            mask = torch.arange(hidden.shape[1]) < lengths[:, None]
+            pooled = (hidden * mask[..., None]).sum(1) / lengths[:, None]
+            out[batch] = torch.nn.functional.normalize(pooled)
+        return out
+
+    return encode
+
+
+@cache
+def _optimized() -> Encode:
+    from sentence_transformers import SentenceTransformer
+
+    model = SentenceTransformer(str(models.get_model_path()), device="cpu")
+    emblas.optimize(model)
+    return lambda texts: model.encode(texts, convert_to_tensor=True, show_progress_bar=False)
+
+
 CONTENDERS: dict[str, Callable[[], Encode]] = {
     "emblas": _emblas,
+    "emblas.optimize": _optimized,
     "sentence-transformers": _sentence_transformers,
+    "CTranslate2": _ctranslate2,
 }
 
 

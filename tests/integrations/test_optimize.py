@@ -269,6 +269,7 @@ def test_training_loop(tmp_path, kind):
 
 def test_trainer(tmp_path):
     datasets = pytest.importorskip("datasets", reason="the Trainer needs it")
+    pyarrow = pytest.importorskip("pyarrow", reason="the Trainer needs it")
     pytest.importorskip("accelerate", reason="the Trainer needs it")
     states = []
     for optimized in (False, True):
@@ -284,7 +285,7 @@ def test_trainer(tmp_path):
             report_to="none", save_strategy="no", learning_rate=1e-3, disable_tqdm=True,
         )  # fmt: skip
         st.SentenceTransformerTrainer(
-            model, arguments, datasets.Dataset.from_dict(rows),
+            model, arguments, datasets.Dataset(pyarrow.table(rows), fingerprint="pairs"),
             loss=losses.MultipleNegativesRankingLoss(model),
         ).train()  # fmt: skip
         states.append({n: p.detach().clone() for n, p in model.named_parameters()})
