@@ -287,7 +287,8 @@ def write_report(results: list[dict[str, Any]]) -> None:
         "standard deviation of the loss), in brackets the bytes that the method stores to serve.",
         "Budgets are parts of the full table's bytes. All fields share one vocabulary, numbered by",
         f"falling frequency. Epochs: {', '.join(map(str, epochs))}. An empty cell: not run, or the",
-        "method can't be made as small.",
+        "method can't be made as small. AutoDim chooses its widths itself and may pass the budget.",
+        "Few epochs favour methods that learn fast. Seeds: of the budget with the most.",
         "",
     ]
     full_runs = [result for result in finished if result["method"] == FULL]
