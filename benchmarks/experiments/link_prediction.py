@@ -1,7 +1,7 @@
 """Link prediction among Debian packages, with a table in partitions on disk.
 
-PyTorch-BigGraph (Lerer et al., 2019) claims that training bucket by bucket, with two partitions of
-the table in memory, costs no quality. Task: which package does a package depend on, recommend or
+PyTorch-BigGraph (Lerer et al., 2019) trains bucket by bucket, with two partitions of the table in
+memory. What does that cost in quality? Task: which package does a package depend on, recommend or
 suggest? Score of an edge: inner product of the two vectors, the target's multiplied by a vector of
 the kind of edge. Loss: softmax against 50 targets of the batch and 50 drawn from the partition.
 Row-wise Adagrad with 0.1, 64 dimensions, batches of 1000 edges; 5 % of the edges are for testing.

@@ -68,6 +68,16 @@ def auto_dim(rows: int, budget: int) -> TableModule:
     return t.AutoDimEmbedding(blocks(rows), DIM, dims)
 
 
+def product_quantized(cls: Any, rows: int, budget: int, **options: Any) -> TableModule:
+    """Up to 256 centroids for as many parts as fit."""
+    for parts in (8, 4, 2):
+        for centroids in (256, 64, 16):
+            if cls._frozen_bytes(rows, DIM, parts, centroids) <= budget:
+                module: TableModule = cls(rows, DIM, parts, centroids, **options)
+                return module
+    raise ValueError("num_bytes is too small for codes")
+
+
 # name: the module to train, from the number of ids and the bytes it may need to serve
 METHODS: dict[str, Callable[[int, int], TableModule]] = {
     "hashing trick": lambda n, b: t.HashEmbedding.from_budget(b, embedding_dim=DIM, num_hashes=1),
@@ -95,9 +105,9 @@ METHODS: dict[str, Callable[[int, int], TableModule]] = {
         b, num_embeddings=n, embedding_dim=DIM, num_frequent=b // (8 * DIM)
     ),
     "Dedup": lambda n, b: full(n),
-    "DPQ, vq": lambda n, b: t.ProductQuantizedEmbedding.from_budget(b, n, DIM, 4),
-    "DPQ, sx": lambda n, b: t.ProductQuantizedEmbedding.from_budget(b, n, DIM, 4, kind="sx"),
-    "MGQE": lambda n, b: t.MultiGranularQuantizedEmbedding.from_budget(b, n, DIM, 4),
+    "DPQ, vq": lambda n, b: product_quantized(t.ProductQuantizedEmbedding, n, b),
+    "DPQ, sx": lambda n, b: product_quantized(t.ProductQuantizedEmbedding, n, b, kind="sx"),
+    "MGQE": lambda n, b: product_quantized(t.MultiGranularQuantizedEmbedding, n, b),
     "ALPT": lambda n, b: t.QuantizedEmbedding.from_budget(b, n, DIM),
     "LSQ": lambda n, b: t.LearnedStepEmbedding(
         n, DIM, t.QuantizedEmbedding.from_budget(b, n, DIM, device="meta").bits
@@ -277,7 +287,8 @@ def write_report(results: list[dict[str, Any]]) -> None:
         "standard deviation of the loss), in brackets the bytes that the method stores to serve.",
         "Budgets are parts of the full table's bytes. All fields share one vocabulary, numbered by",
         f"falling frequency. Epochs: {', '.join(map(str, epochs))}. An empty cell: not run, or the",
-        "method can't be made as small.",
+        "method can't be made as small. AutoDim chooses its widths itself and may pass the budget.",
+        "Few epochs favour methods that learn fast. Seeds: of the budget with the most.",
         "",
     ]
     full_runs = [result for result in finished if result["method"] == FULL]

@@ -32,7 +32,12 @@ def unpack_codes(packed: Tensor, bits: int, count: int) -> Tensor:
     if bits == 16:
         low, high = packed.long().unflatten(1, (count, 2)).unbind(2)
         return low | high << 8
-    shifts = torch.arange(8, device=packed.device)
-    stream = (packed.long()[:, :, None] >> shifts & 1).flatten(1)[:, : count * bits]
+    # Units of bits that no byte's end cuts: whole integers, or single bits.
+    unit = bits if 8 % bits == 0 else 1
+    shifts = torch.arange(0, 8, unit, dtype=torch.uint8, device=packed.device)
+    units = packed[:, :, None] >> shifts & 2**unit - 1
+    stream = units.flatten(1)[:, : count * bits // unit].long()
+    if unit == bits:
+        return stream
     weights = 2 ** torch.arange(bits, device=packed.device)
     return (stream.unflatten(1, (count, bits)) * weights).sum(2)
