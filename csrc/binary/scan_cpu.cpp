@@ -427,7 +427,7 @@ void scan_rows_of(const RowScanArgs& args) {
 // take 16 bits, so those of four vectors fit in one and are added across lanes together.
 template <int kWords>
 void scan_contiguous(const RowScanArgs& args) {
-  constexpr int64_t kCodes = 8, kAhead = 4096;  // bytes; the next page, where prefetchers stop
+  constexpr int64_t kCodes = 8;
   constexpr int kParts = kWords == 16 ? 2 : 1, kVectors = kWords == 4 ? 4 : 8;
   __m512i query[kParts];
   for (int part = 0; part < kParts; ++part) {
@@ -444,7 +444,6 @@ void scan_contiguous(const RowScanArgs& args) {
       __m512i counts = _mm512_setzero_si512();
       for (int part = 0; part < kParts; ++part) {
         const uint8_t* from = code + 64 * (v * kParts + part);
-        __builtin_prefetch(from + kAhead);
         counts = _mm512_add_epi64(
             counts, _mm512_popcnt_epi64(_mm512_xor_si512(query[part], _mm512_loadu_si512(from))));
       }

@@ -50,7 +50,7 @@ class Places(NamedTuple):
     begins: Tensor
     ends: Tensor
     skip: Tensor | None
-    index: Tensor | None
+    row_index: Tensor | None
     weights: Tensor | None
     positions: int
     rows: int
