@@ -76,7 +76,7 @@ struct PositionVectors {
     const int64_t inside = distance < -radius ? -radius : distance > radius ? radius : distance;
     return run[inside + radius];
   }
-  bool any() const { return run != nullptr; }
+  [[gnu::always_inline]] bool any() const { return run != nullptr; }
 };
 inline constexpr int64_t kPositionPadding = 16;  // the stride of position vectors is a multiple
 
@@ -116,9 +116,10 @@ struct ScoreArgs {
   PairMatrices<const A> pair_bias = {};
   Dropout<A> dropout = {};  // of the probabilities: scores don't depend on it
 
-  bool biased() const { return alibi_slopes || distance_bias; }
-  bool masked() const { return prefix_len || branch || block_ids; }
-  bool plain() const {
+  // Inlined whatever the compiler thinks of it: a copy outside would be shared by the ISAs.
+  [[gnu::always_inline]] bool biased() const { return alibi_slopes || distance_bias; }
+  [[gnu::always_inline]] bool masked() const { return prefix_len || branch || block_ids; }
+  [[gnu::always_inline]] bool plain() const {
     return softcap == 0 && !biased() && !masked() && !positions.any() && !pair_bias.data;
   }
 };

@@ -344,8 +344,8 @@ def test_verify(tmp_path, monkeypatch):
 
     attend = hf.varlen_attention
 
-    def leak(q, k, v, cu_q, cu_k, *rest):
-        return attend(q, k, v, cu_q[[0, -1]], cu_k[[0, -1]], len(q), len(k), *rest[2:])
+    def leak(q, k, v, cu_q, cu_k, *rest, **biases):
+        return attend(q, k, v, cu_q[[0, -1]], cu_k[[0, -1]], len(q), len(k), *rest[2:], **biases)
 
     monkeypatch.setattr(hf, "varlen_attention", leak)
     with pytest.raises(UnsupportedModelError, match="differ by") as caught:

@@ -201,7 +201,7 @@ def test_attention_dropout(causal, window):
     cu_seqlens = packed.offsets(LENGTHS)
 
     def attend(dropout, v=v):
-        return hf._attention(
+        return hf.attend(
             torch.nn.Module(), q, k, v, None, dropout, is_causal=causal, sliding_window=window,
             cu_seq_lens_q=cu_seqlens, cu_seq_lens_k=cu_seqlens, max_length_q=30, max_length_k=30,
         )[0]  # fmt: skip

@@ -148,8 +148,8 @@ def optimize(model: nn.Module) -> Optimized:
     Differences to the untouched model: attention weights (``output_attentions``) aren't returned,
     as in all fused attention, and a decoder returns key-value caches only where ``use_cache=True``
     is passed. Hidden states of padding are zeros. Batches that come without a mask, or go on from a
-    cache, are not packed. Dropout of attention weights, in training, draws other numbers and takes
-    torch's own attention, one text at a time.
+    cache, are not packed. Dropout of attention weights, in training, draws other
+    numbers.
 
     Undo before ``copy.deepcopy`` if the copy shall be restored as well.
     """

@@ -137,12 +137,6 @@ def attend(
     def run(
         q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int
     ) -> Tensor:
-        if dropout:
-            if softcap:
-                raise NotImplementedError(
-                    "attn_implementation='emblas' can't combine dropout with softcap yet"
-                )
-            return _with_dropout(q, k, v, cu_q, cu_k, dropout, scaling, causal, window)
         return varlen_attention(
             q, k, v, cu_q, cu_k, max_q, max_k, dropout, scaling, causal, window, softcap or 0.0,
             relative_bias=position_bias if isinstance(position_bias, RelativeBias) else None,
@@ -171,44 +165,6 @@ def attend(
         offsets_q = torch.arange(batch_size + 1, dtype=torch.int32, device=q.device) * length
         out = run(q, k[rows], v[rows], offsets_q, offsets, length, longest)
     return out.unflatten(0, (batch_size, length)), None
-
-
-def _with_dropout(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_q: Tensor,
-    cu_k: Tensor,
-    dropout: float,
-    scaling: float | None,
-    causal: bool,
-    window: tuple[int, int],
-) -> Tensor:
-    """Attend in training with dropout of the weights, one sequence at a time by torch's kernels."""
-    parts = zip(*(packed.split(x, cu) for x, cu in ((q, cu_q), (k, cu_k), (v, cu_k))), strict=True)
-    out = []
-    for own_q, own_k, own_v in parts:
-        # Queries are aligned with the last keys.
-        queries = torch.arange(len(own_q), device=q.device) + len(own_k) - len(own_q)
-        distance = torch.arange(len(own_k), device=q.device) - queries[:, None]
-        seen = distance <= 0 if causal else torch.ones_like(distance, dtype=torch.bool)
-        left, right = window
-        if left >= 0:
-            seen &= distance >= -left
-        if right >= 0:
-            seen &= distance <= right
-        query, key, value = (x.transpose(0, 1)[None] for x in (own_q, own_k, own_v))
-        heads = nn.functional.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=seen,
-            dropout_p=dropout,
-            scale=scaling,
-            enable_gqa=True,
-        )
-        out.append(heads[0].transpose(0, 1))
-    return torch.cat(out) if out else q.new_zeros(0, q.shape[1], v.shape[-1])
 
 
 def position_start(model: nn.Module) -> int:
