@@ -63,25 +63,30 @@ def _disentangled(
     """Position vectors as kernels take them, and the lookup of their rows."""
     if disentangled is None:
         return None, None, None
-    *tables, lookup = disentangled
+    position_keys, position_queries, lookup = disentangled
     integers = (torch.int32, torch.int64)
     _op.check_tensor("disentangled[2]", lookup, ndim=1, dtypes=integers, device=q.device)
     if lookup.shape[0] % 2 == 0:
         raise ValueError(
             f"disentangled[2] must have an odd length, 2 radius + 1, got {lookup.shape[0]}"
         )
-    for i, (name, heads) in enumerate((("k", k.shape[1]), ("q", q.shape[1]))):
-        table = tables[i]
+
+    def checked(table: Tensor | None, i: int, name: str, heads: int) -> Tensor | None:
         if table is None:
-            continue
+            return None
         _op.check_tensor(f"disentangled[{i}]", table, ndim=3, dtypes=_op.FLOATS, device=q.device)
         if table.shape[1:] != (heads, q.shape[2]):
             raise ValueError(
                 f"disentangled[{i}] must have the shape (slots, heads of {name}, head_dim), "
                 f"(..., {heads}, {q.shape[2]}), got {tuple(table.shape)}"
             )
-        tables[i] = _op.rows(table.to(_accumulator(q)))
-    return tables[0], tables[1], lookup.to(torch.int32).contiguous()
+        return _op.rows(table.to(_accumulator(q)))
+
+    return (
+        checked(position_keys, 0, "k", k.shape[1]),
+        checked(position_queries, 1, "q", q.shape[1]),
+        lookup.to(torch.int32).contiguous(),
+    )
 
 
 def _pair_bias(
