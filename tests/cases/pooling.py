@@ -116,7 +116,13 @@ def _max() -> Iterator[tuple[str, Callable[[], Case]]]:
         x[2, :9] = torch.inf
         return Case((x, *others))
 
+    def equal() -> Case:
+        """The first of all wins, over many tiles."""
+        x, *others = _segments((70, 2), 5, torch.float32)
+        return Case((torch.ones_like(x), *others))
+
     yield "special values", special
+    yield "equal values", equal
 
 
 def _max_backward() -> Iterator[tuple[str, Callable[[], Case]]]:
@@ -128,6 +134,8 @@ def _max_backward() -> Iterator[tuple[str, Callable[[], Case]]]:
             return Case((torch.randn(out.shape).to(x.dtype), argmax, x.shape[:-1].numel()), 9)
 
         yield name, backward
+    shared = torch.tensor([0, 2, 0, -1, 2, 1], dtype=torch.int32)[:, None].repeat(1, 5)
+    yield "shared rows", lambda: Case((torch.randn(6, 5), shared, 4), 9)
 
 
 CASES: dict[str, dict[str, Callable[[], Case]]] = {

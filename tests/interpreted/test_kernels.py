@@ -195,3 +195,10 @@ def test_dense_topk_over_many_tiles(monkeypatch, k):
     expected = _op.ops()["dense_topk"].reference(queries, documents, k, 0, None)
     for actual, e in zip(run("dense_topk", queries, documents, k, 0, None), expected, strict=True):
         assert torch.equal(actual, e)
+
+
+def test_segment_max_backward_ignores_rows_that_do_not_exist():
+    argmax = torch.tensor([0, 2, 0, -1, 2, 4], dtype=torch.int32)[:, None].repeat(1, 5)
+    args = (torch.randn(6, 5), argmax, 4)
+    expected = _op.ops()["segment_max_backward"].reference(*args)
+    torch.testing.assert_close(run("segment_max_backward", *args), expected)

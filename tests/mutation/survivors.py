@@ -54,6 +54,20 @@ SURVIVORS: dict[tuple[str, str], str] = {
     ): _NO_ROW,
     ("_grad_documents", "n = tl.load(document_of + j, mask=j < document_tokens)"): _UNUSED,
     ("_grad_documents", "owner = tl.load(owners + i, mask=there)"): _UNUSED,
+    (
+        "_maximum",
+        "row = row_of(index, first.to(tl.int64), found & (d <= dim), rows)",
+    ): _UNUSED,
+    (
+        "_maximum",
+        "tile = tl.load(x + at[:, None] + d[None, :], mask=wanted).to(tl.float32)",
+    ): _UNUSED,
+    (
+        "_scatter",
+        "row = tl.load(argmax + segment[:, None] * dim + d[None, :], mask=inside)",
+    ): _UNUSED,
+    ("_scatter", "same = tl.load(argmax + at, mask=d < dim)[None, :] == row"): _UNUSED,
+    ("_scatter", "gradient = tl.load(grad_out + at, mask=d < dim).to(tl.float32)"): _UNUSED,
     ("_grad_documents", "won = tl.load(at, mask=inside) == j[:, None]"): _NO_ROW,
     ("_grad_documents", "inside = (j <= document_tokens)[:, None] & there[None, :]"): "reads of "
     "the first document's column, whose sums are not stored",

@@ -19,12 +19,7 @@ from emblas.binary.correction import pack_rabitq
 from emblas.binary.dense import Int8Quantizer, best_candidates, bit_scores
 from emblas.binary.functions import pack_sign
 from emblas.binary.rotation import HadamardRotation
-from emblas.binary.search import (
-    _check_at_least,
-    asymmetric_topk,
-    hamming_topk,
-    range_search_csr,
-)
+from emblas.binary.search import _check_at_least, asymmetric_topk, hamming_topk, range_search_csr
 from emblas.binary.segment import Segment
 
 SECOND_LEVELS = ("none", "float32", "float16", "int8")

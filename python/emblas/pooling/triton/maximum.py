@@ -93,7 +93,7 @@ def _scatter(
         same = tl.load(argmax + at, mask=d < dim, other=-1)[None, :] == row
         gradient = tl.load(grad_out + at, mask=d < dim, other=0.0).to(tl.float32)
         total += tl.where(same, gradient[None, :], 0.0)
-        first = first & ((segment <= other)[:, None] | (row < 0) | ~same)
+        first = first & ((segment <= other)[:, None] | ~same)
     at = row.to(tl.int64) * dim + d[None, :]
     tl.store(grad_x + at, total.to(grad_x.dtype.element_ty), mask=first)
 
