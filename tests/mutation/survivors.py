@@ -292,6 +292,12 @@ SURVIVORS: dict[tuple[str, str], str] = {
                 "kSlabPieces;",
             ),
             ("scan_codes_by_mma", "} while (offset «<» args.bytes);"),
+            (
+                "begin_lists",
+                "for (int64_t first = 0; first «<» lists * queries; first += kSearchThreads) {",
+            ),
+            ("sort_found", "for (int64_t first = 0; first «<» count; first += 32) {"),
+            ("sort_found", "for (int bit = 0; bit «<» kDigitBits; ++bit) {"),
             ("merge_lists", "for (unsigned at = 0; at «<» count; at += 32 * ahead) {"),
             (
                 "rank_entries",
