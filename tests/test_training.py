@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import copy
-import socket
 
 import pytest
 import torch
 from emblas import packed
 from emblas.losses import CachedLoss, InfoNCE
 from torch import nn
-from torch.multiprocessing.spawn import spawn
 from torch.utils.data import DataLoader
 
 pytest.importorskip("transformers", reason="needs emblas[hf]")
@@ -25,6 +23,7 @@ from integrations.training import (
     run,
     texts,
 )
+from processes import run_processes
 
 
 @pytest.fixture
@@ -138,9 +137,6 @@ def test_export():
 
 
 @pytest.mark.slow
-def test_two_processes(reference):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
+def test_two_processes(reference, tmp_path):
     vectors = Encoder(tiny("bert"), make_tokenizer()).encode(TEXTS)
-    spawn(run, (2, port, reference, vectors), nprocs=2)
+    run_processes(run, 2, tmp_path, reference, vectors)

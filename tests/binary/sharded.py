@@ -1,6 +1,4 @@
-"""One process of a search over several, which test_distributed.py starts."""
-
-import sys
+"""What one of several processes does in test_distributed.py."""
 
 import torch
 import torch.distributed as dist
@@ -13,6 +11,7 @@ from emblas.binary import (
     merge_topk,
     pack_sign,
 )
+from processes import process_group
 
 DIM = 20
 
@@ -69,13 +68,7 @@ def check_index(folder: str) -> None:
     assert empty.search(queries, 2)[1].tolist() == [[-1, -1]] * 6
 
 
-def main() -> None:
-    rank, size, folder = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-    dist.init_process_group("gloo", f"file://{folder}/meeting", rank=rank, world_size=size)
-    check_functions()
-    check_index(folder)
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()
+def check(rank: int, count: int, folder: str) -> None:
+    with process_group(rank, count, folder):
+        check_functions()
+        check_index(folder)

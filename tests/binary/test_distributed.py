@@ -1,14 +1,12 @@
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 import torch.distributed as dist
+from binary.sharded import check
 from emblas.binary import BinaryIndex, ShardedIndex, merge_topk
 from emblas.binary.distributed import _as_integers, _from_integers
+from processes import process_group, run_processes
 
 needs_gloo = pytest.mark.skipif(
     not (dist.is_available() and dist.is_gloo_available()), reason="torch has no gloo"
@@ -17,26 +15,14 @@ needs_gloo = pytest.mark.skipif(
 
 @needs_gloo
 def test_two_processes_find_what_one_does(tmp_path):
-    command = [sys.executable, str(Path(__file__).with_name("sharded.py"))]
-    processes = [
-        subprocess.Popen([*command, str(rank), "2", str(tmp_path)], stderr=subprocess.PIPE)
-        for rank in range(2)
-    ]
-    try:
-        for process in processes:
-            _, errors = process.communicate(timeout=240)
-            assert process.returncode == 0, errors.decode()[-3000:]
-    finally:
-        for process in processes:
-            process.kill()
+    run_processes(check, 2, tmp_path)
 
 
 @pytest.fixture
 def alone(tmp_path):
     """A group of this process only."""
-    dist.init_process_group("gloo", f"file://{tmp_path}/meeting", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+    with process_group(0, 1, tmp_path):
+        yield
 
 
 @needs_gloo

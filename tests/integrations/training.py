@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import transformers
 from emblas import packed
 from emblas.encoder import Encoder
@@ -12,6 +11,7 @@ from emblas.integrations import transformers as hf
 from emblas.losses import InfoNCE
 from emblas.pooling import Pooling
 from integrations.models import SIZES, TEXTS, make_tokenizer, tiny
+from processes import process_group
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -55,9 +55,7 @@ def assert_same(actual, expected, tolerance=1e-4):
         assert float((actual[name] - value).abs().max()) <= tolerance * scale + 1e-6, name
 
 
-def run(rank, world, port, expected_gradients, expected_vectors):
-    """What one of several processes does: half of a training step, and half of the texts."""
-    dist.init_process_group("gloo", f"tcp://localhost:{port}", rank=rank, world_size=world)
+def half_a_step(rank, expected_gradients, expected_vectors):
     torch.set_num_threads(1)
     model = PackedEncoder()
     parallel = DistributedDataParallel(model)
@@ -68,4 +66,9 @@ def run(rank, world, port, expected_gradients, expected_vectors):
     assert_same(gradients(model), expected_gradients)
     out = Encoder(tiny("bert"), make_tokenizer()).encode_distributed(TEXTS)
     np.testing.assert_allclose(out, expected_vectors, rtol=1e-4, atol=1e-5)
-    dist.destroy_process_group()
+
+
+def run(rank, count, folder, *expected):
+    """What one of several processes does: half of a training step, and half of the texts."""
+    with process_group(rank, count, folder):
+        half_a_step(rank, *expected)

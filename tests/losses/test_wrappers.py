@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import socket
-
 import pytest
 import torch
 import torch.distributed as dist
 from emblas.losses import CachedLoss, InfoNCE, MatryoshkaLoss, gather_rows, info_nce
+from processes import process_group, run_processes
 from torch import nn
-from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 
 
@@ -152,8 +150,7 @@ def test_cached_keeps_no_activations():
     loss.backward()
 
 
-def _process(rank, port):
-    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", world_size=2, rank=rank)
+def _check(rank):
     torch.set_num_threads(1)
     generator = torch.Generator().manual_seed(0)
     x, y = (torch.randn(10, 5, generator=generator) for _ in range(2))
@@ -185,14 +182,15 @@ def _process(rank, port):
             torch.testing.assert_close(gradients(encoder), gradients(one))
     with pytest.raises(ValueError, match="mask is not supported"):
         InfoNCE(gather=True)(x, y, mask=torch.ones(10, 10) > 0)
-    dist.destroy_process_group()
 
 
-def test_two_processes():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    spawn(_process, (port,), nprocs=2)
+def _process(rank, count, folder):
+    with process_group(rank, count, folder):
+        _check(rank)
+
+
+def test_two_processes(tmp_path):
+    run_processes(_process, 2, tmp_path)
 
 
 def test_gather_needs_processes():

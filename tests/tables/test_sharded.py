@@ -7,8 +7,8 @@ import json
 import pytest
 import torch
 from emblas.tables import HashEmbedding, ShardedEmbedding, TableSpec
+from processes import process_group, run_processes
 from torch import distributed as dist
-from torch import multiprocessing
 
 ROWS, DIM = 50, 7
 SPEC = TableSpec(ROWS, 3, seed=2)
@@ -72,11 +72,7 @@ def check_checkpoints(rank, folder, by):
 
 
 def worker(rank, world_size, folder, before):
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/meeting-{world_size}", rank=rank,
-        world_size=world_size,
-    )  # fmt: skip
-    try:
+    with process_group(rank, world_size, folder):
         for by in ("rows", "columns"):
             for spec in (None, SPEC):
                 check_lookups(rank, world_size, by, spec)
@@ -87,8 +83,6 @@ def worker(rank, world_size, folder, before):
                 assert torch.equal(module.weight, whole_table()[module.begin : module.end])
         with pytest.raises(ValueError, match="at least as many columns as the"):
             ShardedEmbedding(ROWS, 1, by="columns")
-    finally:
-        dist.destroy_process_group()
 
 
 @pytest.mark.skipif(not dist.is_available(), reason="torch has no distributed package")
@@ -96,7 +90,7 @@ def test_two_and_three_processes(tmp_path):
     """Three load what two have written, and one what both have."""
     for world_size, before in ((2, ()), (3, (2,))):
         (tmp_path / str(world_size)).mkdir()
-        multiprocessing.spawn(worker, (world_size, tmp_path, before), nprocs=world_size)
+        run_processes(worker, world_size, tmp_path, before)
     for world_size in (2, 3):
         for by in ("rows", "columns"):
             module = ShardedEmbedding(ROWS, DIM, spec=SPEC)
