@@ -34,11 +34,6 @@ from mutation.survivors import SURVIVORS
 
 TESTS = Path(__file__).parents[1]
 RECORD = Path(__file__).with_name("record.json")
-# Families whose last whole run has not come to its end: --changed names them and leaves them out.
-UNFINISHED = {
-    *(("cuda", family) for family in ("binary", "common", "pooling", "tables")),
-    *(("triton", family) for family in ("attention", "binary", "common", "pooling", "tables")),
-}
 
 
 def digest(files: list[Path]) -> str:
@@ -68,10 +63,7 @@ class Plugin:
         same = {f for f in families if f in old and old[f]["digest"] == self.digests[f]}
         self.known = same if changed_only else set()
         wanted = [m for m in mutants.all if not kernels or m.kernel in kernels]
-        left_out = {f for k, f in UNFINISHED if k == kind and changed_only} - self.known
-        for family in left_out:
-            print(f"{family}: left out")
-        self.wanted = [m for m in wanted if m.family not in self.known | left_out]
+        self.wanted = [m for m in wanted if m.family not in self.known]
         self.kills: Counter[int] = Counter()  # of each test
         self.seconds: list[float] = []
         self.reach: dict[int, list[int]] = defaultdict(list)  # tests that reach a mutant
@@ -196,6 +188,7 @@ def main() -> None:
         os.environ["HYPOTHESIS_PROFILE"] = "mutation"
         tests = [str(TESTS / name) for name in plugin.mutants.tests]
         options = ["-s", "-p", "no:cacheprovider", "-p", "no:faulthandler"]
+        options += ["-W", "ignore::pytest.PytestConfigWarning"]  # faulthandler has options
         if code := pytest.main([*options, *tests], plugins=[plugin]):
             sys.exit(code)
     if survivors := plugin.unexplained():

@@ -54,6 +54,7 @@ SURVIVORS: dict[tuple[str, str], str] = {
     ): _NO_ROW,
     ("_grad_documents", "n = tl.load(document_of + j, mask=j < document_tokens)"): _UNUSED,
     ("_grad_documents", "owner = tl.load(owners + i, mask=there)"): _UNUSED,
+    ("row_of", "row = tl.load(index + position, mask=mask).to(tl.int64)"): _UNUSED,
     (
         "_maximum",
         "row = row_of(index, first.to(tl.int64), found & (d <= dim), rows)",
