@@ -2,29 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-
-FOLDER = Path(__file__).parents[2] / "benchmarks" / "experiments"
+from tables.experiments import load
 
 
 @pytest.fixture(scope="module")
 def zoo():
-    if not FOLDER.exists():
-        pytest.skip("the experiments are not there")
-    sys.path.insert(0, str(FOLDER))
-    try:
-        spec = importlib.util.spec_from_file_location("method_zoo", FOLDER / "method_zoo.py")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.remove(str(FOLDER))
-    return module
+    return load("method_zoo")
 
 
 @pytest.fixture(scope="module")

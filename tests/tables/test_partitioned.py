@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 from contract import packed
 from emblas.tables import CodeSpec, PartitionedEmbedding, bucket_order, random_codes
 from emblas.tables import partitioned as module
+from tables.experiments import load
 
 
 def test_bucket_order():
@@ -126,12 +124,7 @@ def test_files(tmp_path, monkeypatch):
 
 def test_link_prediction():
     """The experiment, on a made-up graph of two halves: partitions cost nothing."""
-    folder = Path(__file__).parents[2] / "benchmarks" / "experiments"
-    if not folder.exists():
-        pytest.skip("the experiments are not there")
-    spec = importlib.util.spec_from_file_location("links", folder / "link_prediction.py")
-    links = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(links)
+    links = load("link_prediction")
     source, target = torch.randint(0, 100, (2, 3000))
     edges = torch.stack([source, (target // 2) * 2 + source % 2, source % 3], 1)
     for partitions in (1, 2):
