@@ -399,13 +399,16 @@ template <class T>
 void add_lookups(const ComposeGradient<T>& gradient, const Lookup* first, const Lookup* last,
                  const Lookup* end, Accumulator<T>* total, Accumulator<T>* scratch) {
   using A = Accumulator<T>;
-  constexpr int batch = 32, ahead = 16;
+  constexpr int batch = 32;
   const ComposeArgs<T>& args = gradient.args;
   const bool product = args.combine == Combine::product, max = args.mode == BagMode::max;
   const T* rows[batch];
   A coefficients[batch];
   int count = 0;
   const int64_t width = gradient.parts[first->part].width;
+  // Lookups whose gradients are on their way: a fraction of what the first-level cache holds.
+  const int64_t row_bytes = width * int64_t(sizeof(T));
+  const int64_t ahead = row_bytes < 512 ? 16 : row_bytes < 4096 ? 8192 / row_bytes : 2;
   const auto grad_row = [&](const Lookup& lookup) {
     const Part& part = gradient.parts[lookup.part];
     const Feature& feature = gradient.features[part.feature];
@@ -540,17 +543,25 @@ void update_row(const OptimizerStep& step, T* row, const Accumulator<T>* gradien
       }
       break;
     case OptimizerKind::row_wise_adagrad: {
-      A squares = 0;
-      for (int64_t i = 0; i < width; ++i) {
-        const A g = gradient[i] + decay * to_accumulator(row[i]);
-        squares += g * g;
-      }
-      *first += squares / A(width);
+      const auto slope = [&](int64_t i, auto lane) {
+        return value(gradient + i, lane) + decay * value(row + i, lane);
+      };
+      Vector<T> squares{};
+      A rest = 0;
+      for_each_lane<T>(width, [&](int64_t i, auto lane) {
+        const auto g = slope(i, lane);
+        if constexpr (sizeof lane == sizeof(A)) {
+          rest += g * g;
+        } else {
+          squares += g * g;
+        }
+      });
+      *first += (sum(squares) + rest) / A(width);
       const A factor = rate / (square_root(*first) + epsilon);
-      for (int64_t i = 0; i < width; ++i) {
-        const A w = to_accumulator(row[i]);
-        from_accumulator(w - factor * (gradient[i] + decay * w), row + i);
-      }
+      map_lanes<T>(
+          width,
+          [&](int64_t i, auto lane) { return value(row + i, lane) - factor * slope(i, lane); },
+          [&](int64_t i, auto w) { put(row + i, w); });
       break;
     }
     case OptimizerKind::adagrad:

@@ -484,8 +484,16 @@ void compose_bag_update_(const Tensor& grad_out, const Tensor& ids, const Tensor
       }
       sorted.push_back(sort_by_row(call.plan, region));
       if (call.combine != Combine::product) {
-        backward.for_rows(region, sorted.back(), [&](int64_t u, const A* gradient) {
-          update(region, sorted.back().row(u), gradient);
+        const SortedLookups& lookups = sorted.back();
+        backward.for_rows(region, lookups, [&](int64_t u, const A* gradient) {
+          constexpr int64_t ahead = 4;
+          if (u + ahead < lookups.rows()) {
+            const T* later = rows + region.base + lookups.row(u + ahead) * region.width;
+            for (int64_t i = 0; i < region.width; i += 64 / int64_t(sizeof(T))) {
+              __builtin_prefetch(later + i);
+            }
+          }
+          update(region, lookups.row(u), gradient);
         });
         continue;
       }
