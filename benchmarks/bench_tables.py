@@ -134,16 +134,20 @@ def bench_bags(row: Any, dtype: torch.dtype, who: str) -> None:
     )  # fmt: skip
 
 
-def _fbgemm_call(rows: int, dim: int) -> Callable[..., Any]:
+def _fbgemm_table(rows: int, dim: int) -> Any:
     tbe = pytest.importorskip(
         "fbgemm_gpu.split_table_batched_embeddings_ops_training", reason="fbgemm-gpu-cpu is missing"
     )
     common = pytest.importorskip("fbgemm_gpu.split_table_batched_embeddings_ops_common")
-    table = tbe.SplitTableBatchedEmbeddingBagsCodegen(
+    return tbe.SplitTableBatchedEmbeddingBagsCodegen(
         [(rows, dim, common.EmbeddingLocation.HOST, tbe.ComputeDevice.CPU)],
         optimizer=tbe.OptimType.EXACT_ROWWISE_ADAGRAD, learning_rate=0.01,
         pooling_mode=common.PoolingMode.SUM,
     )  # fmt: skip
+
+
+def _fbgemm_call(rows: int, dim: int) -> Callable[..., Any]:
+    table = _fbgemm_table(rows, dim)
     gradient = torch.ones(max(count for _, _, count in SHAPES.values()), dim)
 
     def train(ids: Tensor, keys: Tensor) -> Any:
@@ -185,6 +189,52 @@ def bench_fused_optimizer(row: Any, shape: str, who: str) -> None:
         "tables", "4 hashes, sum, backward with row-wise Adagrad", who, shape=shape,
         dtype="float32", call=(_fused_call if who == "emblas" else _fbgemm_call)(rows, dim),
         inputs=inputs, bytes=count * (8 + 2 * dim * 4) + used * (3 * dim * 4 + 8),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("who", ["emblas", "fbgemm", "torch EmbeddingBag"])
+@pytest.mark.parametrize("training", [False, True], ids=["forward", "training"])
+def bench_large_table(row: Any, training: bool, who: str) -> None:
+    """Bags of plain ids on a table far larger than any cache; training: a step of the rows in use.
+
+    The step is row-wise Adagrad's; torch has none, and gives a sparse gradient.
+    """
+    rows, dim, bags, per_bag = 1_000_000, 128, 2048, 20
+    offsets = torch.arange(0, bags * per_bag + 1, per_bag)
+    gradient = torch.ones(bags, dim)
+    module: Any
+    with torch.inference_mode(False):
+        if who == "emblas":
+            module = QuotientRemainderEmbedding(rows, dim, 1, combine="sum")
+            if training:
+                optim.RowWiseAdagrad(module, lr=0.01)
+        elif who == "fbgemm":
+            module = _fbgemm_table(rows, dim)
+        else:
+            module = torch.nn.EmbeddingBag(
+                rows, dim, mode="sum", include_last_offset=True, sparse=True
+            )
+
+    def make(seed: int) -> tuple[Tensor]:
+        with torch.inference_mode(False):
+            generator = torch.Generator().manual_seed(seed)
+            return (torch.randint(0, rows, (bags * per_bag,), generator=generator),)
+
+    def forward(ids: Tensor) -> Any:
+        return module(ids, offsets)
+
+    def train(ids: Tensor) -> None:
+        with torch.inference_mode(False), torch.enable_grad():
+            forward(ids).backward(gradient)
+            if who.startswith("torch"):
+                module.zero_grad()
+
+    per_id = 8 + dim * 4 * (3 if training else 1)
+    row(
+        "tables", "bags of ids" + (", backward with row-wise Adagrad" if training else ""), who,
+        shape=f"{rows} x {dim}, {bags} bags of {per_bag}", dtype="float32",
+        call=train if training else forward, inputs=rotate(make, bags * per_bag * 8),
+        bytes=bags * (per_bag * per_id + dim * 4 * (2 if training else 1)),
     )  # fmt: skip
 
 
