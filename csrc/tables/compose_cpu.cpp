@@ -27,7 +27,10 @@ class NumberBlock {
       uint32_t* to = numbers_ + p * size_;
       if (KeyKind(part.kind) == KeyKind::radix) {
         const uint64_t a = uint64_t(part.a), rows = uint64_t(part.rows);
-        for (int i = 0; i < count; ++i) to[i] = uint32_t(uint64_t(ids_[i]) / a % rows);
+        for (int i = 0; i < count; ++i) {
+          const uint64_t id = uint64_t(ids_[i]), key = a == 1 ? id : id / a;
+          to[i] = uint32_t(key < rows ? key : key % rows);  // divisions are slow, and seldom needed
+        }
       } else if (KeyKind(part.kind) == KeyKind::linear) {
         for (int i = 0; i < count; ++i) {
           const auto key =
@@ -115,45 +118,6 @@ int64_t slot_end(const Feature& feature, int64_t p) {
   const int64_t column = feature.parts[p].column;
   while (p < feature.num_parts && feature.parts[p].column == column) ++p;
   return p;
-}
-
-// at(i, V{}) for every vector and every single value left over.
-template <class T, class At>
-void for_each_lane(int64_t width, const At& at) {
-  constexpr int lanes = kLanes<T>;
-  int64_t i = 0;
-  for (; i + lanes <= width; i += lanes) at(i, Vector<T>{});
-  for (; i < width; ++i) at(i, Accumulator<T>{});
-}
-// put(i, at(i, V{})) over all values. A vector that would pass the end is moved back over the one
-// before and computed first, so `at` may read what `put` writes.
-template <class T, class At, class Put>
-void map_lanes(int64_t width, const At& at, const Put& put) {
-  constexpr int lanes = kLanes<T>;
-  if (width < lanes) {
-    for (int64_t i = 0; i < width; ++i) put(i, at(i, Accumulator<T>{}));
-    return;
-  }
-  const int64_t tail = width - lanes;
-  const auto last = at(tail, Vector<T>{});
-  for (int64_t i = 0; i < tail; i += lanes) put(i, at(i, Vector<T>{}));
-  put(tail, last);
-}
-template <class T, class V>
-V value(const T* from, V) {
-  if constexpr (sizeof(V) == sizeof(Accumulator<T>)) {
-    return to_accumulator(*from);
-  } else {
-    return load(from);
-  }
-}
-template <class Out>
-void put(Out* to, Accumulator<Out> x) {
-  from_accumulator(x, to);
-}
-template <class Out>
-void put(Out* to, Vector<Out> x) {
-  store(to, x);
 }
 
 // The rows of one slot of one id.
@@ -251,6 +215,9 @@ void forward(const ComposeArgs<T>& args, const Feature& feature, int64_t first, 
     return feature.offsets ? feature.offsets[bag] - feature.first : bag;
   };
   const bool far = is_far<T>(feature);
+  int64_t id_bytes = 0;
+  for (int64_t p = 0; p < feature.num_parts; ++p) id_bytes += feature.parts[p].width * sizeof(T);
+  const int ahead = prefetch_distance(id_bytes);
   NumberBlock block(feature, args.padding_id);
   int64_t block_begin = position(first), block_end = block_begin;
   const int64_t ids_end = position(last);
@@ -261,6 +228,8 @@ void forward(const ComposeArgs<T>& args, const Feature& feature, int64_t first, 
     }
   };
   const bool single = args.mode != BagMode::max;
+  const bool one_sum = single && slot_end(feature, 0) == feature.num_parts &&
+                       (args.combine == Combine::sum || feature.num_parts == 1);
   for (int64_t b = first; b < last; ++b) {
     const int64_t begin = position(b), end = position(b + 1);
     T* to = out + b * args.dim + begin_column;
@@ -269,19 +238,28 @@ void forward(const ComposeArgs<T>& args, const Feature& feature, int64_t first, 
       for (int64_t i = 0; i < width; ++i) from[i] = -1;
     }
     int64_t used = 0;
+    const bool in_order = one_sum && end - begin > 1;
+    RowSum<T> sum(scratch, width);
+    if (in_order) std::memset(scratch, 0, width * sizeof(A));
     for (int64_t id = begin; id < end; ++id) {
       if (id == block_end) {
         block_begin = block_end;
         block_end += block.fill(block_begin, ids_end);
-        for (int64_t ahead = id; far && ahead < id + kPrefetchAhead && ahead < block_end; ++ahead) {
-          prefetch_id(ahead);
-        }
+        for (int64_t i = id; far && i < id + ahead && i < block_end; ++i) prefetch_id(i);
       }
-      if (far && id + kPrefetchAhead < block_end) prefetch_id(id + kPrefetchAhead);
+      if (far && id + ahead < block_end) prefetch_id(id + ahead);
       const int i = int(id - block_begin);
       if (block.number(i, 0) == kNoRow) continue;
       const A weight = id_weight(args, feature, id);
       const auto number = [&](int64_t p) { return block.number(i, p); };
+      if (in_order) {
+        ++used;
+        for (int64_t p = 0; p < feature.num_parts; ++p) {
+          sum.add(row_of(args.table, feature.parts[p], number(p)),
+                  weight * sign_of<A>(number(p)) * part_weight(args, feature, id, p));
+        }
+        continue;
+      }
       for_slots(args, feature, id, number, [&](const Slot<T>& slot, int64_t) {
         const int64_t at = slot.column - begin_column;
         if (end - begin == 1 && single) {
@@ -303,6 +281,7 @@ void forward(const ComposeArgs<T>& args, const Feature& feature, int64_t first, 
       }
       ++used;
     }
+    sum.flush();
     if (!used) {
       std::memset(to, 0, width * sizeof(T));
     } else if (end - begin > 1 || !single) {
@@ -371,44 +350,15 @@ void grad_weights(const ComposeGradient<T>& gradient, const Feature& feature, in
   }
 }
 
-// The gradient rows of lookups with nothing but a coefficient each, kept in registers.
-template <class T>
-void add_scaled(Accumulator<T>* total, const T* const* rows, const Accumulator<T>* coefficients,
-                int count, int64_t width) {
-  constexpr int lanes = kLanes<T>, unroll = 4;
-  int64_t i = 0;
-  for (; i + unroll * lanes <= width; i += unroll * lanes) {
-    Vector<T> sums[unroll];
-    for (int u = 0; u < unroll; ++u) sums[u] = load(total + i + u * lanes);
-    for (int l = 0; l < count; ++l) {
-      for (int u = 0; u < unroll; ++u) sums[u] += coefficients[l] * load(rows[l] + i + u * lanes);
-    }
-    for (int u = 0; u < unroll; ++u) store(total + i + u * lanes, sums[u]);
-  }
-  map_lanes<T>(
-      width - i,
-      [&](int64_t k, auto lane) {
-        auto sum = value(total + i + k, lane);
-        for (int l = 0; l < count; ++l) sum += coefficients[l] * value(rows[l] + i + k, lane);
-        return sum;
-      },
-      [&](int64_t k, auto sum) { put(total + i + k, sum); });
-}
-
 template <class T>
 void add_lookups(const ComposeGradient<T>& gradient, const Lookup* first, const Lookup* last,
                  const Lookup* end, Accumulator<T>* total, Accumulator<T>* scratch) {
   using A = Accumulator<T>;
-  constexpr int batch = 32;
   const ComposeArgs<T>& args = gradient.args;
   const bool product = args.combine == Combine::product, max = args.mode == BagMode::max;
-  const T* rows[batch];
-  A coefficients[batch];
-  int count = 0;
   const int64_t width = gradient.parts[first->part].width;
-  // Lookups whose gradients are on their way: a fraction of what the first-level cache holds.
-  const int64_t row_bytes = width * int64_t(sizeof(T));
-  const int64_t ahead = row_bytes < 512 ? 16 : row_bytes < 4096 ? 8192 / row_bytes : 2;
+  RowSum<T> sum(total, width);
+  const int ahead = prefetch_distance(width * int64_t(sizeof(T)));
   const auto grad_row = [&](const Lookup& lookup) {
     const Part& part = gradient.parts[lookup.part];
     const Feature& feature = gradient.features[part.feature];
@@ -431,11 +381,7 @@ void add_lookups(const ComposeGradient<T>& gradient, const Lookup* first, const 
     coefficient *= part_weight(args, feature, lookup->id, own);
     const T* grad = grad_row(*lookup);
     if (!product && !max) {
-      rows[count] = grad;
-      coefficients[count++] = coefficient;
-      if (count < batch && lookup + 1 < last) continue;
-      add_scaled(total, rows, coefficients, count, width);
-      count = 0;
+      sum.add(grad, coefficient);
       continue;
     }
     for (int64_t i = 0; i < width; ++i) scratch[i] = coefficient * to_accumulator(grad[i]);
@@ -452,6 +398,7 @@ void add_lookups(const ComposeGradient<T>& gradient, const Lookup* first, const 
     }
     for (int64_t i = 0; i < width; ++i) total[i] += scratch[i];
   }
+  sum.flush();
 }
 
 template <class T>
@@ -467,11 +414,12 @@ void add_in_order(const ComposeGradient<T>& gradient, const int64_t* parts, int6
   } owned[most + 1];
   int count = 0;
   const int64_t width = gradient.parts[parts[0]].width;
+  const int ahead = prefetch_distance(2 * width * int64_t(sizeof(T)));
   const auto add_owned = [&] {
     for (int l = 0; l < count; ++l) {
-      if (l + kPrefetchAhead < count) {
-        prefetch(total + owned[l + kPrefetchAhead].row * width, width);
-        prefetch(owned[l + kPrefetchAhead].grad, width);
+      if (l + ahead < count) {
+        prefetch(total + owned[l + ahead].row * width, width);
+        prefetch(owned[l + ahead].grad, width);
       }
       sum_rows<true, 1>(total + owned[l].row * width, &owned[l].grad, 1, owned[l].coefficient,
                         width);

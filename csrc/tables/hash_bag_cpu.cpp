@@ -67,6 +67,7 @@ class RowStream {
       : block_(args.hashed),
         args_(args),
         far_(int64_t(args.hashed.num_embeddings) * args.dim * int64_t(sizeof(T)) > kCachedBytes),
+        ahead_(prefetch_distance(args.hashed.num_hashes * args.dim * int64_t(sizeof(T)))),
         first_(first),
         last_(last) {}
 
@@ -76,9 +77,9 @@ class RowStream {
       first_ += count_;
       count_ = block_.hash(first_, last_);
       position_ = 0;
-      for (int i = 0; far_ && i < kPrefetchAhead && i < count_; ++i) prefetch_rows(i);
+      for (int i = 0; far_ && i < ahead_ && i < count_; ++i) prefetch_rows(i);
     }
-    if (far_ && position_ + kPrefetchAhead < count_) prefetch_rows(position_ + kPrefetchAhead);
+    if (far_ && position_ + ahead_ < count_) prefetch_rows(position_ + ahead_);
     const int i = position_++;
     if (is_padding(args_.hashed, first_ + i)) return nullptr;
     for (int j = 0; j < args_.hashed.num_hashes; ++j) rows_[j] = row(i, j);
@@ -95,7 +96,8 @@ class RowStream {
 
   Block block_;
   const HashBagArgs<T>& args_;
-  bool far_;
+  const bool far_;
+  const int ahead_;  // ids
   int64_t first_, last_;
   int position_ = 0, count_ = 0;
   const T* rows_[kMaxHashes];
@@ -116,23 +118,25 @@ void forward(const HashBagArgs<T>& args, int64_t first, int64_t last, Accumulato
   for (int64_t b = first; b < last; ++b) {
     const int64_t begin = first_id(args, b), end = first_id(args, b + 1);
     T* to = out + b * args.dim;
+    const bool single = end - begin == 1;
+    RowSum<T> sum(scratch, args.dim);
+    if (!single) std::memset(scratch, 0, args.dim * sizeof(A));
     bool empty = true;
     for (int64_t i = begin; i < end; ++i) {
       const T* const* rows = stream.next();
       if (!rows) continue;
-      const A weight = args.weights ? args.weights[i] : A(1);
-      if (end - begin == 1) {
-        sum_rows<false>(to, rows, num_hashes, weight, args.dim);
-      } else if (empty) {
-        sum_rows<false>(scratch, rows, num_hashes, weight, args.dim);
-      } else {
-        sum_rows<true>(scratch, rows, num_hashes, weight, args.dim);
-      }
       empty = false;
+      const A weight = args.weights ? args.weights[i] : A(1);
+      if (single) {
+        sum_rows<false>(to, rows, num_hashes, weight, args.dim);
+      } else {
+        for (int j = 0; j < num_hashes; ++j) sum.add(rows[j], weight);
+      }
     }
+    sum.flush();
     if (empty) {
       std::memset(to, 0, args.dim * sizeof(T));
-    } else if (end - begin > 1) {
+    } else if (!single) {
       store_row(to, scratch, args.dim);
     }
   }
@@ -186,6 +190,7 @@ void grad_table(const HashBagTableArgs<T>& args, int64_t first, int64_t last,
     int64_t row, bag;
     A weight;
   } lookups[kBlock * kMaxHashes + 1];
+  const int ahead = prefetch_distance(2 * args.dim * int64_t(sizeof(T)));
   const int64_t num_hashes = args.hashed.num_hashes;
   const int64_t ids = args.offsets ? args.offsets[args.bags] : args.bags;
   int64_t bag = 0;
@@ -207,8 +212,8 @@ void grad_table(const HashBagTableArgs<T>& args, int64_t first, int64_t last,
       }
     }
     for (int l = 0; l < count; ++l) {
-      if (l + kPrefetchAhead < count) {
-        const Lookup& later = lookups[l + kPrefetchAhead];
+      if (l + ahead < count) {
+        const Lookup& later = lookups[l + ahead];
         prefetch(total + later.row * args.dim, args.dim);
         prefetch(args.grad_out + later.bag * args.dim, args.dim);
       }

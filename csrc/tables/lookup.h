@@ -8,7 +8,6 @@ namespace emblas {
 namespace {
 
 constexpr int kBlock = 64;                 // ids hashed at once
-constexpr int kPrefetchAhead = 8;          // ids
 constexpr int64_t kCachedBytes = 1 << 20;  // a smaller table needs no prefetching
 constexpr int kCacheLine = 64;
 
@@ -17,6 +16,14 @@ void prefetch(const T* row, int64_t dim) {
   const char* begin = reinterpret_cast<const char*>(row);
   const char* end = reinterpret_cast<const char*>(row + dim);
   for (; begin < end; begin += kCacheLine) __builtin_prefetch(begin);
+  // GCC drops calls of functions that do nothing but prefetch, for want of an effect.
+  asm volatile("");
+}
+
+// How many rows (or ids of several rows) of so many bytes may be on their way: those of half a
+// first-level cache.
+constexpr int prefetch_distance(int64_t bytes) {
+  return bytes <= 512 ? 32 : bytes <= 8192 ? int(16384 / bytes) : 2;
 }
 
 // to[i] = weight * sum_j rows[j][i], added to what `to` holds if `add`. A vector that would pass
@@ -72,6 +79,95 @@ void sum_rows(Out* to, const T* const* rows, int count, Accumulator<T> weight, i
     sum_rows<add, 0>(to, rows, count, weight, dim);
   }
 }
+
+// at(i, V{}) for every vector and every single value left over.
+template <class T, class At>
+void for_each_lane(int64_t width, const At& at) {
+  constexpr int lanes = kLanes<T>;
+  int64_t i = 0;
+  for (; i + lanes <= width; i += lanes) at(i, Vector<T>{});
+  for (; i < width; ++i) at(i, Accumulator<T>{});
+}
+// put(i, at(i, V{})) over all values. A vector that would pass the end is moved back over the one
+// before and computed first, so `at` may read what `put` writes.
+template <class T, class At, class Put>
+void map_lanes(int64_t width, const At& at, const Put& put) {
+  constexpr int lanes = kLanes<T>;
+  if (width < lanes) {
+    for (int64_t i = 0; i < width; ++i) put(i, at(i, Accumulator<T>{}));
+    return;
+  }
+  const int64_t tail = width - lanes;
+  const auto last = at(tail, Vector<T>{});
+  for (int64_t i = 0; i < tail; i += lanes) put(i, at(i, Vector<T>{}));
+  put(tail, last);
+}
+template <class T, class V>
+V value(const T* from, V) {
+  if constexpr (sizeof(V) == sizeof(Accumulator<T>)) {
+    return to_accumulator(*from);
+  } else {
+    return load(from);
+  }
+}
+template <class Out>
+void put(Out* to, Accumulator<Out> x) {
+  from_accumulator(x, to);
+}
+template <class Out>
+void put(Out* to, Vector<Out> x) {
+  store(to, x);
+}
+
+// total += sum_l coefficients[l] * rows[l], in this order, in registers: the same bits however a
+// longer sum is cut into calls.
+template <class T>
+void add_scaled(Accumulator<T>* total, const T* const* rows, const Accumulator<T>* coefficients,
+                int count, int64_t width) {
+  constexpr int lanes = kLanes<T>, unroll = 4;
+  int64_t i = 0;
+  for (; i + unroll * lanes <= width; i += unroll * lanes) {
+    Vector<T> sums[unroll];
+    for (int u = 0; u < unroll; ++u) sums[u] = load(total + i + u * lanes);
+    for (int l = 0; l < count; ++l) {
+      for (int u = 0; u < unroll; ++u) sums[u] += coefficients[l] * load(rows[l] + i + u * lanes);
+    }
+    for (int u = 0; u < unroll; ++u) store(total + i + u * lanes, sums[u]);
+  }
+  map_lanes<T>(
+      width - i,
+      [&](int64_t k, auto lane) {
+        auto sum = value(total + i + k, lane);
+        for (int l = 0; l < count; ++l) sum += coefficients[l] * value(rows[l] + i + k, lane);
+        return sum;
+      },
+      [&](int64_t k, auto sum) { put(total + i + k, sum); });
+}
+
+// Adds rows to a total, some at a time.
+template <class T>
+class RowSum {
+ public:
+  RowSum(Accumulator<T>* total, int64_t width) : total_(total), width_(width) {}
+
+  void add(const T* row, Accumulator<T> coefficient) {
+    rows_[count_] = row;
+    coefficients_[count_++] = coefficient;
+    if (count_ == kMost) flush();
+  }
+  void flush() {
+    if (count_ > 0) add_scaled(total_, rows_, coefficients_, count_, width_);
+    count_ = 0;
+  }
+
+ private:
+  static constexpr int kMost = 32;
+  Accumulator<T>* total_;
+  int64_t width_;
+  int count_ = 0;
+  const T* rows_[kMost];
+  Accumulator<T> coefficients_[kMost];
+};
 
 template <class T>
 void store_row(T* to, const Accumulator<T>* from, int64_t dim) {
