@@ -43,7 +43,9 @@ class _Received(torch.autograd.Function):
         out, lse = op.run(q, k, values, cu_seqlens_q, cu_seqlens_k, numbers, shaping)
         given = (weights[..., None], None, q, k, values, out, lse, cu_seqlens_q, cu_seqlens_k)
         grads = op.gradients(given, numbers, shaping, (False,) * 4)
-        return grads[2][..., 0]
+        received = grads[2]
+        assert received is not None
+        return received[..., 0]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -44,9 +44,8 @@ class _Chosen:
         self.rows = rows
         self.scale: float = attention.scaling
         self.batch = options["cu_seq_lens_q"], options["max_length_q"]
-        self.causal = options.get("is_causal")
-        if self.causal is None:
-            self.causal = attention.is_causal
+        causal: bool | None = options.get("is_causal")
+        self.causal: bool = attention.is_causal if causal is None else causal
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, sliding_window: int | None = None) -> Tensor:
         """Attend from the queries of the chosen tokens; heads side by side."""
@@ -131,7 +130,7 @@ _LAYERS: dict[type, Callable[..., Tensor]] = {
 
 @contextmanager
 def _replaced(layer: nn.Module, forward: Callable[..., Tensor]) -> Iterator[None]:
-    layer.forward = forward  # type: ignore[method-assign]
+    layer.forward = forward
     try:
         yield
     finally:
