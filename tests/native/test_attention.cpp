@@ -227,7 +227,8 @@ void check_rotary(int64_t dim, int64_t pairs, double limit) {
     run();
     for (int64_t t = 0; t < tokens; ++t) {
       for (int64_t h = 0; h < heads; ++h) {
-        const T *from = &x[(t * heads + h) * dim], *to = &out[(t * heads + h) * dim];
+        const int64_t at = (t * heads + h) * dim;
+        const T *from = x.data() + at, *to = out.data() + at;
         for (int64_t i = 0; i < pairs; ++i) {
           const int64_t a = interleaved ? 2 * i : i, b = interleaved ? 2 * i + 1 : pairs + i;
           const double c = cos[position_ids[t] * pairs + i], s = sin[position_ids[t] * pairs + i];
