@@ -35,6 +35,7 @@ _rotary = Op(
     "rotary",
     reference=reference.rotary,
     fake=_fake,
+    triton="emblas.attention.triton",
     check_values=_check_values,
     backward="rotary_backward",
 )
@@ -42,6 +43,7 @@ _rotary_backward = Op(
     "rotary_backward",
     reference=reference.rotary_backward,
     fake=_fake,
+    triton="emblas.attention.triton",
     check_values=_check_values,
 )
 _rotary_in_place = Op(
