@@ -138,7 +138,7 @@ def _replaced(layer: nn.Module, forward: Callable[..., Tensor]) -> Iterator[None
 
 
 def forward_rows(
-    model: nn.Module, input_ids: Tensor, cu_seqlens: Tensor, rows: Tensor, **kwargs: Any
+    model: nn.Module, input_ids: Tensor | None, cu_seqlens: Tensor, rows: Tensor, **kwargs: Any
 ) -> Tensor:
     """Run an encoder over a packed batch for the last hidden states of chosen tokens.
 
