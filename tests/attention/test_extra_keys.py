@@ -119,7 +119,7 @@ def test_both_with_the_options_of_own_keys(isa):
     torch.testing.assert_close(lse, total)
 
 
-def test_biases_of_heads_and_gradients(isa):
+def test_biases_of_heads_and_gradients():
     cu_q, cu_k = packed((3, 0, 2, 1)), packed((4, 2, 0, 1))
     inputs = [
         heads(6, 4, 8), heads(7, 2, 8), heads(7, 2, 5), heads(3, 2, 8), heads(3, 2, 5),
