@@ -367,15 +367,12 @@ def _signature(function: Callable[..., Any]) -> inspect.Signature:
     return signature.replace(parameters=parameters, return_annotation=inspect.Signature.empty)
 
 
-@functools.lru_cache(maxsize=64)
-def _names(model_class: type) -> tuple[str, ...]:
-    """Return the names of the arguments of a model's ``forward``."""
-    return tuple(inspect.signature(model_class.forward).parameters)[1:]  # type: ignore[attr-defined]
-
-
 def _forward(model: Any, *args: Any, **kwargs: Any) -> Any:
     """Run a model on the tokens of a padded batch, if that is what it is called with."""
-    given = {**dict(zip(_names(type(model)), args, strict=False)), **kwargs}
+    given = dict(kwargs)
+    if args:
+        names = [*inspect.signature(type(model).forward).parameters][1:]
+        given |= zip(names, args, strict=False)
     batch = _padded_batch(model, given)
     if batch is None:
         return type(model).forward(model, *args, **kwargs)

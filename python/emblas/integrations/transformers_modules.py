@@ -66,7 +66,7 @@ class MPNetEncoder(modeling_mpnet.MPNetEncoder, hf.PackedEncoder):
     def forward(
         self,
         hidden_states: Tensor,
-        attention_mask: hf.PaddedBatch | hf.PackedBatch | None = None,
+        attention_mask: Any = None,  # PaddedBatch, PackedBatch or None
         *args: Any,
         **kwargs: Any,
     ) -> Any:
@@ -74,7 +74,7 @@ class MPNetEncoder(modeling_mpnet.MPNetEncoder, hf.PackedEncoder):
         if not isinstance(attention_mask, hf.PaddedBatch):
             return super().forward(hidden_states, attention_mask, *args, **kwargs)
         batch, shape = attention_mask, hidden_states.shape[:2]
-        inside = hf.PackedBatch(batch.cu_seqlens, batch.max_seqlen)
+        inside: Any = hf.PackedBatch(batch.cu_seqlens, batch.max_seqlen)
         outputs = super().forward(batch.take(hidden_states), inside, *args, **kwargs)
         return _spread(outputs, batch, shape)
 
