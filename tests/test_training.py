@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import shutil
 
 import pytest
 import torch
+import torch._inductor
 from emblas import packed
 from emblas.losses import CachedLoss, InfoNCE
 from torch import nn
@@ -103,37 +105,63 @@ def test_workers_of_a_dataloader():
     assert all(torch.equal(a, b) for a, b in zip(found, rows, strict=True))
 
 
-def test_export():
-    """One exported graph of a whole packed encoder serves every batch."""
+class Fixed(nn.Module):
+    """A packed encoder with positions from outside, and an upper bound of the lengths."""
+
+    def __init__(self, encoder):
+        super().__init__()
+        self.encoder = copy.deepcopy(encoder)
+
+    def forward(self, input_ids, positions, cu_seqlens):
+        hidden = self.encoder.model(
+            input_ids=input_ids[None], position_ids=positions[None],
+            cu_seq_lens_q=cu_seqlens, cu_seq_lens_k=cu_seqlens,
+            max_length_q=64, max_length_k=64,
+        ).last_hidden_state  # fmt: skip
+        return self.encoder.pooling(hidden[0], cu_seqlens)
+
+
+def arguments(rows):
+    ids, cu_seqlens = packed.pack(rows)
+    return ids, packed.positions(cu_seqlens), cu_seqlens
+
+
+@pytest.fixture
+def exported():
+    """A model, and its exported graph for any number of tokens and texts."""
     model = PackedEncoder().eval()
-
-    class Fixed(nn.Module):
-        """With positions from outside, and an upper bound of the lengths."""
-
-        def __init__(self):
-            super().__init__()
-            self.encoder = copy.deepcopy(model)
-
-        def forward(self, input_ids, positions, cu_seqlens):
-            hidden = self.encoder.model(
-                input_ids=input_ids[None], position_ids=positions[None],
-                cu_seq_lens_q=cu_seqlens, cu_seq_lens_k=cu_seqlens,
-                max_length_q=64, max_length_k=64,
-            ).last_hidden_state  # fmt: skip
-            return self.encoder.pooling(hidden[0], cu_seqlens)
-
-    def arguments(rows):
-        ids, cu_seqlens = packed.pack(rows)
-        return ids, packed.positions(cu_seqlens), cu_seqlens
-
     tokens, offsets = torch.export.Dim("tokens", min=2), torch.export.Dim("offsets", min=3)
     shapes = ({0: tokens}, {0: tokens}, {0: offsets})
     with torch.no_grad():
-        exported = torch.export.export(Fixed(), arguments(texts(5)), dynamic_shapes=shapes)
+        graph = torch.export.export(Fixed(model), arguments(texts(5)), dynamic_shapes=shapes)
+    return model, graph
+
+
+def assert_serves_every_batch(function, model):
+    with torch.no_grad():
         for seed, count in ((1, 3), (2, 9)):
             rows = texts(count, seed)
-            actual = exported.module()(*arguments(rows))
+            actual = function(*arguments(rows))
             torch.testing.assert_close(actual, encode(model, rows), rtol=1e-5, atol=1e-6)
+
+
+def test_export(exported):
+    """One exported graph of a whole packed encoder serves every batch."""
+    model, graph = exported
+    assert_serves_every_batch(graph.module(), model)
+
+
+@pytest.mark.slow
+def test_ahead_of_time(exported, tmp_path):
+    """A shared library of the whole packed encoder: compiled, loaded and run."""
+    if shutil.which("g++") is None and shutil.which("clang++") is None:
+        pytest.skip("AOTInductor needs a C++ compiler")
+    model, graph = exported
+    with torch.no_grad():
+        path = torch._inductor.aoti_compile_and_package(
+            graph, package_path=str(tmp_path / "encoder.pt2")
+        )
+    assert_serves_every_batch(torch._inductor.aoti_load_package(path), model)
 
 
 @pytest.mark.slow
