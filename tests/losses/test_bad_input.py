@@ -24,6 +24,7 @@ CALLS = {
     "listwise, RankNet": (lambda s, r: losses.listwise_rank(s, r, "ranknet"), (X, Y.abs())),
     "listwise, ListMLE": (lambda s, r: losses.listwise_rank(s, r, "listmle"), (X, Y.abs())),
     "distill": (losses.distill, (X, Y)),
+    "distill, euclidean": (lambda s, t: losses.distill(s, t, "euclidean"), (X, Y)),
     "distill, similarity": (lambda s, t: losses.distill(s, t, "similarity"), (X, Y)),
     "distill, relative": (lambda s, t: losses.distill(s, t, "relative"), (X, Y)),
     "distill, anchor": (
