@@ -10,6 +10,8 @@ import torch
 import torch._inductor
 from emblas import packed
 from emblas.losses import CachedLoss, InfoNCE
+from emblas.tables import HashEmbedding
+from emblas.tables import optim as table_optim
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -92,6 +94,47 @@ def test_training_learns():
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.3 * losses[0]
+
+
+class TableEncoder(nn.Module):
+    """A hashed table, trained by a fused optimizer, under a layer that torch's own trains."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.table = HashEmbedding(50, 8)
+        self.layer = nn.Linear(8, 4)
+        self.optimizers = {
+            "table": table_optim.AdamW(self.table, lr=1e-2),
+            "layer": torch.optim.AdamW(self.layer.parameters(), lr=1e-2),
+        }
+
+    def step(self, seed):
+        ids = torch.randint(0, 1000, (20,), generator=torch.Generator().manual_seed(seed))
+        self.layer(self.table(ids)).square().mean().backward()
+        for optimizer in self.optimizers.values():
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+def test_fused_and_plain_optimizers_in_one_checkpoint(tmp_path):
+    """A run that is stopped and goes on is, bit for bit, the run that was not."""
+    whole = TableEncoder()
+    for seed in range(6):
+        whole.step(seed)
+        if seed == 2:
+            optimizers = {name: o.state_dict() for name, o in whole.optimizers.items()}
+            torch.save({"model": whole.state_dict(), **optimizers}, tmp_path / "checkpoint.pt")
+    again = TableEncoder()
+    again.step(9)  # what it has learned before must not show
+    saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    again.load_state_dict(saved["model"])
+    for name, optimizer in again.optimizers.items():
+        optimizer.load_state_dict(saved[name])
+    for seed in range(3, 6):
+        again.step(seed)
+    for name, value in whole.state_dict().items():
+        assert torch.equal(again.state_dict()[name], value), name
 
 
 @pytest.mark.slow
