@@ -13,7 +13,7 @@ from torch import Tensor
 from emblas import packed
 from emblas.binary import Int8Quantizer
 
-OUTPUTS = ("dense", "matryoshka", "int8", "bits", "lexical", "tokens", "chunks")
+OUTPUTS = ("dense", "matryoshka", "int8", "bits", "lexical", "tokens", "chunks", "branches")
 
 
 class TruncationWarning(UserWarning):
@@ -60,6 +60,8 @@ class Embeddings:
     chunk_spans: Ragged | None = None
     """int64 ``(rows, 2)``: first token of each chunk within its text, and the one after its last.
     """
+    branches: Any = None
+    """float32 ``(texts, branches, dim)``."""
 
     def __len__(self) -> int:
         return len(self.num_tokens)
@@ -104,6 +106,20 @@ class Collector:
         parts = self._lists[name]
         lengths = torch.tensor([0, *map(len, parts[:-1])])
         return Ragged(torch.cat(parts), lengths.cumsum(0))
+
+
+def chunk_spans(cu_seqlens: Tensor, size: int, overlap: int) -> tuple[Tensor, Tensor, Tensor]:
+    """First and last (exclusive) token of the chunks of a packed batch, and texts' offsets."""
+    lengths = cu_seqlens.diff().long()
+    step = size - overlap
+    # The last chunk is the first one that reaches the end.
+    counts = torch.where(lengths > 0, (lengths - size).clamp_min(0).add(step - 1) // step + 1, 0)
+    offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    inside = torch.arange(int(offsets[-1]), device=lengths.device)
+    inside = inside - offsets[:-1].repeat_interleave(counts)
+    starts = cu_seqlens[:-1].long().repeat_interleave(counts) + inside * step
+    ends = torch.minimum(starts + size, cu_seqlens[1:].long().repeat_interleave(counts))
+    return starts, ends, offsets
 
 
 def concatenate(parts: Sequence[Embeddings]) -> Embeddings:
