@@ -74,7 +74,6 @@ inline Bytes add_saturated(Bytes a, Bytes b) {
 // few lines that a core can wait for at a time would otherwise hold up the scan.
 class Fetcher {
  public:
-  // `positions`: what all calls of step() will add up to.
   Fetcher(const Rows& next, int64_t bytes, int64_t positions) : next_(next), bytes_(bytes) {
     if (!next_.rows && next_.stride == bytes_) {  // one long row
       bytes_ *= next_.count;
@@ -91,7 +90,8 @@ class Fetcher {
         line_ = next_.at(row_++);
         end_ = line_ + bytes_;
       }
-      __builtin_prefetch(line_);
+      // Lines that come this fast (few queries) would hold each other up on their way to L1.
+      rate_ < kLine ? __builtin_prefetch(line_) : __builtin_prefetch(line_, 0, 2);
       line_ += 64;
     }
   }
