@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import faiss
@@ -28,49 +29,85 @@ ROWS = 1_000_000
 K = 10
 
 
-def _emblas(codes: np.ndarray, threads: int) -> Callable[[np.ndarray], Any]:
+@lru_cache(maxsize=1)
+def _codes(rows: int, bits: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (rows, bits // 8), dtype=np.uint8)
+
+
+def _emblas(codes: np.ndarray, k: int, threads: int) -> Callable[[np.ndarray], Any]:
     documents = torch.from_numpy(codes)
-    return lambda queries: hamming_topk(torch.from_numpy(queries), documents, K)
+    return lambda queries: hamming_topk(torch.from_numpy(queries), documents, k)
 
 
-def _faiss(codes: np.ndarray, threads: int) -> Callable[[np.ndarray], Any]:
+def _faiss(codes: np.ndarray, k: int, threads: int) -> Callable[[np.ndarray], Any]:
     faiss.omp_set_num_threads(threads)
     index = faiss.IndexBinaryFlat(codes.shape[1] * 8)
     index.add(codes)
-    return lambda queries: index.search(queries, K)
+    return lambda queries: index.search(queries, k)
 
 
-def _numpy(codes: np.ndarray, threads: int) -> Callable[[np.ndarray], Any]:
+def _usearch(codes: np.ndarray, k: int, threads: int) -> Callable[[np.ndarray], Any]:
+    usearch = pytest.importorskip("usearch.index")
+    return lambda queries: usearch.search(
+        codes, queries, k, usearch.MetricKind.Hamming, exact=True, threads=threads,
+        dtype=usearch.ScalarKind.B1,
+    )  # fmt: skip
+
+
+def _nearest(distances: np.ndarray, k: int) -> np.ndarray:
+    nearest = np.argpartition(distances, k)[:k]
+    return nearest[np.argsort(distances[nearest], kind="stable")]
+
+
+def _numkong(codes: np.ndarray, k: int, threads: int) -> Callable[[np.ndarray], Any]:
+    numkong = pytest.importorskip("numkong")
+    packed = numkong.hammings_pack(codes)
+    return lambda queries: [
+        _nearest(row, k) for row in np.asarray(numkong.hammings_packed(queries, packed))
+    ]
+
+
+def _numpy(codes: np.ndarray, k: int, threads: int) -> Callable[[np.ndarray], Any]:
     words = codes.view(np.uint64)
-
-    def search(queries: np.ndarray) -> None:
-        for query in queries.view(np.uint64):
-            distances = np.bitwise_count(words ^ query).sum(1, dtype=np.int32)
-            nearest = np.argpartition(distances, K)[:K]
-            nearest[np.argsort(distances[nearest], kind="stable")]
-
-    return search
+    return lambda queries: [
+        _nearest(np.bitwise_count(words ^ query).sum(1, dtype=np.int32), k)
+        for query in queries.view(np.uint64)
+    ]
 
 
-CONTENDERS = {"emblas": _emblas, "faiss IndexBinaryFlat": _faiss, "numpy bitwise_count": _numpy}
+CONTENDERS = {
+    "emblas": _emblas,
+    "faiss IndexBinaryFlat": _faiss,
+    "usearch exact": _usearch,
+    "numkong hammings_packed": _numkong,
+    "numpy bitwise_count": _numpy,
+}
+# Of those that take the same time for each query of a batch, or nearly: the largest batch.
+LARGEST_BATCH = {"usearch exact": 16, "numkong hammings_packed": 16, "numpy bitwise_count": 1}
 
 
 @pytest.mark.parametrize("who", CONTENDERS)
+@pytest.mark.parametrize("k", [10, 100])
 @pytest.mark.parametrize("queries", [1, 16, 256])
 @pytest.mark.parametrize("bits", [256, 512, 1024])
-def bench_hamming_topk(row: Any, threads: int, bits: int, queries: int, who: str) -> None:
-    if who.startswith("numpy") and queries > 1:
-        pytest.skip("one query at a time: the same per query")
-    codes = np.random.default_rng(0).integers(0, 256, (ROWS, bits // 8), dtype=np.uint8)
+@pytest.mark.parametrize("millions", [1, 8])
+def bench_hamming_topk(
+    row: Any, threads: int, millions: int, bits: int, queries: int, k: int, who: str
+) -> None:
+    if queries > LARGEST_BATCH.get(who, queries):
+        pytest.skip("the same for each query of a larger batch")
+    if millions > 1 and (queries > 16 or k != K or who not in ("emblas", "faiss IndexBinaryFlat")):
+        pytest.skip("the same for each code as with one million")
+    codes = _codes(millions * ROWS, bits)
     batches = [
         (np.random.default_rng(seed).integers(0, 256, (queries, bits // 8), dtype=np.uint8),)
-        for seed in range(8)
+        for seed in range(1, 9)
     ]
     row(
-        "binary", "hamming_topk k=10", who,
-        shape=f"{queries} queries x 1M codes", dtype=f"{bits} bits",
-        call=CONTENDERS[who](codes, threads), inputs=batches, bytes=codes.nbytes,
-        single_thread=who.startswith("numpy"),
+        "binary", f"hamming_topk k={k}", who,
+        shape=f"{queries} queries x {millions}M codes", dtype=f"{bits} bits",
+        call=CONTENDERS[who](codes, k, threads), inputs=batches, bytes=codes.nbytes,
+        single_thread=who.startswith(("numpy", "numkong")),
     )  # fmt: skip
 
 
@@ -86,33 +123,39 @@ def _asymmetric(codes: torch.Tensor, k: int) -> dict[str, Callable[[torch.Tensor
 
 @pytest.mark.parametrize("who", ["emblas", "emblas hamming_topk", "torch matmul + topk, 100k"])
 @pytest.mark.parametrize("queries", [1, 16])
+@pytest.mark.parametrize("bits", [256, 512, 1024])
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
-def bench_asymmetric_topk(row: Any, threads: int, dtype: str, queries: int, who: str) -> None:
-    codes = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (ROWS, 32), dtype=np.uint8))
-    wanted = [torch.randn(queries, 256) for _ in range(8)]
+def bench_asymmetric_topk(
+    row: Any, threads: int, dtype: str, bits: int, queries: int, who: str
+) -> None:
+    if dtype == "float32" and bits > 256:
+        pytest.skip("the scan is that of int8")
+    codes = torch.from_numpy(_codes(ROWS, bits))
+    wanted = [torch.randn(queries, bits) for _ in range(8)]
     if dtype == "int8":
         wanted = [(x * 40).round().clamp(-127, 127).to(torch.int8) for x in wanted]
     row(
         "binary", "asymmetric_topk k=10", who,
-        shape=f"{queries} queries x 1M codes", dtype=f"{dtype} x 256 bits",
+        shape=f"{queries} queries x 1M codes", dtype=f"{dtype} x {bits} bits",
         call=_asymmetric(codes, K)[who], inputs=[(x,) for x in wanted], bytes=codes.numel(),
     )  # fmt: skip
 
 
 @pytest.mark.parametrize("who", ["emblas", "emblas hamming_topk", "torch matmul + topk, 100k"])
-def bench_symmetric_topk(row: Any, threads: int, who: str) -> None:
-    codes = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (ROWS, 64), dtype=np.uint8))
-    values, signs = unpack_planes(codes[:100_000], 256), codes[:, :32].contiguous()
+@pytest.mark.parametrize("dim", [256, 512])
+def bench_symmetric_topk(row: Any, threads: int, dim: int, who: str) -> None:
+    codes, width = torch.from_numpy(_codes(ROWS, 2 * dim)), dim // 8
+    values, signs = unpack_planes(codes[:100_000], dim), codes[:, :width].contiguous()
     calls: dict[str, Callable[[torch.Tensor], Any]] = {
-        "emblas": lambda queries: symmetric_topk(queries, codes, K, dim=256),
-        "emblas hamming_topk": lambda queries: hamming_topk(queries[:, :32], signs, K),
-        "torch matmul + topk, 100k": lambda queries: (unpack_planes(queries, 256) @ values.T).topk(
+        "emblas": lambda queries: symmetric_topk(queries, codes, K, dim=dim),
+        "emblas hamming_topk": lambda queries: hamming_topk(queries[:, :width], signs, K),
+        "torch matmul + topk, 100k": lambda queries: (unpack_planes(queries, dim) @ values.T).topk(
             K
         ),
     }
     row(
         "binary", "symmetric_topk k=10", who, shape="16 queries x 1M codes",
-        dtype="256 x 2 bits", call=calls[who],
+        dtype=f"{dim} x 2 bits", call=calls[who],
         inputs=[(codes[i : i + 16],) for i in range(0, 800, 100)], bytes=codes.numel(),
     )  # fmt: skip
 
@@ -136,15 +179,19 @@ def bench_range_search(row: Any, threads: int, who: str) -> None:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("share", [1.0, 0.5, 0.1, 0.01])
+@pytest.mark.parametrize("kind", ["none", "50%", "10%", "1%", "1%, contiguous"])
 @pytest.mark.parametrize("queries", [1, 16])
-def bench_filter(row: Any, threads: int, queries: int, share: float) -> None:
-    codes = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (ROWS, 32), dtype=np.uint8))
-    mask = pack_sign((torch.rand(ROWS) < share).float())
+def bench_filter(row: Any, threads: int, queries: int, kind: str) -> None:
+    codes = torch.from_numpy(_codes(ROWS, 256))
+    if kind.endswith("contiguous"):
+        wanted = torch.arange(ROWS) < ROWS // 100
+    else:
+        wanted = torch.rand(ROWS) < (1.0 if kind == "none" else float(kind[:-1]) / 100)
+    mask = None if kind == "none" else pack_sign(wanted.float())
     row(
-        "binary", f"hamming_topk k=10, filter of {share:.0%}", "emblas",
+        "binary", f"hamming_topk k=10, filter: {kind}", "emblas",
         shape=f"{queries} queries x 1M codes", dtype="256 bits",
-        call=lambda wanted: hamming_topk(wanted, codes, K, filter=mask),
+        call=lambda some: hamming_topk(some, codes, K, filter=mask),
         inputs=[(codes[i : i + queries],) for i in range(0, 800, 100)], bytes=codes.numel(),
     )  # fmt: skip
 
