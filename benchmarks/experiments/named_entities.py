@@ -25,6 +25,7 @@ import gzip
 import json
 import os
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -54,6 +55,10 @@ class Sentences(NamedTuple):
     tags: list[Tensor]  # (words,) each
     texts: list[list[str]]
 
+    def at(self, numbers: Iterable[int]) -> Sentences:
+        chosen = list(numbers)
+        return Sentences(*([column[i] for i in chosen] for column in self))  # type: ignore[arg-type]
+
 
 def read(folder: Path) -> tuple[Sentences, Sentences, list[str]]:
     """Training and test set, and the names of the tags."""
@@ -77,8 +82,8 @@ class ExactTables(nn.Module):
         self.values = [column.unique() for column in ids.T]
         self.rows = [len(values) + 1 for values in self.values]
         self.tables = nn.ModuleList(nn.Embedding(rows, DIM) for rows in self.rows)
-        for table in self.tables:
-            nn.init.uniform_(table.weight, -0.1, 0.1)
+        for weight in self.parameters():
+            nn.init.uniform_(weight, -0.1, 0.1)
 
     def forward(self, ids: Tensor) -> Tensor:
         out = []
@@ -199,8 +204,9 @@ def run(
     whole, test, names = data
     torch.manual_seed(seed)
     begin = time.process_time()
-    development = Sentences(*(column[::10] for column in whole))
-    train = Sentences(*([x for i, x in enumerate(column) if i % 10] for column in whole))
+    count = len(whole.ids)
+    development = whole.at(range(0, count, 10))
+    train = whole.at(i for i in range(count) if i % 10)
     seen = {
         " ".join(words[begin:end])
         for words, tags in zip(train.texts, train.tags, strict=True)

@@ -266,9 +266,9 @@ def forward_rows(
             f"the last layer of model must be one of {known}; {type(model).__name__} has none"
         )
     rows = rows.long()
-    pooled = PooledRows(rows.clamp_min(0), cu_seqlens)
+    kwargs[KEY] = PooledRows(rows.clamp_min(0), cu_seqlens)
     with _patched(layer):
-        out = hf.forward_packed(model, input_ids, cu_seqlens, **{KEY: pooled}, **kwargs)
+        out = hf.forward_packed(model, input_ids, cu_seqlens, **kwargs)
     return torch.where((rows >= 0)[:, None], out, 0)
 
 
