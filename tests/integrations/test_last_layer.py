@@ -105,6 +105,22 @@ def test_encoder(pooling, ffn_rows):
     assert out.dense[1].any()
 
 
+@pytest.mark.parametrize("name", ["qwen3", "nomic-bert"])
+def test_encoder_of_other_families(name):
+    """Causal attention, rotary positions."""
+    model = tiny(name)
+    encoder = Encoder(model, make_tokenizer(), pooling="last")
+    seen = []
+    mlp = last_layer.last_layer(model).mlp
+    mlp.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].shape[:-1].numel()))
+    everything = encoder.embed(TEXTS, ["dense", "tokens"])
+    assert sum(seen) == sum(everything.num_tokens)
+    seen.clear()
+    out = encoder.embed(TEXTS)
+    assert sum(seen) == len(TEXTS)
+    torch.testing.assert_close(out.dense, everything.dense, rtol=1e-5, atol=2e-6)
+
+
 def test_encoder_leaves_out_the_prompt(ffn_rows):
     """What is pooled then is another token than the first."""
     encoder = Encoder(tiny("bert"), make_tokenizer(), pooling="cls", include_prompt=False)

@@ -12,6 +12,14 @@ _HIDDEN = "hidden lanes read what exists, and their gradients are 0"
 _NOT_OWN = "no part is an absent id's own"
 _NO_ROW = "the interpreter's garbage, -1 or huge, is no row; a GPU's may be one"
 SURVIVORS: dict[tuple[str, str], str] = {
+    (
+        "load_some",
+        "if (aligned && count «>=» vector) return simt::load_vector(from);",
+    ): _MORE_WORK,
+    (
+        "store_some",
+        "if (aligned && count «>=» vector) return simt::store_vector(to, x);",
+    ): _MORE_WORK,
     ("_normalize", "values = tl.load(mean + row * dim + d, mask=d < dim)"): _UNUSED,
     ("_hash_keys", "id = tl.load(ids + i * stride, mask=i < count).to(tl.uint64)"): _UNUSED,
     ("_load_ids", "id = tl.load(ids + i * stride, mask=inside)"): _UNUSED,
