@@ -37,3 +37,17 @@ def test_equals_oracle(name, executor, case):
         torch.testing.assert_close(
             a.double(), e.double(), rtol=4 * limit["rtol"], atol=8 * limit["atol"], equal_nan=True
         )
+
+
+GPU = ("simt", "triton-interpreted", "cuda", "triton")
+
+
+@pytest.mark.parametrize("executor", [e for n, e in EXECUTORS if n == "rotary" and e in GPU])
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_wrong_positions_stay_in_bounds(executor, interleaved):
+    """Kernels for GPUs check no values: wrong ones take the first or the last row."""
+    x, cos, sin = torch.randn(4, 2, 16), torch.randn(9, 8), torch.randn(9, 8)
+    wrong, clamped = torch.tensor([-1, 9, -(2**40), 2**40]), torch.tensor([0, 8, 0, 8])
+    run = EXECUTORS["rotary", executor]
+    expected = run(x, cos, sin, clamped, interleaved)
+    assert torch.equal(run(x, cos, sin, wrong, interleaved), expected)

@@ -90,7 +90,8 @@ def _rotary() -> Iterator[tuple[str, Callable[[], Case]]]:
         x = x[:, heads:, 1 : dim + 1] if fused else x
         rows = 40 if ids else tokens
         position_ids = torch.randint(rows, (tokens,)) if ids else None
-        return Case((x, *torch.randn(2, rows, pairs), position_ids, interleaved), 2)
+        cos, sin = torch.randn(rows, pairs), torch.randn(rows, pairs)
+        return Case((x, cos, sin, position_ids, interleaved), 2)
 
     for interleaved in (False, True):
         for name, options in {

@@ -12,6 +12,13 @@ _HIDDEN = "hidden lanes read what exists, and their gradients are 0"
 _NOT_OWN = "no part is an absent id's own"
 _NO_ROW = "the interpreter's garbage, -1 or huge, is no row; a GPU's may be one"
 SURVIVORS: dict[tuple[str, str], str] = {
+    ("_turn", "c = tl.load(cos + table, mask=paired)"): _UNUSED,
+    ("_turn", "row = tl.load(position_ids + t, mask=here)"): _UNUSED,
+    ("_turn", "s = sign * tl.load(sin + table, mask=paired)"): _UNUSED,
+    ("_turn", "kept = tl.load(from_token + 2 * pairs + r[None, :], mask=rest)"): _UNUSED,
+    ("_turn", "pair = tl.load(from_token + both[None, :], mask=both_paired)"): _UNUSED,
+    ("_turn", "a = tl.load(from_token + p[None, :], mask=paired).to(tl.float32)"): _UNUSED,
+    ("_turn", "b = tl.load(from_token + pairs + p[None, :], mask=paired).to(tl.float32)"): _UNUSED,
     (
         "load_some",
         "if (aligned && count «>=» vector) return simt::load_vector(from);",
