@@ -454,7 +454,7 @@ class Encoder:
             token_ids = torch.tensor(flat, dtype=torch.int64, device=device)
             cu_seqlens = packed.offsets([lengths[i] for i in batch]).to(device)
             rows = None if whole else last_layer.pooled_rows(cu_seqlens, self.modes)
-            options = {} if rows is None else {last_layer.KEY: rows}
+            options = {} if rows is None else {last_layer.KEY: rows.rows}
             hidden = self._hidden(token_ids, cu_seqlens, **options)
             dense = self._pool(hidden, cu_seqlens if rows is None else rows.cu_seqlens, skip)
             if "dense" in outputs:

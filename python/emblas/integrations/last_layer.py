@@ -40,7 +40,8 @@ except ImportError as error:
     ) from error
 
 
-KEY = "emblas_pooled_rows"  # travels through a model's keyword arguments, like cu_seq_lens_q
+# The tokens ``(pooled,)``, int64, in a model's keyword arguments, like cu_seq_lens_q.
+KEY = "emblas_pooled_rows"
 MODES = frozenset({"cls", "last"})
 
 
@@ -207,12 +208,12 @@ def forward(layer: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any
     Tensor
         ``(1, pooled, hidden)``, or what the layer itself returns.
     """
-    pooled: PooledRows | None = kwargs.pop(KEY, None)
-    if pooled is None:
+    rows: Tensor | None = kwargs.pop(KEY, None)
+    if rows is None:
         return type(layer).forward(layer, hidden_states, *args, **kwargs)
     if layer.training and _dropout(layer) > 0:  # attention of chosen rows has no dropout
-        return type(layer).forward(layer, hidden_states, *args, **kwargs)[:, pooled.rows]
-    return _LAYERS[type(layer)](layer, pooled.rows, hidden_states, *args, **kwargs)
+        return type(layer).forward(layer, hidden_states, *args, **kwargs)[:, rows]
+    return _LAYERS[type(layer)](layer, rows, hidden_states, *args, **kwargs)
 
 
 @contextmanager
@@ -266,7 +267,7 @@ def forward_rows(
             f"the last layer of model must be one of {known}; {type(model).__name__} has none"
         )
     rows = rows.long()
-    kwargs[KEY] = PooledRows(rows.clamp_min(0), cu_seqlens)
+    kwargs[KEY] = rows.clamp_min(0)
     with _patched(layer):
         out = hf.forward_packed(model, input_ids, cu_seqlens, **kwargs)
     return torch.where((rows >= 0)[:, None], out, 0)

@@ -380,7 +380,7 @@ def _forward(model: Any, *args: Any, **kwargs: Any) -> Any:
     given = _take_padding_out(model, given, batch)
     outputs = type(model).forward(model, **given)
     if last_layer.KEY in given:
-        batch = batch._replace(rows=batch.rows[given[last_layer.KEY].rows])
+        batch = batch._replace(rows=batch.rows[given[last_layer.KEY]])
     return _put_padding_back(model, outputs, batch, shape)
 
 
@@ -445,7 +445,8 @@ def _take_padding_out(
     states = given.get("output_hidden_states")
     states = model.config.output_hidden_states if states is None else states
     if _POOLED.get() and not states:
-        given[last_layer.KEY] = last_layer.pooled_rows(batch.cu_seqlens, _POOLED.get())
+        pooled = last_layer.pooled_rows(batch.cu_seqlens, _POOLED.get())
+        given[last_layer.KEY] = pooled.rows
     if getattr(model.config, "use_cache", False):
         given["use_cache"] = False
     return given
