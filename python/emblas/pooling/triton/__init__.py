@@ -1,6 +1,6 @@
 """The pooling operators in Triton: kernels and, by its name, what runs them for each operator."""
 
+from emblas.pooling.triton.linear import segment_pool, segment_pool_backward
 from emblas.pooling.triton.maximum import segment_max, segment_max_backward
-from emblas.pooling.triton.mean import segment_pool, segment_pool_backward
 
 __all__ = ["segment_max", "segment_max_backward", "segment_pool", "segment_pool_backward"]
