@@ -59,6 +59,18 @@ class Pooling:
         return len(self.lengths) * 4
 
     @property
+    def ranges(self) -> int:
+        return 2 * self.per_sequence
+
+    @property
+    def fingerprints(self) -> int:
+        return 2 * self.per_sequence
+
+    @property
+    def order(self) -> int:
+        return 4 * self.per_sequence * self.spans
+
+    @property
     def offsets(self) -> int:
         return 2 * self.per_sequence if self.spans else self.per_sequence + 4
 
@@ -101,18 +113,6 @@ def _pool_triton(p: Pooling) -> dict[str, Work]:
 class PoolingBackward(Pooling):
     """Its gradient with respect to x, and to the weights where there are some."""
 
-    @property
-    def ranges(self) -> int:
-        return 2 * self.per_sequence
-
-    @property
-    def fingerprints(self) -> int:
-        return 2 * self.per_sequence
-
-    @property
-    def order(self) -> int:
-        return 4 * self.per_sequence * self.spans
-
     def arguments(self) -> tuple[Any, ...]:
         x, starts, weights, normalize, *others = super().arguments()
         out, norm = torch.ops.emblas.segment_pool(x, starts, weights, normalize, *others)
@@ -128,7 +128,7 @@ def _contributions(p: PoolingBackward) -> Work:
     )
 
 
-def _row_gradients(p: PoolingBackward) -> Work:
+def _row_gradients(p: Pooling) -> Work:
     where = p.ranges + p.order + p.per_sequence
     return Work(
         where + p.per_token * p.weights + p.wide, p.x, sum(p.lengths) * p.dim * (1 + p.weights)
@@ -200,12 +200,73 @@ def _max_backward(kernel: str) -> Callable[[MaximumBackward], dict[str, Work]]:
     return works
 
 
+@dataclasses.dataclass(frozen=True)
+class Gem(Pooling):
+    """Generalized mean instead; some 30 operations make a power."""
+
+    @property
+    def powers(self) -> int:
+        return 30 * sum(self.lengths) * self.dim
+
+    def arguments(self) -> tuple[Any, ...]:
+        x, starts, weights, _, _, *others, _ = super().arguments()
+        return x, starts, weights, torch.tensor([3.0]), 1e-6, *others
+
+
+@dataclasses.dataclass(frozen=True)
+class GemBackward(Gem):
+    """Its gradient with respect to x and p."""
+
+    def arguments(self) -> tuple[Any, ...]:
+        x, *others = super().arguments()
+        out = torch.ops.emblas.segment_gem(x, *others)
+        return torch.rand(out.shape), x, out, *others
+
+
+def _gem_cuda(p: Gem) -> dict[str, Work]:
+    return {
+        "sum_chunks": Work(p.read_always + p.x + 4, p.partial, p.powers),
+        "finish_roots": Work(p.read_always + p.partial + 4, p.wide, 10 * p.wide),
+    }
+
+
+def _gem_triton(p: Gem) -> dict[str, Work]:
+    return {"_powers": Work(p.read_always + p.x + 4, p.wide, p.powers)}
+
+
+def _gem_backward(first: str, between: str, last: str) -> Callable[[GemBackward], dict[str, Work]]:
+    def works(p: GemBackward) -> dict[str, Work]:
+        parts = Work(
+            p.read_always + 2 * p.wide + p.x + 4, p.ranges + p.wide + p.per_sequence, p.powers
+        )
+        rows = _row_gradients(p)
+        rows = Work(rows.read + p.x + 4, rows.written, rows.flops + p.powers)
+        if not p.spans:
+            return {first: parts, last: rows}
+        if between == "_fingerprints":
+            order = Work(p.wide + p.per_sequence, p.fingerprints)
+        else:
+            parts = dataclasses.replace(parts, written=parts.written + p.fingerprints)
+            order = Work(p.ranges + p.fingerprints, p.order)
+        return {first: parts, between: order, last: rows}
+
+    return works
+
+
 _BF16, _F32 = torch.bfloat16, torch.float32
 MODELS: dict[tuple[str, str], Callable[[Any], dict[str, Work]]] = {
     ("segment_pool", "CUDA C++"): _pool_cuda,
     ("segment_pool", "Triton"): _pool_triton,
     ("segment_pool_backward", "CUDA C++"): _pool_backward_cuda,
     ("segment_pool_backward", "Triton"): _pool_backward_triton,
+    ("segment_gem", "CUDA C++"): _gem_cuda,
+    ("segment_gem", "Triton"): _gem_triton,
+    ("segment_gem_backward", "CUDA C++"): _gem_backward(
+        "gem_contributions", "rank_spans", "write_row_gradients"
+    ),
+    ("segment_gem_backward", "Triton"): _gem_backward(
+        "_gem_gradients", "_fingerprints", "_row_gradients"
+    ),
     ("segment_max", "CUDA C++"): _max("find_maxima"),
     ("segment_max", "Triton"): _max("_maximum"),
     ("segment_max_backward", "CUDA C++"): _max_backward("scatter_maxima"),
@@ -222,12 +283,22 @@ SMALL: dict[str, tuple[Any, ...]] = {
         PoolingBackward((130, 1, 300), 24, _BF16, weights=True, normalize=True),
         PoolingBackward((130, 1, 300), 24, _F32, weights=True, mode=Mode.sum, spans=True),
     ),
+    "segment_gem": (
+        Gem((130, 1, 300), 24, _F32),
+        Gem((130, 1, 300), 24, _BF16, weights=True, spans=True),
+    ),
+    "segment_gem_backward": (
+        GemBackward((130, 1, 300), 24, _F32),
+        GemBackward((130, 1, 300), 24, _BF16, weights=True, spans=True),
+    ),
     "segment_max": (Maximum((130, 1, 300), 24, _F32), Maximum((40, 1), 70, _BF16, weights=True)),
     "segment_max_backward": (MaximumBackward((40, 1, 30), 70, _BF16),),
 }
 LARGE: dict[str, tuple[Any, ...]] = {
     "segment_pool": (Pooling((512,) * 256, 1024, _BF16, normalize=True),),
     "segment_pool_backward": (PoolingBackward((512,) * 256, 1024, _BF16, normalize=True),),
+    "segment_gem": (Gem((512,) * 256, 1024, _BF16),),
+    "segment_gem_backward": (GemBackward((512,) * 256, 1024, _BF16),),
     "segment_max": (Maximum((512,) * 256, 1024, _BF16),),
     "segment_max_backward": (MaximumBackward((512,) * 256, 1024, _BF16),),
 }
