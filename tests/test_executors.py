@@ -33,7 +33,10 @@ def test_equals_oracle(name, executor, case):
         if not a.is_floating_point():
             assert torch.equal(a, e)
             continue
-        limit = tolerance(dtypes[0] if dtypes else torch.float32, made.length)
+        coarsest = max(
+            *dtypes[:1], torch.float64, a.dtype, key=lambda dtype: torch.finfo(dtype).eps
+        )
+        limit = tolerance(coarsest, made.length)
         torch.testing.assert_close(
             a.double(), e.double(), rtol=4 * limit["rtol"], atol=8 * limit["atol"], equal_nan=True
         )

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from contract import packed
+from emblas.pooling.reference import Mode
 
 from cases.case import HALVES, Case, short, unaligned
 
@@ -49,21 +50,6 @@ def _pooling() -> Iterator[tuple[str, Callable[[], Case]]]:
     yield "strided", lambda: Case(_pool(mixed, 40, strided=True, weighted=True), 130)
 
 
-def _pooling_backward() -> Iterator[tuple[str, Callable[[], Case]]]:
-    def backward(case: Case, need_x: bool = True, need_weights: bool = True) -> Case:
-        x, cu_seqlens, weights, normalize = case.args
-        x = torch.nan_to_num(x) if x.is_contiguous() else unaligned(torch.nan_to_num(x))
-        out, norm = torch.ops.emblas.segment_pool(x, cu_seqlens, weights, normalize)
-        grad = torch.randn(out.shape).to(x.dtype)
-        needs = (normalize, need_x, need_weights)
-        return Case((grad, x, out, norm, cu_seqlens, weights, *needs), max(case.length, x.shape[1]))
-
-    for name, make in _pooling():
-        yield name, lambda make=make: backward(make())
-    for needs in ((True, False), (False, True)):
-        yield f"needs {needs}", lambda a=needs: backward(Case(_pool((3, 70), 70)), *a)
-
-
 def _segments(lengths: tuple[int, ...], dim: int, dtype: torch.dtype, **options: Any) -> list[Any]:
     """x, starts, weights, ends, skip and index of segments in every form that there is."""
     x, starts, weights, _ = _pool(lengths, dim, dtype, options.get("weighted", False))
@@ -81,16 +67,21 @@ def _segments(lengths: tuple[int, ...], dim: int, dtype: torch.dtype, **options:
     return [x, starts, weights, ends, skip, index]
 
 
+_FORMS: dict[str, dict[str, bool]] = {
+    "weights": {"weighted": True},
+    "skip": {"skip": True},
+    "spans": {"spans": True},
+    "spans, weights, skip": {"spans": True, "weighted": True, "skip": True},
+    "lists": {"index": True, "weighted": True},
+    "padded": {"planes": True},
+}
+
+
 def _forms() -> Iterator[tuple[str, Callable[[], list[Any]]]]:
     mixed = (0, 5, 1, 0, 70, 33, 0)
     for name, options in {
         **{short(dtype): {"dtype": dtype} for dtype in (torch.float32, *HALVES)},
-        "weights": {"weighted": True},
-        "skip": {"skip": True},
-        "spans": {"spans": True},
-        "spans, weights, skip": {"spans": True, "weighted": True, "skip": True},
-        "lists": {"index": True, "weighted": True},
-        "padded": {"planes": True},
+        **_FORMS,
     }.items():
         options = {"dtype": torch.float32, **options}
         yield name, lambda a=options: _segments(mixed, 67, **a)
@@ -101,6 +92,49 @@ def _forms() -> Iterator[tuple[str, Callable[[], list[Any]]]]:
         ("one token", (1,), 64),
     ):
         yield name, lambda a=(lengths, dim): _segments(*a, torch.float32)
+
+
+def _linear() -> Iterator[tuple[str, Callable[[], Case]]]:
+    """Every linear mode on segments of every form."""
+
+    def linear(form: dict[str, Any], mode: Mode, dtype: torch.dtype, *options: bool) -> Case:
+        x, starts, weights, *others = _segments((0, 5, 1, 0, 70, 33, 0), 37, dtype, **form)
+        if form.get("index"):
+            x.nan_to_num_(0.0)  # weights are of positions
+        normalize, wide = options
+        return Case((x, starts, weights, normalize, int(mode), *others, wide), 400)
+
+    for mode in Mode:
+        for name, form in _FORMS.items():
+            yield (
+                f"{mode.name}, {name}",
+                lambda a=(form, mode, torch.float32, False, False): linear(*a),
+            )
+        for dtype in HALVES:
+            options = (dtype, dtype == torch.float16, dtype == torch.bfloat16)
+            yield f"{mode.name}, {short(dtype)}", lambda a=({}, mode, *options): linear(*a)
+    many = {"spans": True, "weighted": True, "skip": True}
+    for name, form in (("spans", many), ("padded", _FORMS["padded"])):
+        yield (
+            f"normalize, {name}",
+            lambda a=(form, Mode.mean, torch.float32, True, False): linear(*a),
+        )
+
+
+def _pooling_backward() -> Iterator[tuple[str, Callable[[], Case]]]:
+    def backward(case: Case, need_x: bool = True, need_weights: bool = True) -> Case:
+        x, cu_seqlens, weights, normalize, *others = case.args
+        x.nan_to_num_(0.0)  # every row is read
+        out, norm = torch.ops.emblas.segment_pool(x, cu_seqlens, weights, normalize, *others)
+        grad = torch.randn(out.shape).to(out.dtype)
+        needs = (normalize, need_x, need_weights)
+        length = max(case.length, x.shape[-1])
+        return Case((grad, x, out, norm, cu_seqlens, weights, *needs, *others), length)
+
+    for name, make in (*_pooling(), *_linear()):
+        yield name, lambda make=make: backward(make())
+    for needs in ((True, False), (False, True)):
+        yield f"needs {needs}", lambda a=needs: backward(Case(_pool((3, 70), 70)), *a)
 
 
 def _max() -> Iterator[tuple[str, Callable[[], Case]]]:
@@ -138,9 +172,35 @@ def _max_backward() -> Iterator[tuple[str, Callable[[], Case]]]:
     yield "shared rows", lambda: Case((torch.randn(6, 5), shared, 4), 9)
 
 
+def _gem() -> Iterator[tuple[str, Callable[[], Case]]]:
+    for (name, make), power in zip(_forms(), itertools.cycle((3.0, 2.5, 1.0)), strict=False):
+
+        def gem(make: Callable[[], list[Any]] = make, power: float = power) -> Case:
+            x, starts, weights, *others = make()
+            if others[-1] is not None:
+                x.nan_to_num_(0.0)  # weights are of positions
+            epsilon = 0.25  # many values are below
+            return Case((x, starts, weights, torch.tensor([power]), epsilon, *others), 70)
+
+        yield name, gem
+
+
+def _gem_backward() -> Iterator[tuple[str, Callable[[], Case]]]:
+    for name, make in _gem():
+
+        def backward(make: Callable[[], Case] = make) -> Case:
+            x, starts, *others = make().args
+            out = torch.ops.emblas.segment_gem(x, starts, *others)
+            return Case((torch.randn(out.shape), x, out, starts, *others), 70 * 67)
+
+        yield name, backward
+
+
 CASES: dict[str, dict[str, Callable[[], Case]]] = {
-    "segment_pool": dict(_pooling()),
+    "segment_pool": dict((*_pooling(), *_linear())),
     "segment_pool_backward": dict(_pooling_backward()),
     "segment_max": dict(_max()),
     "segment_max_backward": dict(_max_backward()),
+    "segment_gem": dict(_gem()),
+    "segment_gem_backward": dict(_gem_backward()),
 }

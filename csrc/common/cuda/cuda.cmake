@@ -30,6 +30,8 @@ add_library(
   csrc/binary/merge_cuda.cu
   csrc/binary/pack_sign_cuda.cu
   csrc/pooling/pooling_ops_cuda.cpp
+  csrc/pooling/segment_gem_cuda.cu
+  csrc/pooling/segment_gradients_cuda.cu
   csrc/pooling/segment_max_cuda.cu
   csrc/pooling/segment_max_ops_cuda.cpp
   csrc/pooling/segment_pool_cuda.cu

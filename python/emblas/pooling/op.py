@@ -275,11 +275,13 @@ _segment_gem = Op(
     check_values=lambda x, starts, weights, power, epsilon, *others: check_segments(
         Segments(x, starts, weights, *others)
     ),
+    triton="emblas.pooling.triton",
 )
 _segment_gem_backward = Op(
     "segment_gem_backward",
     reference=reference.segment_gem_backward,
     fake=_segment_gem_backward_fake,
+    triton="emblas.pooling.triton",
 )
 
 
