@@ -18,10 +18,11 @@ unsigned slots_of(const AttentionArgs<T>& args) {
   return args.batch == 0 ? 0 : unsigned(segment_pool_slots(args.batch, args.rows.positions));
 }
 
-// visit(std::integral_constant) with the number of queries of a block.
+// visit(std::integral_constant) with the number of queries of a block; four of them in double
+// precision take too many registers.
 template <class T, class Visit>
 void visit_heads(const AttentionArgs<T>& args, const Visit& visit) {
-  constexpr int most = 4;
+  constexpr int most = sizeof(T) == 8 ? 1 : 4;
   const dim3 all(slots_of(args), unsigned((args.heads + most - 1) / most));
   if (args.heads == 1) {
     visit(std::integral_constant<int, 1>{}, all);

@@ -87,6 +87,7 @@ __device__ inline void dot_products(const T* row, const Accumulator<T>* vectors,
   using A = Accumulator<T>;
   constexpr int columns = kColumns<T, aligned>;
   for (int h = 0; h < heads; ++h) dot[h] = 0;
+#pragma unroll 2  // more than that takes warps
   for (int64_t c = threadIdx.x % 32 * columns; c < dim; c += 32 * columns) {
     A x[columns], other[columns];
     load_values(row + c, x);
@@ -121,6 +122,7 @@ __device__ inline void add_rows(const Segments<T>& segments,
                                 Accumulator<T>* sums) {
   using A = Accumulator<T>;
   constexpr int columns = kColumns<T, aligned>;
+#pragma unroll 1
   for (int64_t c = int64_t(threadIdx.x) * columns; c < segments.dim;
        c += kAttendThreads * columns) {
     A sum[heads][columns] = {};
@@ -131,6 +133,7 @@ __device__ inline void add_rows(const Segments<T>& segments,
         for (int i = 0; i < columns; ++i) sum[h][i] *= rows.shrink[h];
       }
     }
+#pragma unroll 4
     for (int w = 0; w < kAttendWarps; ++w) {
       if (rows.row[w] < 0) continue;
       A x[columns];
@@ -147,7 +150,7 @@ __device__ inline void add_rows(const Segments<T>& segments,
 
 // Grid (slots, groups of `heads` queries).
 template <class T, int heads, bool aligned>
-__global__ void __launch_bounds__(kAttendThreads)
+__global__ void __launch_bounds__(kAttendThreads, 2)
     attend(AttentionArgs<T> args, AttentionParts<Accumulator<T>> parts) {
   using A = Accumulator<T>;
   using Rows = Weighted<A, heads>;
@@ -219,7 +222,7 @@ __device__ inline PartsOf parts_of(const AttentionArgs<T>& args, int64_t b, int6
 
 // Grid (batch, heads).
 template <class T>
-__global__ void __launch_bounds__(kAttendThreads)
+__global__ void __launch_bounds__(kAttendThreads, 2)
     merge_parts(AttentionArgs<T> args, AttentionParts<Accumulator<T>> parts, Accumulator<T>* out,
                 Accumulator<T>* lse) {
   using A = Accumulator<T>;
@@ -253,6 +256,7 @@ __global__ void __launch_bounds__(kAttendThreads)
   const A* sums = parts.sums + own.first * dim;
   for (int64_t c = threadIdx.x; c < dim; c += kAttendThreads) {
     A sum = 0;
+#pragma unroll 2
     for (int64_t k = 0; k < own.number; ++k) {
       sum += largest_of[k * args.heads] * sums[k * args.heads * dim + c];
     }
@@ -262,7 +266,7 @@ __global__ void __launch_bounds__(kAttendThreads)
 
 // Grid (slots, groups of `heads` queries).
 template <class T, int heads, bool aligned>
-__global__ void __launch_bounds__(kAttendThreads)
+__global__ void __launch_bounds__(kAttendThreads, 2)
     slopes(AttentionArgs<T> args, AttentionGradients<T> gradients) {
   using A = Accumulator<T>;
   using Rows = Weighted<A, heads>;

@@ -112,6 +112,7 @@ __global__ void __launch_bounds__(kFinishThreads)
       const int64_t dim = args.dims[d];
       const A square = simt::block_sum<kFinishWarps>(sum_of_squares<A, aligned>(x, dim));
       A along = 0;
+#pragma unroll 2  // more than that spills registers of doubles
       for (int64_t c = threadIdx.x; c < dim; c += kFinishThreads) along += x[c] * grad[before + c];
       along = simt::block_sum<kFinishWarps>(along);
       if (threadIdx.x == 0) {

@@ -44,7 +44,10 @@ NO_WIDE_LOADS = {
     ("_nearest_of_chunk", "16 queries, k = 16, odd width"): _ODD,
 }
 # Files of CUDA C++ without any.
-NO_WIDE_LOADS_IN_FILE = {"merge": "lists hold 8 bytes for each lane of a warp"}
+NO_WIDE_LOADS_IN_FILE = {
+    "lexical": "all lanes of a warp read the same ids and weights",
+    "merge": "lists hold 8 bytes for each lane of a warp",
+}
 # Fewer warps than the floor.
 FEW_WARPS = {
     ("_rotate", "float32, dim 3072"): (8, "a block of 8 warps holds a row of 16 KiB in registers"),
