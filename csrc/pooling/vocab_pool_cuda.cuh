@@ -22,7 +22,7 @@ inline constexpr int kVocabThreads = 32 * kVocabWarps;
 
 // Grid (batch, blocks of words). `aligned`: rows of logits start at multiples of 16 bytes.
 template <class T, bool aligned>
-__global__ void __launch_bounds__(kVocabThreads)
+__global__ void __launch_bounds__(kVocabThreads, 3)
     fold_tile(SegmentRows<T> rows, LogitTile<T> tile, const Accumulator<T>* bias, int64_t vocab,
               Accumulator<T>* out, int32_t* argmax) {
   using A = Accumulator<T>;
@@ -40,7 +40,7 @@ __global__ void __launch_bounds__(kVocabThreads)
   const bool whole = aligned && first + vector <= columns;
   Largest<A> largest[vector];
   for (int i = 0; i < vector; ++i) largest[i] = {0, -1};
-#pragma unroll 1  // more than that spills registers of doubles on sm_120
+#pragma unroll 2  // more than that spills registers on sm_120
   for (int64_t p = begin + warp; p < end; p += kVocabWarps) {
     if (segments.weights && segments.weights[p] == 0) continue;
     const T* row = tile.logits + (p - tile.first_token) * tile.words + first_column;

@@ -39,6 +39,9 @@ LOCAL_MEMORY = {
 _ODD = "rows of odd width are read by bytes"
 NO_WIDE_LOADS = {
     ("_all_distances", "16 queries, odd width"): _ODD,
+    ("_attention_gradients", ""): "its threads share the reads of 32 tokens and of 64 columns",
+    ("_choose", ""): "its threads share the reads of 32 tokens",
+    ("_place", ""): "its threads share the reads of 32 tokens",
     ("_hash_keys", ""): "reads nothing but 8-byte ids, one for each thread",
     ("_maxsim", "bits"): "the 32 bits of each row that a tile holds are 4 bytes",
     ("_nearest_of_chunk", "16 queries, k = 16, odd width"): _ODD,

@@ -26,7 +26,8 @@ from emblas._triton import FLOATS
 from emblas.pooling.triton.segments import Places, row_start, segment_range
 
 _PART = tl.constexpr(128)
-_BLOCK_PARTS, _BLOCK_DIM = 16, 64
+_BLOCK_PARTS, _BLOCK_TOKENS, _BLOCK_DIM = 16, 32, 64
+_WARPS = 8  # so that the registers suffice
 
 
 @triton.jit
@@ -40,9 +41,9 @@ def part_range(begins, ends, segments, slot, positions):
 
 
 @triton.jit
-def tokens_of(weights, first, end):
-    """Positions of a part, and where tokens are."""
-    t = first + tl.arange(0, _PART)
+def tokens_of(weights, first, end, BLOCK: tl.constexpr):
+    """Positions from ``first`` on, and where tokens are."""
+    t = first + tl.arange(0, BLOCK)
     present = t < end
     if weights is not None:
         present = tl.load(weights + t, mask=present, other=0.0) != 0
@@ -71,7 +72,7 @@ def _pool_parts(
     slot, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     to = slot * tl.num_programs(1) + head
     _, first, end = part_range(begins, ends, segments, slot, positions)
-    t, present = tokens_of(weights, first, end)
+    t, present = tokens_of(weights, first, end, _PART)
     rows = x + row_start(t, row_stride, plane_rows, plane_stride)
     score = tl.zeros([_PART], tl.float32)
     for start in range(0, dim, BLOCK_D):
@@ -173,7 +174,7 @@ def _slopes(
     slot, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     heads = tl.num_programs(1)
     segment, first, end = part_range(begins, ends, segments, slot, positions)
-    t, present = tokens_of(weights, first, end)
+    t, present = tokens_of(weights, first, end, _PART)
     rows = x + row_start(t, row_stride, plane_rows, plane_stride)
     own = segment * heads + head
     score = tl.zeros([_PART], tl.float32)
@@ -215,23 +216,25 @@ def _attention_gradients(
     grad_x,
     heads,
     dim,
+    BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     slot = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     segment, first, end = part_range(begins, ends, segments, slot, positions)
-    t, present = tokens_of(weights, first, end)
-    total = tl.zeros([_PART, BLOCK_D], tl.float32)
-    for head in range(0, heads):
-        at = head * positions + t
-        share = tl.load(shares + at, mask=present, other=0.0)
-        slope = tl.load(slopes + at, mask=present, other=0.0)
-        grad = tl.load(grad_out + (segment * heads + head) * dim + d, mask=d < dim, other=0.0)
-        query = tl.load(queries + head * dim + d, mask=d < dim, other=0.0)
-        total += share[:, None] * grad[None, :] + slope[:, None] * query[None, :]
-    total = tl.where(present[:, None], total, 0.0).to(grad_x.dtype.element_ty)
-    inside = (t < end)[:, None] & (d < dim)[None, :]
-    tl.store(grad_x + t[:, None] * dim + d[None, :], total, mask=inside)
+    for start in range(first, end, BLOCK_T):
+        t, present = tokens_of(weights, start, end, BLOCK_T)
+        total = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
+        for head in range(0, heads):
+            at = head * positions + t
+            share = tl.load(shares + at, mask=present, other=0.0)
+            slope = tl.load(slopes + at, mask=present, other=0.0)
+            grad = tl.load(grad_out + (segment * heads + head) * dim + d, mask=d < dim, other=0.0)
+            query = tl.load(queries + head * dim + d, mask=d < dim, other=0.0)
+            total += share[:, None] * grad[None, :] + slope[:, None] * query[None, :]
+        total = tl.where(present[:, None], total, 0.0).to(grad_x.dtype.element_ty)
+        inside = (t < end)[:, None] & (d < dim)[None, :]
+        tl.store(grad_x + t[:, None] * dim + d[None, :], total, mask=inside)
 
 
 class _Parts(NamedTuple):
@@ -287,8 +290,9 @@ def attention_pool(
     largest, total = (queries.new_empty(parts.slots, heads) for _ in range(2))
     out, lse = queries.new_empty(batch, heads, dim), queries.new_empty(batch, heads)
     _pool_parts[(parts.slots, heads)](
-        *parts.arguments(), queries, scale, sums, largest, total, dim, BLOCK_D=_BLOCK_DIM
-    )
+        *parts.arguments(), queries, scale, sums, largest, total, dim,
+        BLOCK_D=_BLOCK_DIM, num_warps=_WARPS,
+    )  # fmt: skip
     _merge_parts[(batch, heads)](
         sums, largest, total, parts.places.begins, parts.places.ends, parts.places.positions,
         out, lse, dim, BLOCK_P=_BLOCK_PARTS, BLOCK_D=_BLOCK_DIM,
@@ -319,7 +323,7 @@ def attention_pool_backward(
     shares, slopes = (queries.new_empty(heads, places.positions) for _ in range(2))
     _slopes[(parts.slots, heads)](
         *parts.arguments(), queries, scale, grad_out, out, lse, sums, shares, slopes, dim,
-        BLOCK_D=_BLOCK_DIM,
+        BLOCK_D=_BLOCK_DIM, num_warps=_WARPS,
     )  # fmt: skip
     _merge_parts[(batch, heads)](
         sums, None, None, places.begins, places.ends, places.positions, grad_queries, None, dim,
@@ -327,6 +331,7 @@ def attention_pool_backward(
     )  # fmt: skip
     _attention_gradients[(parts.slots, triton.cdiv(dim, _BLOCK_DIM))](
         places.begins, places.ends, weights, places.positions, parts.segments, queries, grad_out,
-        shares, slopes, grad_x, heads, dim, BLOCK_D=_BLOCK_DIM,
+        shares, slopes, grad_x, heads, dim,
+        BLOCK_T=_BLOCK_TOKENS, BLOCK_D=_BLOCK_DIM, num_warps=_WARPS,
     )  # fmt: skip
     return grad_x, grad_queries

@@ -1,6 +1,6 @@
 """Lexical weights in Triton: of each sequence its distinct ids, each with its best token.
 
-A program owns 64 tokens and compares each with every other one of its sequence: is there a better
+A program owns 32 tokens and compares each with every other one of its sequence: is there a better
 one of the same id, and how many ids are smaller? That is tokens x length comparisons of numbers
 that the first-level cache holds; nothing to sort. Arithmetic is the limit of long sequences, the
 launches of short ones.
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from emblas import _op
 
-_BLOCK = 64
+_BLOCK = 32  # its square is compared at once
 
 
 @triton.jit
