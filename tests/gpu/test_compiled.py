@@ -39,12 +39,18 @@ LOCAL_MEMORY = {
 _ODD = "rows of odd width are read by bytes"
 NO_WIDE_LOADS = {
     ("_all_distances", "16 queries, odd width"): _ODD,
+    ("_attention_gradients", ""): "its threads share the reads of 32 tokens and of 64 columns",
+    ("_choose", ""): "its threads share the reads of 32 tokens",
+    ("_place", ""): "its threads share the reads of 32 tokens",
     ("_hash_keys", ""): "reads nothing but 8-byte ids, one for each thread",
     ("_maxsim", "bits"): "the 32 bits of each row that a tile holds are 4 bytes",
     ("_nearest_of_chunk", "16 queries, k = 16, odd width"): _ODD,
 }
 # Files of CUDA C++ without any.
-NO_WIDE_LOADS_IN_FILE = {"merge": "lists hold 8 bytes for each lane of a warp"}
+NO_WIDE_LOADS_IN_FILE = {
+    "lexical": "all lanes of a warp read the same ids and weights",
+    "merge": "lists hold 8 bytes for each lane of a warp",
+}
 # Fewer warps than the floor.
 FEW_WARPS = {
     ("_rotate", "float32, dim 3072"): (8, "a block of 8 warps holds a row of 16 KiB in registers"),
@@ -100,7 +106,7 @@ def test_files_have_wide_loads(rows):
 
 
 def test_products_use_tensor_cores(rows):
-    kernels = {"_attend", "_grad_documents", "_highest_of_chunk", "_maxsim"}
+    kernels = {"_attend", "_grad_documents", "_highest_of_chunk", "_maxsim", "_vocab_max"}
     rows = of_triton(rows)
     assert {row.kernel for row in rows if row.tensor_cores} == kernels
     assert all(row.tensor_cores for row in rows if row.kernel in kernels)

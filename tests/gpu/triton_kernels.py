@@ -59,6 +59,49 @@ def _maxima() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
     yield "segment_max", "float32, padded", (padded, skip, None, skip, None, None)
 
 
+def _finish() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
+    x, ranges = torch.empty(64, 384), torch.empty(2, 384)
+    for words, normalize, noise, kind, dtype in (
+        *((_short(dtype), True, 0.0, 0, dtype) for dtype in DTYPES),
+        ("float32, noise", False, 1.0, 0, torch.float32),
+        ("int8", True, 0.0, 1, torch.float32),
+        ("bits", True, 0.0, 2, torch.float32),
+    ):
+        given = ranges if kind == 1 else None
+        yield "finish", words, (x, (384,), normalize, noise, 5, kind, dtype, given)
+    for normalize in (False, True):
+        words = "normalize" if normalize else ""
+        yield "finish_backward", words, (torch.empty(64, 768), x, (384, 384), normalize)
+
+
+def _attention_pooling() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
+    starts, queries, out = torch.zeros(5, dtype=torch.int32), torch.empty(2, 384), torch.empty(4, 2)
+    for dtype in DTYPES:
+        for weights in (None, torch.empty(512)):
+            x = torch.empty(512, 384, dtype=dtype)
+            words = f"{_short(dtype)}{'' if weights is None else ', weights'}"
+            others = (starts, 0.5, weights, None)
+            yield "attention_pool", words, (x, queries, *others)
+            wide = out[:, :, None].expand(4, 2, 384).contiguous()
+            yield "attention_pool_backward", words, (wide, x, queries, wide, out, *others)
+    padded = torch.empty(4, 256, 384)[:, :128]
+    args = (padded, queries, starts[1:], 0.5, None, starts[1:])
+    yield "attention_pool", "float32, padded", args
+
+
+def _vocabulary_pooling() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
+    starts, argmax = torch.zeros(5, dtype=torch.int32), torch.zeros(4, 1024, dtype=torch.int32)
+    for dtype in DTYPES:
+        x, weight = torch.empty(512, 384, dtype=dtype), torch.empty(1024, 384, dtype=dtype)
+        yield "vocab_max", _short(dtype), (x, weight, torch.empty(1024), starts, None, None)
+        args = (torch.empty(4, 1024), x, weight, argmax, starts, None, True, True)
+        yield "vocab_max_backward", _short(dtype), args
+    args = (x, weight, None, starts, torch.empty(512), None)
+    yield "vocab_max", "float16, weights", args
+    ids = torch.zeros(512, dtype=torch.int64)
+    yield "lexical_index", "", (ids, torch.empty(512), starts, [0])
+
+
 def _tables() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
     ids, offsets, weights = torch.zeros(64, dtype=torch.int64), torch.zeros(9).int(), torch.ones(64)
     for family, name in enumerate(("murmur3", "splitmix64")):
@@ -187,7 +230,8 @@ def _attention() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
 def calls() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
     """Operator, words and arguments of calls that take every configuration of every kernel."""
     families = (
-        _pooling, _maxima, _tables, _compositions, _binary, _scores, _late_interaction, _attention,
+        _pooling, _maxima, _finish, _attention_pooling, _vocabulary_pooling, _tables,
+        _compositions, _binary, _scores, _late_interaction, _attention,
     )  # fmt: skip
     for family in families:
         yield from family()

@@ -344,9 +344,22 @@ def _finish_backward_fake(
     return torch.empty_like(x)
 
 
-_finish = Op("finish", reference=reference.finish, fake=_finish_fake, backward="finish_backward")
+_MOST_DIMS = 32  # that the CUDA C++ kernels take
+
+_finish = Op(
+    "finish",
+    reference=reference.finish,
+    fake=_finish_fake,
+    backward="finish_backward",
+    triton="emblas.pooling.triton",
+    cuda_supports=lambda x, dims, *_: len(dims) <= _MOST_DIMS,
+)
 _finish_backward = Op(
-    "finish_backward", reference=reference.finish_backward, fake=_finish_backward_fake
+    "finish_backward",
+    reference=reference.finish_backward,
+    fake=_finish_backward_fake,
+    triton="emblas.pooling.triton",
+    cuda_supports=lambda grad_out, x, dims, *_: len(dims) <= _MOST_DIMS,
 )
 
 
