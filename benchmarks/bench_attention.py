@@ -1,7 +1,8 @@
 """Packed attention beside torch: padded SDPA with a mask, and SDPA one sequence at a time.
 
 Biases stand beside the models' own ways: SDPA with the bias of all pairs (ALiBi, T5), and products
-with all position vectors of which each pair gathers its own (DeBERTa).
+with all position vectors of which each pair gathers its own (DeBERTa). Rotary embedding stands
+beside what transformers' models do, chosen and received attention beside the whole matrix.
 """
 
 from __future__ import annotations
@@ -13,7 +14,18 @@ from typing import Any
 import pytest
 import torch
 from conftest import rotate
-from emblas.attention import alibi_slopes, deberta_buckets, t5_buckets, varlen_attention
+from emblas.attention import (
+    alibi_slopes,
+    attend_rows,
+    deberta_buckets,
+    frequencies,
+    received_attention,
+    rotary,
+    rotary_,
+    rotary_tables,
+    t5_buckets,
+    varlen_attention,
+)
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -192,4 +204,77 @@ def bench_biases(row: Any, bias: str, who: str, training: bool) -> None:
         shape=f"1 x {LONG} tokens, {BIASED_HEADS} x {BIASED_DIM}", dtype="float32",
         call=step if training else forward, inputs=[_biased_inputs(bias, 0)],
         flops=(14 if training else 4) * pairs * BIASED_DIM, seconds=0.7,
+    )  # fmt: skip
+
+
+def _rotate_half(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """As transformers' models do, with each cosine and sine held twice."""
+    a, b = x.chunk(2, -1)
+    return x * cos + torch.cat([-b, a], -1) * sin
+
+
+ROTARY: dict[str, Callable[..., Tensor]] = {
+    "emblas": lambda x, cos, sin, cos2, sin2: rotary(x, cos, sin),
+    "emblas, in place": lambda x, cos, sin, cos2, sin2: rotary_(x, cos, sin),
+    "torch, rotate_half": lambda x, cos, sin, cos2, sin2: _rotate_half(x, cos2, sin2),
+}
+
+
+@pytest.mark.parametrize("who", ROTARY)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def bench_rotary(row: Any, dtype: torch.dtype, who: str) -> None:
+    tokens, heads, dim = 4096, 12, 64
+
+    def batch(seed: int) -> tuple[Tensor, ...]:
+        generator = torch.Generator().manual_seed(seed)
+        x = torch.randn(tokens, heads, dim, generator=generator).to(dtype)
+        cos, sin = rotary_tables(frequencies.plain(dim), tokens)
+        twice = (table.repeat(1, 2)[:, None].to(dtype) for table in (cos, sin))
+        return x, cos, sin, *twice
+
+    size = tokens * heads * dim * dtype.itemsize
+    row(
+        "attention", "rotary", who, shape=f"{tokens} tokens, {heads} x {dim}",
+        dtype=str(dtype).removeprefix("torch."), call=ROTARY[who], inputs=rotate(batch, size),
+        bytes=2 * size, seconds=0.5,
+    )  # fmt: skip
+
+
+def _matrix(q: Tensor, k: Tensor) -> Tensor:
+    """All probabilities (heads, queries, keys) of one sequence."""
+    scores = q.transpose(0, 1) @ k.permute(1, 2, 0)
+    return (scores * q.shape[2] ** -0.5).softmax(2)
+
+
+def _attend_first(who: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    offsets = torch.tensor([0, LONG], dtype=torch.int32)
+    if who == "emblas":
+        return attend_rows(q[:1], k, v, offsets, LONG, torch.zeros(1, dtype=torch.int64))
+    return varlen_attention(q, k, v, offsets, offsets, LONG, LONG)[:1]
+
+
+def _receive(who: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    if who == "emblas":
+        offsets = torch.tensor([0, LONG], dtype=torch.int32)
+        return received_attention(q, k, offsets, offsets, LONG, LONG)
+    return _matrix(q, k).sum(1).t()
+
+
+@pytest.mark.parametrize("who", ["emblas", "emblas, all rows"])
+def bench_attend_rows(row: Any, who: str) -> None:
+    row(
+        "attention", "attend_rows", who,
+        shape=f"1 of {LONG} tokens, {BIASED_HEADS} x {BIASED_DIM}", dtype="float32",
+        call=lambda *qkv: _attend_first(who, *qkv), inputs=[_biased_inputs("ALiBi", 0)],
+        flops=4 * BIASED_HEADS * LONG * BIASED_DIM, seconds=0.5,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("who", ["emblas", "torch, all pairs"])
+def bench_received_attention(row: Any, who: str) -> None:
+    row(
+        "attention", "received_attention", who,
+        shape=f"1 x {LONG} tokens, {BIASED_HEADS} x {BIASED_DIM}", dtype="float32",
+        call=lambda *qkv: _receive(who, *qkv), inputs=[_biased_inputs("ALiBi", 0)],
+        flops=2 * BIASED_HEADS * LONG**2 * BIASED_DIM, seconds=0.5,
     )  # fmt: skip

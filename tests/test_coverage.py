@@ -7,7 +7,7 @@ import torch
 from cases import CASES
 from contract import only_kernels, packed
 from emblas import _op, info, use_backend
-from emblas.attention import varlen_attention
+from emblas.attention import attend_rows, attention_rows, rotary, rotary_, varlen_attention
 from emblas.binary import (
     HadamardRotation,
     asymmetric_topk,
@@ -70,6 +70,14 @@ CALLS = {
         .sum()
         .backward()
     ),
+    "rotary": lambda: rotary(torch.randn(2, 1, 8, requires_grad=True), *[torch.randn(2, 4)] * 2),
+    "rotary_": lambda: rotary_(torch.randn(2, 1, 8, requires_grad=True) * 1, *[torch.eye(2)] * 2),
+    "row_dots": lambda: attention_rows(
+        *[torch.randn(8, 1, 16, requires_grad=True)] * 2, CU, 5, torch.arange(8)
+    ),
+    "row_sums": lambda: attend_rows(
+        *[torch.randn(8, 1, 16, requires_grad=True)] * 3, CU, 5, torch.arange(8)
+    ),
     "maxsim": lambda: maxsim(*[torch.randn(8, 4, requires_grad=True)] * 2, CU, CU),
     "pack_sign": lambda: pack_sign(torch.randn(2, 9)),
     "hadamard_rotate": lambda: HadamardRotation(9)(torch.randn(2, 9, requires_grad=True)),
@@ -104,7 +112,7 @@ NO_GRADIENT = {
 }
 # Operators whose GPU tensors take the reference, with a warning: no GPU kernels yet.
 NO_TRITON = (
-    "compose_bag_backward_rows", "compose_bag_update_", "segment_gem", "segment_gem_backward",
+    "compose_bag_backward_rows", "compose_bag_update_", "row_dots", "row_outer", "row_sums",
     "varlen_attention_backward", "varlen_attention_biases_backward", "vocab_sum",
     "vocab_sum_backward",
 )  # fmt: skip

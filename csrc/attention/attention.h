@@ -55,7 +55,7 @@ struct HeadVectors {
   int64_t token_stride;
   int64_t head_stride;
 
-  T* at(int64_t token, int64_t head) const {
+  EMBLAS_HOST_DEVICE T* at(int64_t token, int64_t head) const {
     return data + token * token_stride + head * head_stride;
   }
 };

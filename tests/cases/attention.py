@@ -74,6 +74,42 @@ def _attention_halves() -> Iterator[tuple[str, Callable[[], Case]]]:
         )
 
 
+def _rotary() -> Iterator[tuple[str, Callable[[], Case]]]:
+    def case(
+        tokens: int = 9,
+        heads: int = 3,
+        dim: int = 24,
+        pairs: int = 12,
+        *,
+        dtype: torch.dtype = torch.float32,
+        ids: bool = True,
+        interleaved: bool = False,
+        fused: bool = False,
+    ) -> Case:
+        x = torch.randn(tokens, 2 * heads if fused else heads, dim + 3 * fused).to(dtype)
+        x = x[:, heads:, 1 : dim + 1] if fused else x
+        rows = 40 if ids else tokens
+        position_ids = torch.randint(rows, (tokens,)) if ids else None
+        return Case((x, *torch.randn(2, rows, pairs), position_ids, interleaved), 2)
+
+    for interleaved in (False, True):
+        for name, options in {
+            "whole": {},
+            "by token": {"ids": False},
+            "part": {"dim": 31, "pairs": 5},
+            "one pair": {"dim": 2, "pairs": 1},
+            "fused": {"fused": True},
+            "many tokens": {"tokens": 100, "heads": 2, "dim": 64, "pairs": 32},
+            "no token": {"tokens": 0},
+            "bfloat16": {"dtype": torch.bfloat16, "dim": 26},
+            "float16": {"dtype": torch.float16, "fused": True},
+        }.items():
+            words = f"{name}, interleaved" if interleaved else name
+            yield words, lambda a=options, i=interleaved: case(**a, interleaved=i)
+
+
 CASES: dict[str, dict[str, Callable[[], Case]]] = {
+    "rotary": dict(_rotary()),
+    "rotary_backward": dict(_rotary()),
     "varlen_attention": {**dict(_attention()), **dict(_attention_halves())},
 }

@@ -227,11 +227,24 @@ def _attention() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
             yield "varlen_attention", f"{_short(dtype)}, head_dim {head_dim}", args
 
 
+def _rotary() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
+    ids = torch.zeros(1024, dtype=torch.int64)
+    for interleaved in (False, True):
+        for head_dim, pairs in ((64, 32), (128, 64), (96, 16)):
+            tables = torch.empty(2, 1024, pairs)
+            for dtype in DTYPES if pairs == 32 else DTYPES[:1]:
+                x = torch.empty(1024, 4, head_dim, dtype=dtype)
+                words = f"{_short(dtype)}, {2 * pairs} of {head_dim}"
+                words += ", interleaved" * interleaved
+                yield "rotary", words, (x, *tables, ids, interleaved)
+                yield "rotary_backward", words, (x, *tables, ids, interleaved)
+
+
 def calls() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
     """Operator, words and arguments of calls that take every configuration of every kernel."""
     families = (
         _pooling, _maxima, _finish, _attention_pooling, _vocabulary_pooling, _tables,
-        _compositions, _binary, _scores, _late_interaction, _attention,
+        _compositions, _binary, _scores, _late_interaction, _attention, _rotary,
     )  # fmt: skip
     for family in families:
         yield from family()

@@ -37,6 +37,7 @@ CONFIGS = {
     "modernbert": lambda: transformers.ModernBertConfig(
         **SIZES, **SPECIAL_IDS, local_attention=8, cls_token_id=2, sep_token_id=3
     ),
+    "nomic-bert": lambda: transformers.NomicBertConfig(**SIZES, **SPECIAL_IDS),
     "qwen3": lambda: transformers.Qwen3Config(**DECODER),
     "gemma3": lambda: transformers.Gemma3TextConfig(
         **DECODER, sliding_window=6, query_pre_attn_scalar=16, use_bidirectional_attention=True

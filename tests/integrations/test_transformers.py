@@ -74,6 +74,22 @@ def test_packed(model, texts):
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=2e-6)
 
 
+def test_soft_tokens(model, texts):
+    """Vectors in place of ids, with a gradient that stays within the text."""
+    model.set_attn_implementation("emblas")
+    ids, cu = packed.pack(texts)
+    vectors = model.get_input_embeddings()(ids).detach().requires_grad_()
+    out = hf.forward_packed(model, None, cu, inputs_embeds=vectors)
+    torch.testing.assert_close(out, hf.forward_packed(model, ids, cu), rtol=1e-5, atol=1e-5)
+    begin, end = int(cu[1]), int(cu[2])
+    (grad,) = torch.autograd.grad(out[begin:end].square().sum(), vectors)
+    assert (grad[begin:end] != 0).any()
+    assert torch.count_nonzero(grad[:begin]) == torch.count_nonzero(grad[end:]) == 0
+    for both in ({"inputs_embeds": vectors, "input_ids": ids}, {"input_ids": None}):
+        with pytest.raises(ValueError, match="either input_ids or inputs_embeds"):
+            hf.forward_packed(model, cu_seqlens=cu, **both)
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padded(model, texts, side):
     expected = one_by_one(model, texts)

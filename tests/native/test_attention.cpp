@@ -1,4 +1,6 @@
 #include "attention/attention.h"
+#include "attention/attention_rows.h"
+#include "attention/rotary.h"
 #include "common/isa.h"
 #include "native.h"
 
@@ -194,8 +196,118 @@ void check_shaped(int64_t queries, int64_t keys) {
   CHECK_NEAR(total, 0, 1e-4);
 }
 
+// Both kinds of pairs beside the definition, and back again in place.
+template <class T>
+void check_rotary(int64_t dim, int64_t pairs, double limit) {
+  constexpr int64_t tokens = 3, heads = 2, rows = 5;
+  const auto x = native::random_values<T>(tokens * heads * dim, 1);
+  const auto cos = native::random_values<T>(rows * pairs, 2),
+             sin = native::random_values<T>(rows * pairs, 3);
+  const std::vector<int64_t> position_ids{4, 0, 3};
+  const auto& kernel = emblas::kernels<emblas::RotaryKernels>().of(T{});
+  std::vector<T> scratch(4 * pairs);
+  for (const bool interleaved : {false, true}) {
+    std::vector<T> out(x.size());
+    emblas::RotaryArgs<T> args{.x = {x.data(), heads * dim, dim},
+                               .out = {out.data(), heads * dim, dim},
+                               .heads = heads,
+                               .head_dim = dim,
+                               .pairs = pairs,
+                               .cos = cos.data(),
+                               .sin = sin.data(),
+                               .position_ids = position_ids.data(),
+                               .inverse = false};
+    const auto run = [&] {
+      if (interleaved) {
+        kernel.interleaved(args, 0, tokens, scratch.data());
+      } else {
+        kernel.halves(args, 0, tokens);
+      }
+    };
+    run();
+    for (int64_t t = 0; t < tokens; ++t) {
+      for (int64_t h = 0; h < heads; ++h) {
+        const int64_t at = (t * heads + h) * dim;
+        const T *from = x.data() + at, *to = out.data() + at;
+        for (int64_t i = 0; i < pairs; ++i) {
+          const int64_t a = interleaved ? 2 * i : i, b = interleaved ? 2 * i + 1 : pairs + i;
+          const double c = cos[position_ids[t] * pairs + i], s = sin[position_ids[t] * pairs + i];
+          CHECK_NEAR(to[a], c * from[a] - s * from[b], limit);
+          CHECK_NEAR(to[b], c * from[b] + s * from[a], limit);
+        }
+        for (int64_t i = 2 * pairs; i < dim; ++i) CHECK(to[i] == from[i]);
+      }
+    }
+    args.x = {out.data(), heads * dim, dim};
+    args.inverse = true;
+    run();
+    for (int64_t t = 0; t < tokens; ++t) {
+      for (int64_t i = 0; i < pairs; ++i) {
+        const int64_t a = t * heads * dim + (interleaved ? 2 * i : i);
+        const double c = cos[position_ids[t] * pairs + i], s = sin[position_ids[t] * pairs + i];
+        CHECK_NEAR(out[a], (c * c + s * s) * x[a], 20 * limit);
+      }
+    }
+  }
+}
+
+// Products of chosen rows beside the definition: an empty row, and rows that meet the same tokens.
+template <class T>
+void check_rows(int64_t dim, double limit) {
+  constexpr int64_t tokens = 9, heads = 4, key_heads = 2, rows = 4, longest = 6;
+  const std::vector<int64_t> starts{2, 0, 2, 8}, lengths{6, 0, 3, 1};
+  const auto x = native::random_values<T>(rows * heads * dim, 1),
+             y = native::random_values<T>(tokens * key_heads * dim, 2),
+             s = native::random_values<T>(rows * heads * longest, 3);
+  const emblas::RowsShape shape{.heads = heads,
+                                .heads_per_group = heads / key_heads,
+                                .dim = dim,
+                                .max_length = longest,
+                                .starts = starts.data(),
+                                .lengths = lengths.data()};
+  const auto& kernel = emblas::kernels<emblas::AttentionRowsKernels>().of(T{});
+  const emblas::HeadVectors<const T> x_vectors{x.data(), heads * dim, dim},
+      y_vectors{y.data(), key_heads * dim, dim};
+  std::vector<T> dots(s.size(), T(7)), sums(x.size()), outer(y.size()), scratch(heads * dim);
+  kernel.dots(shape, x_vectors, y_vectors, dots.data(), 0, rows);
+  kernel.sums(shape, s.data(), y_vectors, {sums.data(), heads * dim, dim}, 0, rows, scratch.data());
+  kernel.outer(shape, s.data(), x_vectors, rows, {outer.data(), key_heads * dim, dim}, 0, 1);
+  kernel.outer(shape, s.data(), x_vectors, rows, {outer.data(), key_heads * dim, dim}, 1, 2);
+  std::vector<double> expected_sums(x.size()), expected_outer(y.size());
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t h = 0; h < heads; ++h) {
+      for (int64_t j = 0; j < longest; ++j) {
+        const int64_t at = (r * heads + h) * longest + j;
+        double dot = 0;
+        for (int64_t i = 0; i < dim && j < lengths[r]; ++i) {
+          const int64_t left = (r * heads + h) * dim + i;
+          const int64_t right = ((starts[r] + j) * key_heads + h / 2) * dim + i;
+          dot += double(x[left]) * y[right];
+          expected_sums[left] += double(s[at]) * y[right];
+          expected_outer[right] += double(s[at]) * x[left];
+        }
+        CHECK_NEAR(dots[at], dot, limit);
+      }
+    }
+  }
+  for (size_t i = 0; i < sums.size(); ++i) CHECK_NEAR(sums[i], expected_sums[i], limit);
+  for (size_t i = 0; i < outer.size(); ++i) CHECK_NEAR(outer[i], expected_outer[i], limit);
+}
+
 }  // namespace
 
+NATIVE_TEST(rotary) {
+  for (int64_t pairs : {0, 1, 5, 16, 20}) {
+    check_rotary<float>(2 * pairs + 3, pairs, 1e-5);
+    check_rotary<double>(2 * pairs, pairs, 1e-13);
+  }
+}
+NATIVE_TEST(attention_rows) {
+  for (int64_t dim : {1, 16, 23, 80}) {
+    check_rows<float>(dim, 1e-4);
+    check_rows<double>(dim, 1e-12);
+  }
+}
 NATIVE_TEST(varlen_attention_shaped) {
   for (int64_t queries : {1, 15, 48, 97}) {
     for (int64_t keys : {1, 63, 64, 65, 130}) {

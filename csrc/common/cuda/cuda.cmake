@@ -20,6 +20,8 @@ add_library(torch_cuda SHARED ${CMAKE_BINARY_DIR}/empty.cpp)
 add_library(
   _cuda MODULE
   # One line per kernel family.
+  csrc/attention/rotary_cuda.cu
+  csrc/attention/rotary_ops_cuda.cpp
   csrc/binary/asymmetric_cuda.cu
   csrc/binary/binary_ops_cuda.cpp
   csrc/binary/dense_cuda.cu

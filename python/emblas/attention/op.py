@@ -182,8 +182,8 @@ class _VarlenAttention(torch.autograd.Function):
         *others: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         biases = (distance_bias, position_keys, position_queries, pair_bias)
-        shaping = _shaping(softcap, dropout_p, biases, others)
-        out, lse = _varlen_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, *numbers, True, *shaping)
+        shaping = arrange(softcap, dropout_p, biases, others)
+        out, lse = run(q, k, v, cu_seqlens_q, cu_seqlens_k, numbers, shaping)
         ctx.save_for_backward(q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, *biases, *others)
         ctx.numbers, ctx.softcap, ctx.dropout_p = numbers, softcap, dropout_p
         ctx.set_materialize_grads(False)
@@ -194,34 +194,81 @@ class _VarlenAttention(torch.autograd.Function):
         ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, *rest = ctx.saved_tensors
-        shaping = _shaping(ctx.softcap, ctx.dropout_p, rest[:4], rest[4:])
+        shaping = arrange(ctx.softcap, ctx.dropout_p, rest[:4], rest[4:])
         grad_out = torch.zeros_like(out) if grad_out is None else rows(grad_out)
         grad_lse = None if grad_lse is None else grad_lse.contiguous()
-        need = ctx.needs_input_grad[3:7]
-        given = (grad_out, grad_lse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, *ctx.numbers)
-        if shaping.beyond():
-            needs = (need[0], need[1] or need[2], need[3])
-            grads = _varlen_attention_biases_backward(*given, *shaping, *needs)
-        else:
-            grads = _varlen_attention_backward(*given, *shaping.of_distance(), need[0])
-        of_biases = [grad if n else None for grad, n in zip(grads[3:], need, strict=False)]
-        of_biases += [None] * (4 - len(of_biases))
-        return *grads[:3], *of_biases, *[None] * (5 + len(rest) - 4)
+        given = (grad_out, grad_lse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k)
+        grads = gradients(given, ctx.numbers, shaping, ctx.needs_input_grad[3:7])
+        return *grads, *[None] * (5 + len(rest) - 4)
 
 
-def _shaping(
+def run(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    numbers: tuple[Any, ...],
+    shaping: Shaping,
+) -> tuple[Tensor, Tensor]:
+    """Call the operator, which records no gradient, and return the log-sum-exp too."""
+    result: tuple[Tensor, Tensor] = _varlen_attention(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, *numbers, True, *shaping
+    )
+    return result
+
+
+def gradients(
+    given: tuple[Tensor | None, ...],
+    numbers: tuple[Any, ...],
+    shaping: Shaping,
+    need: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients of q, k, v and of the biases in need of one (see :func:`arrange`).
+
+    ``given`` holds the operator's arguments from the results' gradients to the offsets.
+    """
+    if shaping.beyond():
+        needs = (need[0], need[1] or need[2], need[3])
+        grads = _varlen_attention_biases_backward(*given, *numbers, *shaping, *needs)
+    else:
+        grads = _varlen_attention_backward(*given, *numbers, *shaping.of_distance(), need[0])
+    of_biases = [grad if n else None for grad, n in zip(grads[3:], need, strict=False)]
+    return *grads[:3], *of_biases, *[None] * (4 - len(of_biases))
+
+
+def arrange(
     softcap: float,
     dropout_p: float,
     biases: Sequence[Tensor | None],
     others: Sequence[Tensor | None],
 ) -> Shaping:
-    """Order the arguments of :class:`_VarlenAttention` as the operators do."""
+    """Put biases that may have a gradient, and the others, in the order of the operators."""
     distance_bias, position_keys, position_queries, pair_bias = biases
     alibi_slopes, prefix_len, branch, block_ids, position_lookup, dropout_seeds = others
     return Shaping(
         softcap, alibi_slopes, distance_bias, prefix_len, branch, block_ids, position_keys,
         position_queries, position_lookup, pair_bias, dropout_p, dropout_seeds,
     )  # fmt: skip
+
+
+def parts(shaping: Shaping) -> tuple[tuple[Tensor | None, ...], tuple[Tensor | None, ...]]:
+    """Undo :func:`arrange`."""
+    return (
+        (shaping.distance_bias, shaping.position_keys, shaping.position_queries, shaping.pair_bias),
+        (
+            shaping.alibi_slopes, shaping.prefix_len, shaping.branch, shaping.block_ids,
+            shaping.position_lookup, shaping.dropout_seeds,
+        ),
+    )  # fmt: skip
+
+
+def distinct(*tensors: Tensor | None) -> list[Tensor | None]:
+    """Alias tensors that come again: torch.compile can't trace a Function that gets one twice."""
+    return [
+        x.view_as(x) if x is not None and any(x is other for other in tensors[:i]) else x
+        for i, x in enumerate(tensors)
+    ]
 
 
 def varlen_attention(
@@ -239,21 +286,14 @@ def varlen_attention(
 ) -> tuple[Tensor, Tensor]:
     """Attend with checked arguments; see :func:`emblas.attention.varlen_attention`."""
     numbers = (max_seqlen_q, max_seqlen_k, softmax_scale, *window)
-    biases = (
-        shaping.distance_bias, shaping.position_keys, shaping.position_queries, shaping.pair_bias,
-    )  # fmt: skip
+    biases, others = parts(shaping)
     if needs_grad(q, k, v, *biases) and not use_reference():
-        # torch.compile can't trace a Function that gets one tensor twice: alias the others.
-        given = (q, k, v, *biases, cu_seqlens_q, cu_seqlens_k)
-        tensors = [
-            x.view_as(x) if x is not None and any(x is other for other in given[:i]) else x
-            for i, x in enumerate(given)
-        ]
+        tensors = distinct(q, k, v, *biases, cu_seqlens_q, cu_seqlens_k)
         result: tuple[Tensor, Tensor] = _VarlenAttention.apply(
-            *tensors, numbers, shaping.softcap, shaping.dropout_p, shaping.alibi_slopes,
-            shaping.prefix_len, shaping.branch, shaping.block_ids, shaping.position_lookup,
-            shaping.dropout_seeds,
-        )  # fmt: skip
+            *tensors, numbers, shaping.softcap, shaping.dropout_p, *others
+        )
         return result
-    run: Callable[..., Any] = reference.varlen_attention if use_reference() else _varlen_attention
-    return run(q, k, v, cu_seqlens_q, cu_seqlens_k, *numbers, return_lse, *shaping)
+    attend: Callable[..., Any] = (
+        reference.varlen_attention if use_reference() else _varlen_attention
+    )
+    return attend(q, k, v, cu_seqlens_q, cu_seqlens_k, *numbers, return_lse, *shaping)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from emblas._philox import philox4x32
+from emblas.attention.sequences import sequence_of
 
 
 def _accumulator(x: Tensor) -> torch.dtype:
@@ -273,3 +274,87 @@ def varlen_attention_biases_backward(
         *(grads[0], grads[1], grads[2], of("distance_bias")),
         *(of("position_keys"), of("position_queries"), of("pair_bias")),
     )
+
+
+def rotary(
+    x: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor | None, interleaved: bool
+) -> Tensor:
+    """Turn pairs of elements; the formula stands in ``csrc/attention/rotary.h``."""
+    if position_ids is not None:
+        cos, sin = cos[position_ids], sin[position_ids]
+    cos, sin = cos[:, None], sin[:, None]
+    pairs = cos.shape[2]
+    turned = x[..., : 2 * pairs].to(cos.dtype)
+    if interleaved:
+        a, b = turned[..., 0::2], turned[..., 1::2]
+        turned = torch.stack([a * cos - b * sin, b * cos + a * sin], 3).flatten(2)
+    else:
+        a, b = turned[..., :pairs], turned[..., pairs:]
+        turned = torch.cat([a * cos - b * sin, b * cos + a * sin], 2)
+    return torch.cat([turned.to(x.dtype), x[..., 2 * pairs :]], 2)
+
+
+def rotary_backward(
+    grad_out: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor | None, interleaved: bool
+) -> Tensor:
+    """Turn back: the gradient of :func:`rotary`."""
+    return rotary(grad_out, cos, -sin, position_ids, interleaved)
+
+
+def rotary_(
+    x: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor | None, interleaved: bool
+) -> None:
+    """Turn pairs of elements in place."""
+    x.copy_(rotary(x, cos, sin, position_ids, interleaved))
+
+
+def _ranges(rows: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+    """First token and length of each chosen token's sequence; none for negative ones."""
+    if cu_seqlens.shape[0] == 1:
+        return torch.zeros_like(rows), torch.zeros_like(rows)
+    sequences = sequence_of(rows.clamp_min(0), cu_seqlens)
+    starts = cu_seqlens[sequences].long()
+    lengths = cu_seqlens[sequences + 1].long() - starts
+    return torch.where(rows < 0, 0, starts), torch.where(rows < 0, 0, lengths)
+
+
+def _met(
+    y: Tensor, rows: Tensor, cu_seqlens: Tensor, max_length: int, heads: int
+) -> tuple[Tensor, Tensor]:
+    """Vectors (rows, heads, max_length, dim) of the tokens that each row meets; which are there."""
+    starts, lengths = _ranges(rows, cu_seqlens)
+    j = torch.arange(max_length, device=y.device)
+    inside = j < lengths[:, None]
+    if y.shape[0] == 0:
+        y = y.new_zeros(1, *y.shape[1:])
+    met = y[torch.where(inside, starts[:, None] + j, 0)].to(_accumulator(y))
+    met = torch.where(inside[..., None, None], met, 0).transpose(1, 2)
+    return met.repeat_interleave(heads // max(y.shape[1], 1), 1), inside
+
+
+def row_dots(x: Tensor, y: Tensor, rows: Tensor, cu_seqlens: Tensor, max_length: int) -> Tensor:
+    """Products of chosen rows; the formulas stand in ``csrc/attention/attention_rows.h``."""
+    others, inside = _met(y, rows, cu_seqlens, max_length, x.shape[1])
+    dots = (others @ x.to(others.dtype)[..., None])[..., 0]
+    return torch.where(inside[:, None], dots, 0)
+
+
+def row_sums(s: Tensor, y: Tensor, rows: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """Weighted sums of the tokens that chosen rows meet."""
+    others, inside = _met(y, rows, cu_seqlens, s.shape[2], s.shape[1])
+    s = torch.where(inside[:, None], s, 0)
+    return (s[:, :, None] @ others)[:, :, 0].to(y.dtype)
+
+
+def row_outer(
+    s: Tensor, x: Tensor, rows: Tensor, cu_seqlens: Tensor, tokens: int, key_heads: int
+) -> Tensor:
+    """Sum, for each token, of the chosen rows that meet it."""
+    starts, lengths = _ranges(rows, cu_seqlens)
+    j = torch.arange(s.shape[2], device=s.device)
+    inside = j < lengths[:, None]
+    token = torch.where(inside, starts[:, None] + j, tokens)  # the last is nobody's
+    products = torch.where(inside[:, None], s, 0)[..., None] * x.to(s.dtype)[:, :, None]
+    by_head = products.unflatten(1, (key_heads, -1)).sum(2) if key_heads else products
+    out = s.new_zeros(tokens + 1, key_heads, x.shape[2])
+    return out.index_add(0, token.flatten(), by_head.transpose(1, 2).flatten(0, 1))[:tokens]

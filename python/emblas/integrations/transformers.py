@@ -182,7 +182,12 @@ def position_start(model: nn.Module) -> int:
 
 
 def forward_packed(
-    model: nn.Module, input_ids: Tensor, cu_seqlens: Tensor, **kwargs: Any
+    model: nn.Module,
+    input_ids: Tensor | None,
+    cu_seqlens: Tensor,
+    *,
+    inputs_embeds: Tensor | None = None,
+    **kwargs: Any,
 ) -> Tensor:
     """Run an encoder over a packed batch, without a single padding token.
 
@@ -190,10 +195,14 @@ def forward_packed(
     ----------
     model : transformers.PreTrainedModel
         A model whose attention implementation is "emblas".
-    input_ids : Tensor
+    input_ids : Tensor or None
         Token ids ``(tokens,)`` of all sequences, end to end.
     cu_seqlens : Tensor
         Offsets ``(batch + 1,)``.
+    inputs_embeds : Tensor, optional
+        In place of ``input_ids``: vectors ``(tokens, hidden)`` as ``model.get_input_embeddings()``
+        makes them, of which some may be no word's (soft prompts, an embedding fed back). Gradients
+        flow to them.
     **kwargs
         Handed on to the model.
 
@@ -206,7 +215,8 @@ def forward_packed(
     ------
     ValueError
         If the model uses another attention implementation: those of transformers would let the
-        sequences attend to each other.
+        sequences attend to each other. If both or neither of ``input_ids`` and ``inputs_embeds``
+        are given.
     """
     implementation: str = getattr(model.config, "_attn_implementation")  # noqa: B009
     if implementation != NAME:
@@ -214,15 +224,19 @@ def forward_packed(
             f"model must use attn_implementation={NAME!r}, got {implementation!r}, which lets "
             f"packed sequences attend to each other; call model.set_attn_implementation({NAME!r})"
         )
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError("either input_ids or inputs_embeds must be given")
+    tokens = {"input_ids": input_ids, "inputs_embeds": inputs_embeds}
+    inputs = {name: x[None] for name, x in tokens.items() if x is not None}
     longest = int(cu_seqlens.diff().max()) if len(cu_seqlens) > 1 else 0
     position_ids = packed.positions(cu_seqlens)[None] + position_start(model)
     encoder = getattr(model, "encoder", None)
     if isinstance(encoder, PackedEncoder):
         embed: Any = model.embeddings
-        x = embed(input_ids=input_ids[None], position_ids=position_ids, **kwargs)
+        x = embed(**inputs, position_ids=position_ids, **kwargs)
         return encoder.forward_packed(x, PackedBatch(cu_seqlens, longest))[0]
     outputs = model(
-        input_ids=input_ids[None],
+        **inputs,
         position_ids=position_ids,
         cu_seq_lens_q=cu_seqlens,
         cu_seq_lens_k=cu_seqlens,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,6 +35,31 @@ class Attention:
         return q, k, v, offsets, offsets, longest, longest, None, -1, -1, False
 
 
+@dataclasses.dataclass(frozen=True)
+class Rotary:
+    """All elements of the heads of some tokens turned, each token at a position of its own."""
+
+    tokens: int
+    heads: int
+    head_dim: int
+    dtype: torch.dtype
+
+    def __str__(self) -> str:
+        words = f"{self.tokens} tokens, {self.heads} heads of {self.head_dim}, "
+        return words + str(self.dtype).removeprefix("torch.")
+
+    def arguments(self) -> tuple[Any, ...]:
+        x = torch.rand(self.tokens, self.heads, self.head_dim).to(self.dtype)
+        tables = torch.rand(2, self.tokens, self.head_dim // 2)
+        return x, *tables, torch.arange(self.tokens), False
+
+
+def _rotary(kernel: str, r: Rotary) -> dict[str, Work]:
+    elements = r.tokens * r.heads * r.head_dim
+    size, tables = elements * r.dtype.itemsize, r.tokens * (4 * r.head_dim + 8)
+    return {kernel: Work(size + tables, size, 3 * elements)}
+
+
 def _attend(a: Attention) -> dict[str, Work]:
     pairs = sum(length**2 for length in a.lengths) * a.heads
     read = 3 * a.matrix + 4 * (len(a.lengths) + 1)
@@ -42,11 +68,21 @@ def _attend(a: Attention) -> dict[str, Work]:
 
 _BF16, _F32 = torch.bfloat16, torch.float32
 MODELS: dict[tuple[str, str], Callable[[Any], dict[str, Work]]] = {
+    ("rotary", "CUDA C++"): partial(_rotary, "turn_pairs"),
+    ("rotary", "Triton"): partial(_rotary, "_turn"),
+    ("rotary_backward", "CUDA C++"): partial(_rotary, "turn_pairs"),
+    ("rotary_backward", "Triton"): partial(_rotary, "_turn"),
     ("varlen_attention", "Triton"): _attend,
 }
+_SMALL_ROTARY = (Rotary(20, 3, 64, _F32), Rotary(7, 2, 24, _BF16))
+_LARGE_ROTARY = (Rotary(32768, 24, 64, _BF16),)
 SMALL: dict[str, tuple[Any, ...]] = {
+    "rotary": _SMALL_ROTARY,
+    "rotary_backward": _SMALL_ROTARY,
     "varlen_attention": (Attention((128, 256), 2, 64, _BF16), Attention((64, 32), 1, 64, _F32)),
 }
 LARGE: dict[str, tuple[Any, ...]] = {
+    "rotary": _LARGE_ROTARY,
+    "rotary_backward": _LARGE_ROTARY,
     "varlen_attention": (Attention((512,) * 64, 12, 64, _BF16), Attention((8192,), 16, 128, _BF16)),
 }
