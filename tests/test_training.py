@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import copy
+import shutil
 
 import pytest
 import torch
+import torch._inductor
 from emblas import packed
 from emblas.losses import CachedLoss, InfoNCE
+from emblas.tables import HashEmbedding
+from emblas.tables import optim as table_optim
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -92,6 +96,47 @@ def test_training_learns():
     assert losses[-1] < 0.3 * losses[0]
 
 
+class TableEncoder(nn.Module):
+    """A hashed table, trained by a fused optimizer, under a layer that torch's own trains."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.table = HashEmbedding(50, 8)
+        self.layer = nn.Linear(8, 4)
+        self.optimizers = {
+            "table": table_optim.AdamW(self.table, lr=1e-2),
+            "layer": torch.optim.AdamW(self.layer.parameters(), lr=1e-2),
+        }
+
+    def step(self, seed):
+        ids = torch.randint(0, 1000, (20,), generator=torch.Generator().manual_seed(seed))
+        self.layer(self.table(ids)).square().mean().backward()
+        for optimizer in self.optimizers.values():
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+def test_fused_and_plain_optimizers_in_one_checkpoint(tmp_path):
+    """A run that is stopped and goes on is, bit for bit, the run that was not."""
+    whole = TableEncoder()
+    for seed in range(6):
+        whole.step(seed)
+        if seed == 2:
+            optimizers = {name: o.state_dict() for name, o in whole.optimizers.items()}
+            torch.save({"model": whole.state_dict(), **optimizers}, tmp_path / "checkpoint.pt")
+    again = TableEncoder()
+    again.step(9)  # what it has learned before must not show
+    saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    again.load_state_dict(saved["model"])
+    for name, optimizer in again.optimizers.items():
+        optimizer.load_state_dict(saved[name])
+    for seed in range(3, 6):
+        again.step(seed)
+    for name, value in whole.state_dict().items():
+        assert torch.equal(again.state_dict()[name], value), name
+
+
 @pytest.mark.slow
 def test_workers_of_a_dataloader():
     """Workers that are spawned; forked after use of torch's threads they may hang, as in torch."""
@@ -103,37 +148,63 @@ def test_workers_of_a_dataloader():
     assert all(torch.equal(a, b) for a, b in zip(found, rows, strict=True))
 
 
-def test_export():
-    """One exported graph of a whole packed encoder serves every batch."""
+class Fixed(nn.Module):
+    """A packed encoder with positions from outside, and an upper bound of the lengths."""
+
+    def __init__(self, encoder):
+        super().__init__()
+        self.encoder = copy.deepcopy(encoder)
+
+    def forward(self, input_ids, positions, cu_seqlens):
+        hidden = self.encoder.model(
+            input_ids=input_ids[None], position_ids=positions[None],
+            cu_seq_lens_q=cu_seqlens, cu_seq_lens_k=cu_seqlens,
+            max_length_q=64, max_length_k=64,
+        ).last_hidden_state  # fmt: skip
+        return self.encoder.pooling(hidden[0], cu_seqlens)
+
+
+def arguments(rows):
+    ids, cu_seqlens = packed.pack(rows)
+    return ids, packed.positions(cu_seqlens), cu_seqlens
+
+
+@pytest.fixture
+def exported():
+    """A model, and its exported graph for any number of tokens and texts."""
     model = PackedEncoder().eval()
-
-    class Fixed(nn.Module):
-        """With positions from outside, and an upper bound of the lengths."""
-
-        def __init__(self):
-            super().__init__()
-            self.encoder = copy.deepcopy(model)
-
-        def forward(self, input_ids, positions, cu_seqlens):
-            hidden = self.encoder.model(
-                input_ids=input_ids[None], position_ids=positions[None],
-                cu_seq_lens_q=cu_seqlens, cu_seq_lens_k=cu_seqlens,
-                max_length_q=64, max_length_k=64,
-            ).last_hidden_state  # fmt: skip
-            return self.encoder.pooling(hidden[0], cu_seqlens)
-
-    def arguments(rows):
-        ids, cu_seqlens = packed.pack(rows)
-        return ids, packed.positions(cu_seqlens), cu_seqlens
-
     tokens, offsets = torch.export.Dim("tokens", min=2), torch.export.Dim("offsets", min=3)
     shapes = ({0: tokens}, {0: tokens}, {0: offsets})
     with torch.no_grad():
-        exported = torch.export.export(Fixed(), arguments(texts(5)), dynamic_shapes=shapes)
+        graph = torch.export.export(Fixed(model), arguments(texts(5)), dynamic_shapes=shapes)
+    return model, graph
+
+
+def assert_serves_every_batch(function, model):
+    with torch.no_grad():
         for seed, count in ((1, 3), (2, 9)):
             rows = texts(count, seed)
-            actual = exported.module()(*arguments(rows))
+            actual = function(*arguments(rows))
             torch.testing.assert_close(actual, encode(model, rows), rtol=1e-5, atol=1e-6)
+
+
+def test_export(exported):
+    """One exported graph of a whole packed encoder serves every batch."""
+    model, graph = exported
+    assert_serves_every_batch(graph.module(), model)
+
+
+@pytest.mark.slow
+def test_ahead_of_time(exported, tmp_path):
+    """A shared library of the whole packed encoder: compiled, loaded and run."""
+    if shutil.which("g++") is None and shutil.which("clang++") is None:
+        pytest.skip("AOTInductor needs a C++ compiler")
+    model, graph = exported
+    with torch.no_grad():
+        path = torch._inductor.aoti_compile_and_package(
+            graph, package_path=str(tmp_path / "encoder.pt2")
+        )
+    assert_serves_every_batch(torch._inductor.aoti_load_package(path), model)
 
 
 @pytest.mark.slow

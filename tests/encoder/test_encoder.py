@@ -17,13 +17,21 @@ st = pytest.importorskip("sentence_transformers", reason="needs emblas[hf]")
 from emblas.encoder import Encoder, EncoderPair, TruncationWarning  # noqa: E402
 from emblas.integrations.optimize import UnsupportedModelError  # noqa: E402
 from emblas.pooling import LexicalWeights  # noqa: E402
-from integrations.models import CONFIGS, TEXTS, make_tokenizer, tiny  # noqa: E402
+from integrations.models import (  # noqa: E402
+    CONFIGS,
+    REPLACED,
+    TEXTS,
+    make_tokenizer,
+    tiny,
+    tiny_replaced,
+)
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 
 
 def make(name="bert", **options):
-    return Encoder(tiny(name), make_tokenizer(), **{"token_budget": 24, **options})
+    model = tiny_replaced(name) if name in REPLACED else tiny(name)
+    return Encoder(model, make_tokenizer(), **{"token_budget": 24, **options})
 
 
 def folder_of(path, name="bert", mode="mean", dense=False, prompts=None, **options):
@@ -227,7 +235,7 @@ def test_pairs():
         (ValueError, "token_budget must be", lambda e: make(token_budget=0)),
         (ValueError, "mode must be one of", lambda e: make(pooling="median")),
         (UnsupportedModelError, "attention_interface", lambda e: Encoder(
-            transformers.DebertaV2Model(transformers.DebertaV2Config(
+            transformers.DebertaModel(transformers.DebertaConfig(
                 vocab_size=99, hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
                 intermediate_size=16)), make_tokenizer())),
     ],
@@ -244,7 +252,7 @@ def test_unfit_sentence_transformers(tmp_path):
 
 
 def test_every_architecture_of_the_tests():
-    for name in CONFIGS:
+    for name in (*CONFIGS, *REPLACED):
         encoder = make(name)
         alone = np.stack([encoder.encode(text) for text in TEXTS])
         np.testing.assert_allclose(encoder.encode(TEXTS), alone, **CLOSE)

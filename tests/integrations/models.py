@@ -43,6 +43,41 @@ CONFIGS = {
         **DECODER, sliding_window=6, query_pre_attn_scalar=16, use_bidirectional_attention=True
     ),
 }
+WIDE = {**SIZES, "hidden_size": 64}
+DEBERTA = {
+    **WIDE, "relative_attention": True, "position_biased_input": False, "type_vocab_size": 0,
+    "pos_att_type": "c2p|p2c", "norm_rel_ebd": "layer_norm", "share_att_key": True,
+}  # fmt: skip
+# Models whose modules are replaced.
+REPLACED = {
+    # Logarithmic buckets, and beyond the last of them, within the longest text.
+    "deberta-v3": lambda: transformers.DebertaV2Model(
+        transformers.DebertaV2Config(**DEBERTA, position_buckets=8, max_position_embeddings=30)
+    ),
+    "deberta-v2, convolution": lambda: transformers.DebertaV2Model(
+        transformers.DebertaV2Config(
+            **DEBERTA, position_buckets=16, max_position_embeddings=64, conv_kernel_size=3
+        )
+    ),
+    "deberta-v2, own projections": lambda: transformers.DebertaV2Model(
+        transformers.DebertaV2Config(
+            **{**DEBERTA, "share_att_key": False, "pos_att_type": "p2c"}, max_relative_positions=16,
+        )
+    ),
+    "deberta-v2, absolute": lambda: transformers.DebertaV2Model(
+        transformers.DebertaV2Config(**{**WIDE, "type_vocab_size": 2}, pos_att_type=None)
+    ),
+    "mpnet": lambda: transformers.MPNetModel(
+        transformers.MPNetConfig(**WIDE), add_pooling_layer=False
+    ),
+    # Beyond max_distance within the longest text.
+    "t5": lambda: transformers.T5EncoderModel(
+        transformers.T5Config(
+            vocab_size=99, d_model=64, d_kv=24, d_ff=48, num_layers=2, num_heads=2,
+            relative_attention_num_buckets=8, relative_attention_max_distance=20,
+        )
+    ),
+}  # fmt: skip
 
 
 def tiny(name: str) -> transformers.PreTrainedModel:
@@ -59,6 +94,20 @@ def sharpen(model: torch.nn.Module) -> None:
         for name, weight in model.named_parameters():
             if weight.dim() == 2 and any(x in name for x in ("q_proj", "query", "q_lin", "Wqkv")):
                 weight.mul_(8)
+
+
+def tiny_replaced(name: str) -> transformers.PreTrainedModel:
+    """Return a random model of ``REPLACED`` in evaluation mode, as transformers made it."""
+    torch.manual_seed(0)
+    model = REPLACED[name]().eval()
+    with torch.no_grad():
+        for path, weight in model.named_parameters():
+            # Larger queries and biases, as in sharpen().
+            if path.endswith(("query_proj.weight", "attn.q.weight", "SelfAttention.q.weight")):
+                weight.mul_(12 if "SelfAttention" not in path else 4)
+            if "relative_attention_bias" in path:
+                weight.normal_()
+    return model
 
 
 def make_tokenizer() -> transformers.PreTrainedTokenizerFast:

@@ -1,98 +1,145 @@
+"""Vectors of first and last tokens are the same whether all tokens leave the last layer or not."""
+
 from __future__ import annotations
 
+import emblas
 import pytest
 import torch
-from contract import packed
-from emblas.attention import pooled_tokens
+from emblas import packed
 
-transformers = pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers", reason="needs emblas[hf]")
+st = pytest.importorskip("sentence_transformers", reason="needs emblas[hf]")
 
+from emblas.encoder import Encoder  # noqa: E402
+from emblas.integrations import last_layer  # noqa: E402
 from emblas.integrations import transformers as hf  # noqa: E402
-from emblas.integrations.last_layer import forward_rows  # noqa: E402
-from integrations.models import DECODER, SIZES, SPECIAL_IDS, sharpen  # noqa: E402
+from integrations.models import SIZES, TEXTS, make_tokenizer, tiny  # noqa: E402
 
-hf.register()
-CONFIGS = {
-    "bert": lambda: transformers.BertConfig(**SIZES),
-    "roberta": lambda: transformers.RobertaConfig(**SIZES, pad_token_id=0),
-    "xlm-roberta": lambda: transformers.XLMRobertaConfig(**SIZES, pad_token_id=0),
-    "nomic": lambda: transformers.NomicBertConfig(**SIZES, **SPECIAL_IDS),
-    "llama": lambda: transformers.LlamaConfig(**DECODER),
-    "mistral": lambda: transformers.MistralConfig(**DECODER, sliding_window=6),
-    "qwen2": lambda: transformers.Qwen2Config(
-        **DECODER, use_sliding_window=True, sliding_window=5, max_window_layers=0
-    ),
-    "qwen3": lambda: transformers.Qwen3Config(**DECODER),
-}
-LENGTHS = (4, 1, 17, 9)
+FAMILY = ["Bert", "Camembert", "Electra", "Roberta", "XLMRoberta"]
+MODES = [("cls",), ("last",), ("cls", "last"), ("last", "cls")]
+LENGTHS = (7, 0, 1, 30, 2)
 
 
-@pytest.fixture(params=CONFIGS)
-def model(request):
+def build(family):
     torch.manual_seed(0)
-    model = transformers.AutoModel.from_config(CONFIGS[request.param]()).eval()
-    sharpen(model)
-    model.set_attn_implementation("emblas")
-    return model
+    config = getattr(transformers, f"{family}Config")(**SIZES, pad_token_id=0)
+    return transformers.AutoModel.from_config(config).eval()
 
 
-def gradients(model, out, grad):
-    model.zero_grad()
-    (out * grad).sum().backward()
-    return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+@pytest.fixture
+def ffn_rows():
+    """Numbers of tokens that go through the feed-forward network of a model's last layer."""
+    seen = []
+
+    def watch(model):
+        model.base_model.encoder.layer[-1].intermediate.register_forward_hook(
+            lambda _, inputs, __: seen.append(inputs[0].shape[:-1].numel())
+        )
+        return seen
+
+    return watch
 
 
-@pytest.mark.parametrize("pooling", ["cls", "last"])
-def test_rows_of_the_packed_model(model, pooling):
-    ids, cu = torch.randint(5, 99, (sum(LENGTHS),)), packed(LENGTHS)
-    rows = pooled_tokens(cu, pooling)
-    grad = torch.randn(len(rows), 32)
-    chosen = forward_rows(model, ids, cu, rows)
-    actual = gradients(model, chosen, grad)
-    every = hf.forward_packed(model, ids, cu)[rows]
-    expected = gradients(model, every, grad)
-    torch.testing.assert_close(chosen, every, rtol=1e-5, atol=1e-5)
-    for name, gradient in expected.items():
-        torch.testing.assert_close(actual[name], gradient, rtol=1e-3, atol=1e-4, msg=name)
-    assert set(actual) == set(expected)
+@pytest.mark.parametrize("modes", MODES)
+def test_rows(modes):
+    cu_seqlens = packed.offsets(LENGTHS)
+    rows, offsets = last_layer.pooled_rows(cu_seqlens, modes)
+    expected = []
+    for begin, length in zip(cu_seqlens.tolist(), LENGTHS, strict=False):
+        found = {begin} if "cls" in modes else set()
+        found |= {begin + length - 1} if "last" in modes else set()
+        expected.append(sorted(found) if length else [])
+    assert [part.tolist() for part in packed.split(rows, offsets)] == expected
 
 
-def test_any_rows(model):
-    """In any order, more than one of a text, and nobody's; the layer is put back."""
-    ids, cu = torch.randint(5, 99, (sum(LENGTHS),)), packed(LENGTHS)
-    rows = torch.tensor([30, -1, 6, 6, 4, 13])
-    with torch.no_grad():
-        before = hf.forward_packed(model, ids, cu)
-        actual = forward_rows(model, ids, cu, rows)
-        after = hf.forward_packed(model, ids, cu)
-    expected = torch.where((rows >= 0)[:, None], before[rows.clamp_min(0)], 0)
-    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
-    assert torch.equal(before, after)
+@pytest.mark.parametrize("modes", MODES)
+@pytest.mark.parametrize("family", FAMILY)
+def test_forward_and_gradients(family, modes):
+    """The rows, and the gradients of all parameters through them, are those of the whole layer."""
+    model = build(family)
+    cu_seqlens = packed.offsets(LENGTHS)
+    ids = torch.randint(5, 90, (sum(LENGTHS),))
+    pooled = last_layer.pooled_rows(cu_seqlens, modes)
+    results = []
+    with emblas.optimize(model) as optimized:
+        assert any("single tokens" in change for change in optimized.changes)
+        assert last_layer.is_patched(model)
+        for options in ({}, {last_layer.KEY: pooled}):
+            model.zero_grad()
+            out = hf.forward_packed(model, ids, cu_seqlens, **options)
+            out = out if options else out[pooled.rows]
+            out.sin().sum().backward()
+            grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+            results.append((out.detach(), grads))
+    assert not last_layer.is_patched(model)
+    (expected, expected_grads), (actual, grads) = results
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=2e-6)
+    assert grads.keys() == expected_grads.keys()
+    for name, value in expected_grads.items():
+        torch.testing.assert_close(grads[name], value, rtol=1e-3, atol=1e-5, msg=name)
 
 
-def test_bidirectional_decoder():
-    torch.manual_seed(0)
-    model = transformers.AutoModel.from_config(CONFIGS["qwen3"]()).eval()
-    model.set_attn_implementation("emblas")
-    ids, cu = torch.randint(5, 99, (sum(LENGTHS),)), packed(LENGTHS)
-    rows = pooled_tokens(cu, "cls")
-    with torch.no_grad():
-        expected = hf.forward_packed(model, ids, cu, is_causal=False)[rows]
-        actual = forward_rows(model, ids, cu, rows, is_causal=False)
-    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+def test_models_whose_layer_is_not_known():
+    assert last_layer.last_layer(tiny("distilbert")) is None
+    config = transformers.BertConfig(**SIZES, is_decoder=True)
+    assert last_layer.last_layer(transformers.BertModel(config)) is None
 
 
-def test_refusals():
-    rows = torch.tensor([0])
-    ids, cu = torch.tensor([7, 8]), packed((2,))
-    other = transformers.AutoModel.from_config(
-        transformers.DistilBertConfig(vocab_size=99, dim=32, n_layers=2, n_heads=2, hidden_dim=48)
+@pytest.mark.parametrize("pooling", ["cls", "last", ("last", "cls")])
+def test_encoder(pooling, ffn_rows):
+    encoder = Encoder(tiny("bert"), make_tokenizer(), pooling=pooling, token_budget=24)
+    seen = ffn_rows(encoder.model)
+    texts = [*TEXTS, ""]
+    everything = encoder.embed(texts, ["dense", "tokens"])
+    assert sum(seen) == sum(everything.num_tokens)
+    seen.clear()
+    out = encoder.embed(texts, ["dense", "bits", "matryoshka", "int8"], dims=[8])
+    assert sum(seen) == len(texts) * (2 if len(encoder.modes) == 2 else 1)
+    torch.testing.assert_close(out.dense, everything.dense, rtol=1e-5, atol=2e-6)
+    encoder.tokenizer.backend_tokenizer.post_processor = None
+    out = encoder.embed(["", "rain", ""])
+    torch.testing.assert_close(
+        out.dense, encoder.embed(["", "rain", ""], ["dense", "tokens"]).dense, rtol=1e-5, atol=2e-6
     )
-    with pytest.raises(ValueError, match="DistilBertModel has none"):
-        forward_rows(other, ids, cu, rows)
-    model = transformers.AutoModel.from_config(CONFIGS["bert"]())
-    with pytest.raises(ValueError, match="must use attn_implementation='emblas'"):
-        forward_rows(model.eval(), ids, cu, rows)
-    model.set_attn_implementation("emblas")
-    with pytest.raises(ValueError, match="must not drop attention probabilities"):
-        forward_rows(model.train(), ids, cu, rows)
+    assert not out.dense[0].any()
+    assert out.dense[1].any()
+
+
+def test_encoder_leaves_out_the_prompt(ffn_rows):
+    """What is pooled then is another token than the first."""
+    encoder = Encoder(tiny("bert"), make_tokenizer(), pooling="cls", include_prompt=False)
+    seen = ffn_rows(encoder.model)
+    encoder.encode(TEXTS, prompt="the old ")
+    assert sum(seen) > 2 * len(TEXTS)
+
+
+@pytest.mark.parametrize("mode", ["cls", ("lasttoken", "cls"), "mean"])
+def test_sentence_transformers(tmp_path, mode, ffn_rows):
+    modules = st.sentence_transformer.modules
+    tiny("bert").save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    transformer = modules.Transformer(str(tmp_path))
+    parts = [transformer, modules.Pooling(32, mode), st.base.modules.Normalize()]
+    model = st.SentenceTransformer(modules=parts, device="cpu").eval()
+    expected = model.encode(TEXTS)
+    tokens = model.encode(TEXTS, output_value="token_embeddings")
+    seen = ffn_rows(transformer.model)
+    with emblas.optimize(model):
+        seen.clear()
+        torch.testing.assert_close(model.encode(TEXTS), expected, rtol=1e-5, atol=2e-6)
+        one_each = len(TEXTS) * (1 if isinstance(mode, str) else 2)
+        assert (sum(seen) == one_each) == (mode != "mean")
+        # Whoever wants tokens, or might want them, gets them all.
+        for kind in ("token_embeddings", None):
+            seen.clear()
+            actual = model.encode(TEXTS, output_value=kind)
+            if kind:
+                torch.testing.assert_close(
+                    torch.cat(actual), torch.cat(tokens), rtol=1e-4, atol=1e-5
+                )
+            assert sum(seen) == sum(map(len, tokens))
+        seen.clear()
+        model(model.preprocess(TEXTS))
+        assert sum(seen) == sum(map(len, tokens))
+    assert "encode" not in vars(model)
+    assert "forward" not in vars(transformer.model.encoder.layer[-1])

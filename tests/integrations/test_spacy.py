@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import multiprocessing
+
 import numpy as np
 import pytest
 
@@ -62,6 +64,24 @@ def test_tables_side_by_side():
     assert spacy.accelerate(pipeline) == 4
     np.testing.assert_array_equal(pipeline.predict(ids), before)
     assert spacy.accelerate(thinc.Linear(2, 2)) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("accelerated", [False, True])
+def test_spawned_processes(accelerated):
+    """What ``nlp.pipe(n_process=2)`` does with a component: it sends the model to new processes."""
+    model = thinc.chain(
+        (thinc.HashEmbed if accelerated else spacy.HashEmbed)(8, 50, column=0, dropout=None),
+        thinc.Linear(3, 8),
+    )
+    model.initialize()
+    if accelerated:
+        assert spacy.accelerate(model) == 1
+    ids = np.stack([IDS, IDS], 1)
+    expected = model.predict(ids)
+    with multiprocessing.get_context("spawn").Pool(2) as pool:
+        for actual in pool.map(model.predict, [ids, ids]):
+            np.testing.assert_array_equal(actual, expected)
 
 
 def test_training_lowers_the_loss():

@@ -12,63 +12,16 @@ transformers = pytest.importorskip("transformers", reason="needs emblas[hf]")
 
 from emblas.integrations import transformers as hf  # noqa: E402
 from emblas.integrations.transformers_modules import replace_modules  # noqa: E402
+from integrations.models import REPLACED, tiny_replaced  # noqa: E402
 
-SIZES = {
-    "vocab_size": 99,
-    "hidden_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 48,
-}
-DEBERTA = {
-    **SIZES, "relative_attention": True, "position_biased_input": False, "type_vocab_size": 0,
-    "pos_att_type": "c2p|p2c", "norm_rel_ebd": "layer_norm", "share_att_key": True,
-}  # fmt: skip
-MODELS = {
-    # Logarithmic buckets, and beyond the last of them, within the longest text.
-    "deberta-v3": lambda: transformers.DebertaV2Model(
-        transformers.DebertaV2Config(**DEBERTA, position_buckets=8, max_position_embeddings=30)
-    ),
-    "deberta-v2, convolution": lambda: transformers.DebertaV2Model(
-        transformers.DebertaV2Config(
-            **DEBERTA, position_buckets=16, max_position_embeddings=64, conv_kernel_size=3
-        )
-    ),
-    "deberta-v2, own projections": lambda: transformers.DebertaV2Model(
-        transformers.DebertaV2Config(
-            **{**DEBERTA, "share_att_key": False, "pos_att_type": "p2c"}, max_relative_positions=16,
-        )
-    ),
-    "deberta-v2, absolute": lambda: transformers.DebertaV2Model(
-        transformers.DebertaV2Config(**{**SIZES, "type_vocab_size": 2}, pos_att_type=None)
-    ),
-    "mpnet": lambda: transformers.MPNetModel(
-        transformers.MPNetConfig(**SIZES), add_pooling_layer=False
-    ),
-    # Beyond max_distance within the longest text.
-    "t5": lambda: transformers.T5EncoderModel(
-        transformers.T5Config(
-            vocab_size=99, d_model=64, d_kv=24, d_ff=48, num_layers=2, num_heads=2,
-            relative_attention_num_buckets=8, relative_attention_max_distance=20,
-        )
-    ),
-}  # fmt: skip
 LENGTHS = (7, 1, 45, 12)
 
 
-@pytest.fixture(params=MODELS)
+@pytest.fixture(params=REPLACED)
 def models(request):
     """A model as transformers made it, and the same with emblas inside."""
     hf.register()
-    torch.manual_seed(0)
-    eager = MODELS[request.param]().eval()
-    with torch.no_grad():
-        for name, weight in eager.named_parameters():
-            # Larger queries and biases: a softmax of low entropy shows what is wrong.
-            if name.endswith(("query_proj.weight", "attn.q.weight", "SelfAttention.q.weight")):
-                weight.mul_(12 if "SelfAttention" not in name else 4)
-            if "relative_attention_bias" in name:
-                weight.normal_()
+    eager = tiny_replaced(request.param)
     return eager, replace_modules(copy.deepcopy(eager))
 
 

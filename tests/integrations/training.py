@@ -13,6 +13,7 @@ from emblas.pooling import Pooling
 from integrations.models import SIZES, TEXTS, make_tokenizer, tiny
 from processes import process_group
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 
@@ -68,7 +69,33 @@ def half_a_step(rank, expected_gradients, expected_vectors):
     np.testing.assert_allclose(out, expected_vectors, rtol=1e-4, atol=1e-5)
 
 
+def half_a_sharded_step(rank, expected_gradients):
+    """FSDP2: every process holds half of each parameter."""
+    model = PackedEncoder()
+    for layer in model.model.encoder.layer:
+        fully_shard(layer)
+    fully_shard(model)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    at = slice(4 * rank, 4 * rank + 4)
+    losses = []
+    for step in range(2):
+        vectors = encode(model, [*texts(8)[at], *texts(8, 1)[at]])
+        loss = InfoNCE(0.2, gather=True)(vectors[:4], vectors[4:])
+        loss.backward()
+        if step == 0:
+            whole = {n: p.grad.full_tensor() for n, p in model.named_parameters()
+                     if p.grad is not None}  # fmt: skip
+            assert_same(whole, expected_gradients)
+        optimizer.step()
+        optimizer.zero_grad()
+        total = loss.detach().clone()
+        torch.distributed.all_reduce(total)
+        losses.append(float(total))
+    assert losses[1] < losses[0]
+
+
 def run(rank, count, folder, *expected):
     """What one of several processes does: half of a training step, and half of the texts."""
     with process_group(rank, count, folder):
         half_a_step(rank, *expected)
+        half_a_sharded_step(rank, expected[0])

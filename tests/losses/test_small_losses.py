@@ -195,6 +195,8 @@ def distill_oracle(
     like = cosine if similarity == "cosine" else np.dot
     if method == "cosine":
         return mean(1 - cosine(s[i], t[i]) for i in range(n))
+    if method == "euclidean":
+        return mean(np.linalg.norm(s[i] - t[i]) ** 2 for i in range(n))
     others = range(n) if a is None else range(len(a))
     S = [[like(s[i], (s if a is None else a)[j]) for j in others] for i in range(n)]
     T = [[like(t[i], (t if b is None else b)[j]) for j in others] for i in range(n)]
@@ -211,6 +213,7 @@ def distill_oracle(
 
 DISTILL = [
     ("cosine", False, {}),
+    ("euclidean", False, {}),
     ("similarity", False, {}),
     ("similarity", False, {"temperature": 0.2}),
     ("relative", False, {"margin": 0.1}),
@@ -227,7 +230,8 @@ DISTILL = [
 def test_distill(monkeypatch, method, anchored, options, block_bytes):
     monkeypatch.setattr("emblas.losses.distillation.BLOCK_BYTES", block_bytes)
     d = torch.float64
-    s, t = torch.randn(6, 4, dtype=d), torch.randn(6, 4 if method == "cosine" else 5, dtype=d)
+    teacher_dim = 4 if method in ("cosine", "euclidean") else 5
+    s, t = torch.randn(6, 4, dtype=d), torch.randn(6, teacher_dim, dtype=d)
     anchors = (torch.randn(3, 4, dtype=d), torch.randn(3, 5, dtype=d)) if anchored else None
     a, b = (x.numpy() for x in anchors) if anchors else (None, None)
     expected = distill_oracle(s.numpy(), t.numpy(), method, a, b, **options)
@@ -351,6 +355,10 @@ BAD = X / 0
         (ValueError, "teacher must be finite", lambda: distill(X, BAD)),
         (ValueError, "anchors belong to", lambda: distill(X, X + 1, "anchor")),
         (ValueError, "similarity has no meaning", lambda: distill(X, X + 1, similarity="dot")),
+        (ValueError, "similarity has no meaning",
+         lambda: distill(X, X + 1, "euclidean", similarity="dot")),
+        (ValueError, "teacher must have vectors of dim",
+         lambda: distill(X, X[:, :2], "euclidean")),
         (ValueError, "temperature has no meaning", lambda: distill(X, X + 1, temperature=1.0)),
         (ValueError, r"anchors\[1\] must have 1 rows",
          lambda: distill(X, X + 1, "anchor", anchors=(X[:1], X))),

@@ -10,13 +10,14 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from emblas import _op, packed
 from emblas.binary import Int8Quantizer, pack_sign
+from emblas.encoder.branches import PackedBranches, check_branches, pack_branches
 from emblas.encoder.outputs import (
     OUTPUTS,
     Collector,
@@ -25,6 +26,15 @@ from emblas.encoder.outputs import (
     concatenate,
     to_numpy,
 )
+from emblas.encoder.tokens import (
+    TRUNCATION,
+    Branches,
+    branch_tokens,
+    longest,
+    prompt_tokens,
+    tokenize,
+)
+from emblas.integrations import last_layer
 from emblas.integrations import transformers as hf
 from emblas.integrations.optimize import optimize
 from emblas.losses import gather_rows
@@ -32,15 +42,7 @@ from emblas.pooling import Epilogue, LexicalWeights, segment_pool, span_pool
 from emblas.pooling.functions import check_modes
 
 WINDOW = 16384  # texts that are tokenized and sorted by length together
-TRUNCATION = ("warn", "error", "ignore")
-
-
-class _Tokens(NamedTuple):
-    ids: list[list[int]]
-    cut: list[int]
-    """Tokens that each text has lost."""
-    prompt: int
-    """Tokens of the prompt, which some models leave out of the pooling."""
+POOLED = frozenset({"dense", "matryoshka", "int8", "bits"})  # outputs made of pooled vectors alone
 
 
 class Encoder:
@@ -116,7 +118,7 @@ class Encoder:
         self.head = head
         self.prompts = dict(prompts or {})
         self.include_prompt = include_prompt
-        self.max_length = max_length or _longest(model, tokenizer)
+        self.max_length = max_length or longest(model, tokenizer)
         self.lexical = lexical
         self.token_head = token_head
         self.token_budget = token_budget
@@ -258,13 +260,16 @@ class Encoder:
             As in :meth:`encode`.
         outputs : sequence of str, default ("dense",)
             Of "dense", "matryoshka" (``dims``), "int8", "bits", "lexical" (the encoder needs that
-            head), "tokens" (one vector per token) and "chunks" (late chunking, arXiv 2409.04701:
-            one vector per ``chunk_size`` tokens, pooled after the model has read all of the text).
+            head), "tokens" (one vector per token), "chunks" (late chunking, arXiv 2409.04701:
+            one vector per ``chunk_size`` tokens, pooled after the model has read all of the text)
+            and "branches" (causal models pooled by the last token: one vector per text and text of
+            ``branches``, such as an instruction, behind it; the text itself is read once, in a pass
+            of its own beside that of the other outputs, and cut so that the longest one fits).
         **options
             ``prompt``, ``truncation``, ``progress``, ``as_numpy`` as in :meth:`encode`; ``dims``
             (sequence of int); ``quantizer`` (:class:`emblas.binary.Int8Quantizer`, without which
             the range of the dense vectors of these texts is taken); ``chunk_size`` (default 128
-            tokens) and ``chunk_overlap`` (default 0).
+            tokens) and ``chunk_overlap`` (default 0); ``branches`` (sequence of str).
 
         Returns
         -------
@@ -286,7 +291,9 @@ class Encoder:
         parts = list(self.stream(texts, asked, quantizer=quantizer, as_numpy=False, **options))
         if not parts:
             settings = {
-                k: options[k] for k in ("dims", "chunk_size", "chunk_overlap") if k in options
+                k: options[k]
+                for k in ("dims", "chunk_size", "chunk_overlap", "branches")
+                if k in options
             }
             parts = [self._embed([], asked, "", "ignore", quantizer=quantizer, **settings)]
         result = concatenate(parts)
@@ -387,8 +394,13 @@ class Encoder:
         quantizer: Int8Quantizer | None = None,
         chunk_size: int = 128,
         chunk_overlap: int = 0,
+        branches: Sequence[str] | None = None,
     ) -> None:
         _op.check_choice("truncation", truncation, TRUNCATION)
+        if ("branches" in outputs) != (branches is not None):
+            raise ValueError("branches and the output 'branches' go together")
+        if branches is not None:
+            check_branches(self.model, self.modes)
         if ("matryoshka" in outputs) != (dims is not None):
             raise ValueError("dims and the output 'matryoshka' go together")
         if dims is not None and not (dims and all(1 <= k <= self.dim for k in dims)):
@@ -403,41 +415,6 @@ class Encoder:
                 f"{chunk_size}"
             )
 
-    def _tokenize(self, texts: Sequence[str], prompt: str, truncation: str) -> _Tokens:
-        whole = [prompt + text for text in texts]
-        ids: list[list[int]] = self._ids(whole) if whole else []
-        cut = [0] * len(ids)
-        long = [i for i, text in enumerate(ids) if len(text) > self.max_length]
-        if long and truncation == "error":
-            raise ValueError(
-                f"texts[{long[0]}] has {len(ids[long[0]])} tokens, more than max_length = "
-                f"{self.max_length}; {len(long)} of {len(ids)} texts are too long"
-            )
-        if long:
-            # By the tokenizer, which knows the special tokens at the end.
-            short = self._ids([whole[i] for i in long], truncation=True, max_length=self.max_length)
-            for i, text in zip(long, short, strict=True):
-                cut[i] = len(ids[i]) - len(text)
-                ids[i] = text
-        return _Tokens(ids, cut, 0 if self.include_prompt else self._prompt_tokens(prompt))
-
-    def _ids(self, texts: list[str], **options: Any) -> list[list[int]]:
-        encoded = self.tokenizer(
-            texts,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,
-            **{"truncation": False, **options},
-        )
-        ids: list[list[int]] = encoded["input_ids"]
-        return ids
-
-    def _prompt_tokens(self, prompt: str) -> int:
-        if not prompt:
-            return 0
-        ids = self._ids([prompt])[0]
-        return len(ids) - (bool(ids) and ids[-1] in self.tokenizer.all_special_ids)
-
     @torch.no_grad()
     def _embed(
         self,
@@ -450,19 +427,35 @@ class Encoder:
         quantizer: Int8Quantizer | None = None,
         chunk_size: int = 128,
         chunk_overlap: int = 0,
+        branches: Sequence[str] | None = None,
         bar: Any = None,
     ) -> Embeddings:
-        tokens = self._tokenize(texts, prompt, truncation)
+        tails = None if branches is None else branch_tokens(self.tokenizer, branches)
+        room = self.max_length - (0 if tails is None else tails.longest)
+        if room < 1:
+            raise ValueError(f"branches leave no token to a text of max_length = {self.max_length}")
+        tokens = tokenize(self.tokenizer, texts, prompt, room, truncation)
+        skip = 0 if self.include_prompt else prompt_tokens(self.tokenizer, prompt)
+        whole = (
+            skip > 0
+            or not POOLED.issuperset(outputs)
+            or not last_layer.MODES.issuperset(self.modes)
+            or not last_layer.is_patched(self.model)
+        )
         lengths = [len(ids) for ids in tokens.ids]
         kept = Collector(len(texts))
         device = self.model.device
+        if tails is not None:
+            self._put_branches(kept, tokens.ids, tails)
         batches = packed.token_budget_batches(lengths, self.token_budget) if texts else [[]]
-        for batch in batches:
+        for batch in batches if set(outputs) != {"branches"} else []:
             flat = list(itertools.chain.from_iterable(tokens.ids[i] for i in batch))
             token_ids = torch.tensor(flat, dtype=torch.int64, device=device)
             cu_seqlens = packed.offsets([lengths[i] for i in batch]).to(device)
-            hidden = self._hidden(token_ids, cu_seqlens)
-            dense = self._pool(hidden, cu_seqlens, tokens.prompt)
+            rows = None if whole else last_layer.pooled_rows(cu_seqlens, self.modes)
+            options = {} if rows is None else {last_layer.KEY: rows}
+            hidden = self._hidden(token_ids, cu_seqlens, **options)
+            dense = self._pool(hidden, cu_seqlens if rows is None else rows.cu_seqlens, skip)
             if "dense" in outputs:
                 kept.put("dense", batch, dense)
             if dims is not None:
@@ -507,13 +500,32 @@ class Encoder:
             tokens=kept.ragged("tokens"),
             chunks=kept.ragged("chunks"),
             chunk_spans=kept.ragged("chunk spans"),
+            branches=kept.rows("branches"),
         )
 
-    def _hidden(self, token_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
+    def _put_branches(self, kept: Collector, texts: Sequence[list[int]], tails: Branches) -> None:
+        """Vectors of every text with every branch, from a pass of their own."""
+        added = sum(map(len, tails.ids)) - tails.end
+        lengths = [len(ids) + added for ids in texts]
+        batches = packed.token_budget_batches(lengths, self.token_budget) if texts else [[]]
+        for batch in batches:
+            at = pack_branches([texts[i] for i in batch], tails)
+            at = PackedBranches(*(part.to(self.model.device) for part in at))
+            hidden = self._hidden(
+                at.token_ids,
+                at.cu_seqlens,
+                position_ids=at.positions + hf.position_start(self.model.base_model),
+                **{hf.BRANCH: at.branch},
+            )
+            vectors = self._headed(hidden[at.last.flatten()])
+            kept.put("branches", batch, vectors.unflatten(0, at.last.shape))
+
+    def _hidden(self, token_ids: Tensor, cu_seqlens: Tensor, **options: Any) -> Tensor:
+        """Last hidden states, of all tokens or of those that are pooled."""
         if len(token_ids) == 0:  # models don't take batches without a token
             size = self.model.config.hidden_size
             return torch.zeros(0, size, dtype=self.model.dtype, device=self.model.device)
-        return hf.forward_packed(self.model.base_model, token_ids, cu_seqlens)
+        return hf.forward_packed(self.model.base_model, token_ids, cu_seqlens, **options)
 
     def _pool(self, hidden: Tensor, cu_seqlens: Tensor, skip: int) -> Tensor:
         pooled = segment_pool(hidden, cu_seqlens, self.modes, skip_prefix=skip or None)
@@ -564,16 +576,6 @@ def _check_names(outputs: Sequence[str]) -> None:
         raise ValueError(f"outputs must be a list of names, got {outputs!r}")
     for name in outputs:
         _op.check_choice("outputs", name, OUTPUTS)
-
-
-def _longest(model: Any, tokenizer: Any) -> int:
-    limit = getattr(tokenizer, "model_max_length", None)
-    if limit is None or limit > 1 << 30:  # transformers writes 1e30 for "unknown"
-        limit = getattr(model.config, "max_position_embeddings", None)
-        if limit is None:
-            raise ValueError("max_length must be given: neither tokenizer nor model states one")
-        limit -= hf.position_start(model)
-    return int(limit)
 
 
 def _chunks(cu_seqlens: Tensor, size: int, overlap: int) -> tuple[Tensor, Tensor, Tensor]:

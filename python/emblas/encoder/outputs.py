@@ -13,7 +13,7 @@ from torch import Tensor
 from emblas import packed
 from emblas.binary import Int8Quantizer
 
-OUTPUTS = ("dense", "matryoshka", "int8", "bits", "lexical", "tokens", "chunks")
+OUTPUTS = ("dense", "matryoshka", "int8", "bits", "lexical", "tokens", "chunks", "branches")
 
 
 class TruncationWarning(UserWarning):
@@ -60,6 +60,8 @@ class Embeddings:
     chunk_spans: Ragged | None = None
     """int64 ``(rows, 2)``: first token of each chunk within its text, and the one after its last.
     """
+    branches: Any = None
+    """float32 ``(texts, branches, dim)``."""
 
     def __len__(self) -> int:
         return len(self.num_tokens)

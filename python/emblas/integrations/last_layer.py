@@ -5,24 +5,28 @@
 >>> vectors = forward_rows(model, input_ids, cu_seqlens, pooled_tokens(cu_seqlens, "cls"))
 
 Keys and values come from all tokens; queries, the projection behind attention and the MLP of the
-last layer are computed for the chosen ones only, which saves most of that layer.
+last layer, ten of the twelve products with weights in BERT, are computed for the chosen ones only.
+The rows that come out are the ones that would have come out of the whole layer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from emblas import packed
 from emblas.attention import attend_rows, rotary
 from emblas.integrations import transformers as hf
 
 try:
     from transformers.models.bert.modeling_bert import BertLayer
+    from transformers.models.camembert.modeling_camembert import CamembertLayer
+    from transformers.models.electra.modeling_electra import ElectraLayer
     from transformers.models.llama.modeling_llama import LlamaDecoderLayer
     from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
     from transformers.models.nomic_bert.modeling_nomic_bert import NomicBertLayer
@@ -36,11 +40,46 @@ except ImportError as error:
     ) from error
 
 
+KEY = "emblas_pooled_rows"  # travels through a model's keyword arguments, like cu_seq_lens_q
+MODES = frozenset({"cls", "last"})
+
+
+class PooledRows(NamedTuple):
+    """The tokens of a packed batch that are pooled: at most two of each text."""
+
+    rows: Tensor
+    """``(pooled,)`` int64."""
+    cu_seqlens: Tensor
+    """Offsets ``(batch + 1,)`` of the texts in ``rows``."""
+
+
+def pooled_rows(cu_seqlens: Tensor, modes: Sequence[str]) -> PooledRows:
+    """Choose the tokens that are pooled.
+
+    Parameters
+    ----------
+    cu_seqlens : Tensor
+        Offsets ``(batch + 1,)`` of a packed batch.
+    modes : sequence of {"cls", "last"}
+        Which tokens of a text are wanted. A text of a single token gives it once, one without
+        tokens none.
+
+    Returns
+    -------
+    PooledRows
+    """
+    lengths = cu_seqlens.diff()
+    rows = torch.stack([cu_seqlens[:-1], cu_seqlens[1:] - 1], 1).long()
+    first = lengths.gt(0) if "cls" in modes else torch.zeros_like(lengths, dtype=torch.bool)
+    last = lengths.gt(int("cls" in modes)) & ("last" in modes)
+    wanted = torch.stack([first, last], 1)
+    return PooledRows(rows[wanted], packed.offsets(wanted.sum(1)))
+
+
 class _Chosen:
     """The tokens ``rows`` of a packed batch, in one layer."""
 
     def __init__(self, rows: Tensor, attention: Any, options: dict[str, Any]) -> None:
-        self.index = rows.clamp_min(0)
         self.rows = rows
         self.scale: float = attention.scaling
         self.batch = options["cu_seq_lens_q"], options["max_length_q"]
@@ -63,12 +102,12 @@ class _Chosen:
             norm: nn.Module | None = getattr(attention, name, None)
             return projected if norm is None else norm(projected)
 
-        q = heads(attention.q_proj(x[self.index]), "q_norm")
+        q = heads(attention.q_proj(x[self.rows]), "q_norm")
         k = heads(attention.k_proj(x), "k_norm")
         v = attention.v_proj(x).unflatten(-1, (-1, attention.head_dim))
         # transformers holds each number twice, for both elements of a pair.
         cos, sin = (table[0, :, : table.shape[-1] // 2] for table in cos_sin)
-        q, k = rotary(q, cos[self.index], sin[self.index]), rotary(k, cos, sin)
+        q, k = rotary(q, cos[self.rows], sin[self.rows]), rotary(k, cos, sin)
         projected: Tensor = attention.o_proj(self.attend(q, k, v, _sliding_window(attention)))
         return projected
 
@@ -89,10 +128,10 @@ def _bert(layer: Any, rows: Tensor, hidden_states: Tensor, *args: Any, **options
     q, k, v = (
         project(y).unflatten(-1, (attention.num_attention_heads, -1))
         for project, y in (
-            (attention.query, x[chosen.index]), (attention.key, x), (attention.value, x)
+            (attention.query, x[chosen.rows]), (attention.key, x), (attention.value, x)
         )
     )  # fmt: skip
-    attended = layer.attention.output(chosen.attend(q, k, v), x[chosen.index])
+    attended = layer.attention.output(chosen.attend(q, k, v), x[chosen.rows])
     out: Tensor = layer.feed_forward_chunk(attended)
     return out[None]
 
@@ -101,7 +140,7 @@ def _nomic(layer: Any, rows: Tensor, hidden_states: Tensor, *args: Any, **option
     """NomicBERT: rotary, and the norms come after the sums."""
     chosen, x = _Chosen(rows, layer.self_attn, options), hidden_states[0]
     attended = chosen.attend_rotary(layer.self_attn, x, options["position_embeddings"])
-    y = layer.post_attention_layernorm(x[chosen.index] + layer.post_attention_dropout(attended))
+    y = layer.post_attention_layernorm(x[chosen.rows] + layer.post_attention_dropout(attended))
     out: Tensor = layer.post_mlp_layernorm(y + layer.post_mlp_dropout(layer.mlp(y)))
     return out[None]
 
@@ -110,7 +149,7 @@ def _llama(layer: Any, rows: Tensor, hidden_states: Tensor, *args: Any, **option
     """Llama, Mistral and Qwen: rotary, and the norms come before attention and the MLP."""
     chosen, x = _Chosen(rows, layer.self_attn, options), hidden_states[0]
     normed = layer.input_layernorm(x)
-    y = x[chosen.index]
+    y = x[chosen.rows]
     y = y + chosen.attend_rotary(layer.self_attn, normed, options["position_embeddings"])
     out: Tensor = y + layer.mlp(layer.post_attention_layernorm(y))
     return out[None]
@@ -118,6 +157,8 @@ def _llama(layer: Any, rows: Tensor, hidden_states: Tensor, *args: Any, **option
 
 _LAYERS: dict[type, Callable[..., Tensor]] = {
     BertLayer: _bert,
+    CamembertLayer: _bert,
+    ElectraLayer: _bert,
     LlamaDecoderLayer: _llama,
     MistralDecoderLayer: _llama,
     NomicBertLayer: _nomic,
@@ -128,9 +169,58 @@ _LAYERS: dict[type, Callable[..., Tensor]] = {
 }
 
 
+def last_layer(model: Any) -> nn.Module | None:
+    """Return the layer of a model of transformers that :func:`forward` can run; None if it can't.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        With or without a head.
+    """
+    for stack in model.base_model.modules():
+        if isinstance(stack, nn.ModuleList) and len(stack) > 0 and type(stack[-1]) in _LAYERS:
+            layer: Any = stack[-1]
+            return None if getattr(layer, "is_decoder", False) else layer
+    return None
+
+
+def is_patched(model: Any) -> bool:
+    """Return whether a model's last layer listens to ``KEY``."""
+    layer = last_layer(model)
+    return layer is not None and getattr(vars(layer).get("forward"), "func", None) is forward
+
+
+def forward(layer: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """Run a last layer; with ``KEY`` among the arguments, for the pooled tokens.
+
+    Parameters
+    ----------
+    layer : Module
+        From :func:`last_layer`.
+    hidden_states : Tensor
+        ``(1, tokens, hidden)``, packed where there are pooled rows.
+    *args, **kwargs
+        Those of the layer's own ``forward``.
+
+    Returns
+    -------
+    Tensor
+        ``(1, pooled, hidden)``, or what the layer itself returns.
+    """
+    pooled: PooledRows | None = kwargs.pop(KEY, None)
+    if pooled is None:
+        return type(layer).forward(layer, hidden_states, *args, **kwargs)
+    if layer.training and _dropout(layer) > 0:  # attention of chosen rows has no dropout
+        return type(layer).forward(layer, hidden_states, *args, **kwargs)[:, pooled.rows]
+    return _LAYERS[type(layer)](layer, pooled.rows, hidden_states, *args, **kwargs)
+
+
 @contextmanager
-def _replaced(layer: nn.Module, forward: Callable[..., Tensor]) -> Iterator[None]:
-    layer.forward = forward
+def _patched(layer: nn.Module) -> Iterator[None]:
+    if "forward" in vars(layer):  # by optimize()
+        yield
+        return
+    layer.forward = partial(forward, layer)
     try:
         yield
     finally:
@@ -162,29 +252,23 @@ def forward_rows(
     Raises
     ------
     ValueError
-        If the last layer isn't one of these, drops probabilities of attention (in training), or the
-        model uses another attention implementation.
+        If the last layer isn't one of these, or the model uses another attention implementation.
 
     Notes
     -----
     The layer is replaced for the time of the call: calls of one model from several threads must
     not overlap.
     """
-    stack = next(
-        (m for m in model.modules() if isinstance(m, nn.ModuleList) and type(m[-1]) in _LAYERS),
-        None,
-    )
-    if stack is None:
-        known = ", ".join(sorted(layer.__name__ for layer in _LAYERS))
+    layer = last_layer(model)
+    if layer is None:
+        known = ", ".join(sorted(known.__name__ for known in _LAYERS))
         raise ValueError(
             f"the last layer of model must be one of {known}; {type(model).__name__} has none"
         )
-    layer = stack[-1]
-    if model.training and _dropout(layer) > 0:
-        raise ValueError("model must not drop attention probabilities in its last layer")
-    replaced = partial(_LAYERS[type(layer)], layer, rows.long())
-    with _replaced(layer, replaced):
-        out = hf.forward_packed(model, input_ids, cu_seqlens, **kwargs)
+    rows = rows.long()
+    pooled = PooledRows(rows.clamp_min(0), cu_seqlens)
+    with _patched(layer):
+        out = hf.forward_packed(model, input_ids, cu_seqlens, **{KEY: pooled}, **kwargs)
     return torch.where((rows >= 0)[:, None], out, 0)
 
 

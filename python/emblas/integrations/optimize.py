@@ -5,10 +5,11 @@
 >>> emblas.verify(model, texts)             # how far from the untouched model, on these texts
 >>> optimized.undo()
 
-A model keeps its interface. Where it is handed a padded batch and a mask, a hook takes the padding
-out before the first layer and puts it back behind the last one, so that every layer sees tokens
-only. Hooks, the attention interface of transformers and plain ``forward`` attributes are all that
-is used: saved folders are those of the untouched model.
+A model keeps its interface. Where it is handed a padded batch and a mask, the padding is taken out
+before the first layer and put back behind the last one, so that every layer sees tokens only. The
+attention interface of transformers and plain ``forward`` attributes are all that is used, since
+sentence-transformers calls ``model.forward`` past all hooks: saved folders are those of the
+untouched model.
 """
 
 from __future__ import annotations
@@ -18,14 +19,17 @@ import functools
 import inspect
 import sys
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from emblas import packed
+from emblas.integrations import last_layer
 from emblas.integrations import transformers as hf
+from emblas.integrations.transformers_modules import replace_modules, replaceable
 
 try:
     from transformers import PreTrainedModel, __version__
@@ -35,7 +39,8 @@ except ImportError as error:
         "emblas.optimize needs transformers >= 5: pip install 'emblas[hf]'"
     ) from error
 
-_ROWS = "emblas_rows"  # travels through a model's keyword arguments, like cu_seq_lens_q
+# How tokens are pooled whose hidden states nobody sees; () where they are wanted themselves.
+_POOLED: ContextVar[tuple[str, ...]] = ContextVar("emblas_pooled", default=())
 _PROBE_LENGTHS = (5, 1, 9)
 _LONGEST_PROBE = 600
 _ACTIVE: weakref.WeakKeyDictionary[nn.Module, Optimized] = weakref.WeakKeyDictionary()
@@ -92,29 +97,54 @@ class Optimized:
             self._pack(transformer)
         for name, module in self.model.named_modules():
             self._fuse(name, module)
+        if _is_sentence_transformer(self.model):
+            self._patch(self.model, "encode", _encode)
 
     def _pack(self, model: Any) -> None:
         base = model.base_model
-        before = model.config._attn_implementation
-        model.set_attn_implementation(hf.NAME)
-        self._undo.callback(model.set_attn_implementation, before)
+        if replaceable(model):
+            self._replace(model)
+            if any(isinstance(module, hf.PackedEncoder) for module in model.modules()):
+                return  # which packs what comes to it
+        else:
+            before = model.config._attn_implementation
+            model.set_attn_implementation(hf.NAME)
+            self._undo.callback(model.set_attn_implementation, before)
         if base.config._attn_implementation != hf.NAME:
             raise UnsupportedModelError(
                 "attention_interface",
                 f"{type(model).__name__} does not take its attention from transformers' interface",
             )
-        takes = base.register_forward_pre_hook(_take_padding_out, with_kwargs=True)
-        self._undo.callback(takes.remove)
-        puts = base.register_forward_hook(_put_padding_back, with_kwargs=True)
-        self._undo.callback(puts.remove)
+        self._patch(base, "forward", _forward)
+        layer = last_layer.last_layer(model)
         self.changes.append(f"{type(base).__name__} runs packed with {hf.NAME} attention")
+        if layer is not None:
+            self._patch(layer, "forward", last_layer.forward)
+            self.changes.append(f"{type(layer).__name__} runs for single tokens where they suffice")
+
+    def _replace(self, model: Any) -> None:
+        for module in replaceable(model):
+            self._undo.callback(setattr, module, "__class__", type(module))
+        for module in model.modules():
+            config: Any = getattr(module, "config", None)
+            if config is not None:
+                before = config._attn_implementation
+                self._undo.callback(setattr, config, "_attn_implementation", before)
+        replace_modules(model)
+        self.changes.append(f"{type(model.base_model).__name__} runs packed with {hf.NAME} modules")
+
+    def _patch(self, module: nn.Module, name: str, function: Callable[..., Any]) -> None:
+        """Put a function in the place of a method."""
+        # Not another class: what is saved shall name the class that everybody has.
+        replacement: Any = functools.partial(function, module)
+        replacement.__signature__ = _signature(getattr(module, name))  # trainers look at it
+        setattr(module, name, replacement)
+        self._undo.callback(module.__dict__.pop, name)
 
     def _fuse(self, name: str, module: nn.Module) -> None:
         forward = _fused().get(type(module))
         if forward is not None:
-            # Not another class: what is saved shall name the class that everybody has.
-            module.forward = functools.partial(forward, module)
-            self._undo.callback(module.__dict__.pop, "forward")
+            self._patch(module, "forward", forward)
             self.changes.append(f"{name} ({type(module).__name__}) is one kernel")
 
 
@@ -124,10 +154,11 @@ def optimize(model: nn.Module) -> Optimized:
     Parameters
     ----------
     model : Module
-        A model of transformers (any with a token encoder or decoder on its attention interface,
-        under any head) or of sentence-transformers (dense, sparse, cross-encoder or multi-vector).
-        It is changed in place and keeps its interface: ``encode``, trainers and plain loops work as
-        before, with gradients. Parameters are neither copied nor changed.
+        A model of transformers (any with a token encoder or decoder on its attention interface, and
+        DeBERTa-v2 and v3, MPNet and T5 encoders, whose modules are replaced; under any head) or of
+        sentence-transformers (dense, sparse, cross-encoder or multi-vector). It is changed in place
+        and keeps its interface: ``encode``, trainers and plain loops work as before, with
+        gradients. Parameters are neither copied nor changed.
 
     Returns
     -------
@@ -170,8 +201,17 @@ def optimize(model: nn.Module) -> Optimized:
                 "encoder_decoder",
                 f"{type(transformer).__name__} has a decoder that attends to an encoder",
             )
-        if _take_padding_out in transformer.base_model._forward_pre_hooks.values():
+        forward = vars(transformer.base_model).get("forward")
+        if getattr(forward, "func", None) is _forward or any(
+            isinstance(module, hf.PackedEncoder) for module in transformer.modules()
+        ):
             raise UnsupportedModelError("already_optimized", "undo() it first")
+        if forward is not None:
+            raise UnsupportedModelError(
+                "forward",
+                f"the forward of {type(transformer.base_model).__name__} has been replaced by "
+                "another library; restore it first (Accelerator.unwrap_model does)",
+            )
     hf.register()
     expected = [_probe(transformer) for transformer in found]
     optimized = Optimized(model)
@@ -268,6 +308,46 @@ def _fused() -> Mapping[type, Any]:
     return twins.FORWARD
 
 
+def _is_sentence_transformer(model: nn.Module) -> bool:
+    if "sentence_transformers" not in sys.modules:
+        return False
+    from sentence_transformers import SentenceTransformer
+
+    return isinstance(model, SentenceTransformer)
+
+
+def _encode(model: Any, *args: Any, **kwargs: Any) -> Any:
+    """Encode texts; where only pooled vectors are wanted, the model is told which tokens are."""
+    arguments = inspect.signature(type(model).encode).bind(model, *args, **kwargs).arguments
+    wanted = arguments.get("output_value", "sentence_embedding")
+    token = _POOLED.set(_pooled_modes(model) if wanted == "sentence_embedding" else ())
+    try:
+        return type(model).encode(model, *args, **kwargs)
+    finally:
+        _POOLED.reset(token)
+
+
+def _pooled_modes(model: Any) -> tuple[str, ...]:
+    """Return the modes of a model whose vectors come from first and last tokens, () for others."""
+    from sentence_transformers.base.modules import Dense, Normalize, Transformer
+    from sentence_transformers.sentence_transformer.modules import Pooling
+
+    from emblas.integrations.sentence_transformers_pooling import MODES
+
+    first, pooling, *rest = [*model, None, None][: max(len(model), 2)]
+    if (
+        not isinstance(first, Transformer)
+        or type(pooling) is not Pooling
+        or not pooling.include_prompt
+        or any(type(module) not in (Dense, Normalize) for module in rest)
+        or not last_layer.is_patched(first.model)
+    ):
+        return ()
+    modes = pooling.pooling_mode
+    modes = tuple(MODES[mode] for mode in ((modes,) if isinstance(modes, str) else modes))
+    return modes if last_layer.MODES.issuperset(modes) else ()
+
+
 @contextlib.contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
     training = [module for module in model.modules() if module.training]
@@ -279,12 +359,33 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def _take_padding_out(
-    model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Turn a padded batch into a packed one, if that is what a model is called with."""
-    names = inspect.signature(model.forward).parameters
-    given = {**dict(zip(names, args, strict=False)), **kwargs}
+def _signature(function: Callable[..., Any]) -> inspect.Signature:
+    """Return names and defaults, without annotations: these can't always be pickled."""
+    signature = inspect.signature(function)
+    empty = inspect.Parameter.empty
+    parameters = [p.replace(annotation=empty) for p in signature.parameters.values()]
+    return signature.replace(parameters=parameters, return_annotation=inspect.Signature.empty)
+
+
+def _forward(model: Any, *args: Any, **kwargs: Any) -> Any:
+    """Run a model on the tokens of a padded batch, if that is what it is called with."""
+    given = dict(kwargs)
+    if args:
+        names = [*inspect.signature(type(model).forward).parameters][1:]
+        given |= zip(names, args, strict=False)
+    batch = _padded_batch(model, given)
+    if batch is None:
+        return type(model).forward(model, *args, **kwargs)
+    shape = given["attention_mask"].shape
+    given = _take_padding_out(model, given, batch)
+    outputs = type(model).forward(model, **given)
+    if last_layer.KEY in given:
+        batch = batch._replace(rows=batch.rows[given[last_layer.KEY].rows])
+    return _put_padding_back(model, outputs, batch, shape)
+
+
+def _padded_batch(model: Any, given: Mapping[str, Any]) -> hf.PaddedBatch | None:
+    """Locate the tokens of a padded batch among arguments; None if they hold something else."""
     mask = given.get("attention_mask")
     if (
         not isinstance(mask, Tensor)
@@ -300,14 +401,23 @@ def _take_padding_out(
     if not isinstance(tokens, Tensor) or tokens.shape[:2] != mask.shape:
         return None
     mask = mask != 0
-    rows = mask.flatten().nonzero().squeeze(1)
-    if len(rows) == 0:
+    batch = hf.padded_batch(mask)
+    if batch.max_seqlen == 0:
         return None
     if _window(model.config) and bool((mask[:, 1:] != mask[:, :-1]).sum(1).gt(1).any()):
         raise ValueError(
             "attention_mask must be without holes for a model with sliding windows, whose distances"
             " would change"
         )
+    return batch
+
+
+def _take_padding_out(
+    model: Any, given: Mapping[str, Any], batch: hf.PaddedBatch
+) -> dict[str, Any]:
+    """Turn the arguments of a padded batch into those of a packed one."""
+    given = dict(given)
+    mask = given["attention_mask"]
     packable = [
         name
         for name, value in given.items()
@@ -317,45 +427,39 @@ def _take_padding_out(
     if positions is not None:
         packable.append("position_ids")
         given["position_ids"] = positions.expand(mask.shape)
-    given |= {name: given[name].flatten(0, 1)[rows][None] for name in packable}
-    lengths = mask.sum(1)
-    cu_seqlens = packed.offsets(lengths)
-    longest = int(lengths.max())
+    given |= {name: batch.take(given[name]) for name in packable}
     if positions is None:
         start = hf.position_start(model)
         if start and given.get("input_ids") is not None:
-            at = packed.positions(cu_seqlens)  # such models count tokens, not columns
+            at = packed.positions(batch.cu_seqlens)  # such models count tokens, not columns
         else:
-            at = rows % mask.shape[1]
+            at = batch.rows % mask.shape[1]
         given["position_ids"] = (at + start)[None]
     given |= {
         "attention_mask": None,
-        "cu_seq_lens_q": cu_seqlens,
-        "cu_seq_lens_k": cu_seqlens,
-        "max_length_q": longest,
-        "max_length_k": longest,
-        _ROWS: (rows, *mask.shape),
+        "cu_seq_lens_q": batch.cu_seqlens,
+        "cu_seq_lens_k": batch.cu_seqlens,
+        "max_length_q": batch.max_seqlen,
+        "max_length_k": batch.max_seqlen,
     }
+    states = given.get("output_hidden_states")
+    states = model.config.output_hidden_states if states is None else states
+    if _POOLED.get() and not states:
+        given[last_layer.KEY] = last_layer.pooled_rows(batch.cu_seqlens, _POOLED.get())
     if getattr(model.config, "use_cache", False):
         given["use_cache"] = False
-    return (), given
+    return given
 
 
-def _put_padding_back(
-    model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any
-) -> Any:
+def _put_padding_back(model: Any, outputs: Any, batch: hf.PaddedBatch, shape: torch.Size) -> Any:
     """Spread the outputs of a packed batch over the shape of the padded one."""
-    if _ROWS not in kwargs:
-        return None
-    rows, batch, length = kwargs[_ROWS]
 
     def spread(value: Any) -> Any:
         if isinstance(value, tuple):
             return tuple(spread(part) for part in value)
-        if not isinstance(value, Tensor) or value.dim() < 3 or value.shape[:2] != (1, len(rows)):
+        if not isinstance(value, Tensor) or value.dim() < 3:
             return value
-        padded = value.new_zeros(batch * length, *value.shape[2:])
-        return padded.index_copy(0, rows, value[0]).unflatten(0, (batch, length))
+        return batch.spread(value, shape) if value.shape[:2] == (1, len(batch.rows)) else value
 
     if not isinstance(outputs, ModelOutput):
         return spread(outputs)
@@ -394,9 +498,9 @@ def _probe_inputs(model: Any) -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 def _probe(model: Any) -> Tensor:
     """Last hidden states ``(tokens, hidden)`` of the inputs that a model is compared on."""
-    ids, mask = _probe_inputs(model)
     with _evaluating(model):
         try:
+            ids, mask = _probe_inputs(model)
             hidden: Tensor = model.base_model(input_ids=ids, attention_mask=mask)[0]
         except Exception as error:
             raise UnsupportedModelError(

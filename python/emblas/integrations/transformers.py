@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -26,6 +27,7 @@ except ImportError as error:
 
 # transformers reads "flash", "sdpa" and "/" in a name as requests of its own.
 NAME = "emblas"
+BRANCH = "emblas_branch"  # travels through a model's keyword arguments, like cu_seq_lens_q
 
 
 class PaddedBatch(NamedTuple):
@@ -35,6 +37,15 @@ class PaddedBatch(NamedTuple):
     """Rows of ``(batch * length, ...)`` that hold a token, int64."""
     cu_seqlens: Tensor
     max_seqlen: int
+
+    def take(self, x: Tensor) -> Tensor:
+        """Take the tokens ``(1, tokens, ...)`` out of ``(batch, length, ...)``."""
+        return x.flatten(0, 1)[self.rows][None]
+
+    def spread(self, x: Tensor, shape: Sequence[int]) -> Tensor:
+        """Put tokens ``(1, tokens, ...)`` into zeros of ``(batch, length)``."""
+        padded = x.new_zeros(math.prod(shape), *x.shape[2:])
+        return padded.index_copy(0, self.rows, x[0]).unflatten(0, tuple(shape))
 
 
 class PackedBatch(NamedTuple):
@@ -109,6 +120,7 @@ def attend(
     cu_seq_lens_k: Tensor | None = None,
     max_length_q: int | None = None,
     max_length_k: int | None = None,
+    emblas_branch: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attend as transformers asks: heads first in, tokens first out."""
@@ -141,6 +153,7 @@ def attend(
             q, k, v, cu_q, cu_k, max_q, max_k, dropout, scaling, causal, window, softcap or 0.0,
             relative_bias=position_bias if isinstance(position_bias, RelativeBias) else None,
             disentangled=position_bias if isinstance(position_bias, DisentangledBias) else None,
+            branch=emblas_branch,
         )  # fmt: skip
 
     batch_size, heads, length, _ = query.shape
@@ -187,6 +200,7 @@ def forward_packed(
     cu_seqlens: Tensor,
     *,
     inputs_embeds: Tensor | None = None,
+    position_ids: Tensor | None = None,
     **kwargs: Any,
 ) -> Tensor:
     """Run an encoder over a packed batch, without a single padding token.
@@ -203,6 +217,8 @@ def forward_packed(
         In place of ``input_ids``: vectors ``(tokens, hidden)`` as ``model.get_input_embeddings()``
         makes them, of which some may be no word's (soft prompts, an embedding fed back). Gradients
         flow to them.
+    position_ids : Tensor, optional
+        ``(tokens,)``; by default every sequence counts from :func:`position_start`.
     **kwargs
         Handed on to the model.
 
@@ -229,15 +245,16 @@ def forward_packed(
     tokens = {"input_ids": input_ids, "inputs_embeds": inputs_embeds}
     inputs = {name: x[None] for name, x in tokens.items() if x is not None}
     longest = int(cu_seqlens.diff().max()) if len(cu_seqlens) > 1 else 0
-    position_ids = packed.positions(cu_seqlens)[None] + position_start(model)
+    if position_ids is None:
+        position_ids = packed.positions(cu_seqlens) + position_start(model)
     encoder = getattr(model, "encoder", None)
     if isinstance(encoder, PackedEncoder):
         embed: Any = model.embeddings
-        x = embed(**inputs, position_ids=position_ids, **kwargs)
+        x = embed(**inputs, position_ids=position_ids[None], **kwargs)
         return encoder.forward_packed(x, PackedBatch(cu_seqlens, longest))[0]
     outputs = model(
         **inputs,
-        position_ids=position_ids,
+        position_ids=position_ids[None],
         cu_seq_lens_q=cu_seqlens,
         cu_seq_lens_k=cu_seqlens,
         max_length_q=longest,

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,9 +18,11 @@ from emblas.attention import deberta_buckets, t5_buckets
 from emblas.integrations import transformers as hf
 
 try:
+    from transformers.modeling_outputs import BaseModelOutput
     from transformers.models.deberta_v2 import modeling_deberta_v2
     from transformers.models.mpnet import modeling_mpnet
     from transformers.models.t5 import modeling_t5
+    from transformers.utils.generic import ModelOutput
 except ImportError as error:
     raise ImportError(
         "emblas.integrations.transformers_modules needs transformers >= 5: pip install 'emblas[hf]'"
@@ -60,9 +63,24 @@ class MPNetEncoder(modeling_mpnet.MPNetEncoder, hf.PackedEncoder):
         table = self.relative_attention_bias.weight
         return hf.RelativeBias(table.t(), t5_buckets(num_buckets).to(table.device))
 
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Any = None,  # PaddedBatch, PackedBatch or None
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """Run the layers on tokens only, whether they come padded or packed."""
+        if not isinstance(attention_mask, hf.PaddedBatch):
+            return super().forward(hidden_states, attention_mask, *args, **kwargs)
+        batch, shape = attention_mask, hidden_states.shape[:2]
+        inside: Any = hf.PackedBatch(batch.cu_seqlens, batch.max_seqlen)
+        outputs = super().forward(batch.take(hidden_states), inside, *args, **kwargs)
+        return _spread(outputs, batch, shape)
+
     def forward_packed(self, x: Tensor, batch: hf.PackedBatch) -> Tensor:
         """Map embedded tokens ``(1, tokens, hidden)`` to the last hidden states."""
-        hidden: Tensor = self(x, attention_mask=batch)[0]
+        hidden: Tensor = self(x, batch)[0]
         return hidden
 
 
@@ -140,32 +158,54 @@ class DebertaV2SelfAttention(modeling_deberta_v2.DisentangledSelfAttention):
 class DebertaV2Encoder(modeling_deberta_v2.DebertaV2Encoder, hf.PackedEncoder):
     """Encoder of DeBERTa-v2 and v3 without a mask or positions for each pair of tokens."""
 
-    def get_attention_mask(self, attention_mask: Tensor) -> hf.PaddedBatch:
-        """Locate the tokens of a padded batch ``(batch, length)``."""
-        return hf.padded_batch(attention_mask.bool())
-
-    def get_rel_pos(
+    def forward(
         self,
         hidden_states: Tensor,
+        attention_mask: Tensor,
+        output_hidden_states: bool = True,
+        output_attentions: bool = False,
         query_states: Tensor | None = None,
         relative_pos: Tensor | None = None,
-    ) -> Tensor | None:
-        """Return the lookup of the position vectors by distance."""
-        _refuse(relative_pos=relative_pos is not None)
-        if not self.relative_attention:
-            return None
-        lookup = deberta_buckets(self.position_buckets, self.max_relative_positions)
-        return lookup.to(hidden_states.device)
+        return_dict: bool = True,
+    ) -> Any:
+        """Run the layers on the tokens of a padded batch with a mask ``(batch, length)``."""
+        _refuse(
+            output_attentions=output_attentions,
+            query_states=query_states is not None,
+            relative_pos=relative_pos is not None,
+        )
+        batch, shape = hf.padded_batch(attention_mask.bool()), hidden_states.shape[:2]
+        inside = hf.PackedBatch(batch.cu_seqlens, batch.max_seqlen)
+        states = self._states(batch.take(hidden_states), inside)
+        if output_hidden_states:
+            every = (hidden_states, *(batch.spread(state, shape) for state in states))
+            last = every[-1]
+        else:
+            every = None
+            *_, packed = states
+            last = batch.spread(packed, shape)
+        if not return_dict:
+            return (last,) if every is None else (last, every)
+        return BaseModelOutput(last_hidden_state=last, hidden_states=every)
 
     def forward_packed(self, x: Tensor, batch: hf.PackedBatch) -> Tensor:
         """Map embedded tokens ``(1, tokens, hidden)`` to the last hidden states."""
-        embedded = x
-        lookup, embeddings = self.get_rel_pos(x), self.get_rel_embedding()
+        *_, last = self._states(x, batch)
+        return last
+
+    def _states(self, x: Tensor, batch: hf.PackedBatch) -> Iterator[Tensor]:
+        """Yield the hidden states ``(1, tokens, hidden)`` of one layer after the other."""
+        embedded, lookup = x, None
+        if self.relative_attention:
+            # By distance, in the place of a position for each pair of tokens.
+            lookup = deberta_buckets(self.position_buckets, self.max_relative_positions)
+            lookup = lookup.to(x.device)
+        embeddings = self.get_rel_embedding()
         for i, layer in enumerate(self.layer):
             x, _ = layer(x, batch, relative_pos=lookup, rel_embeddings=embeddings)
             if i == 0 and self.conv is not None:
                 x = self._convolve(embedded, x, batch)
-        return x
+            yield x
 
     def _convolve(self, embedded: Tensor, x: Tensor, batch: hf.PackedBatch) -> Tensor:
         """Run the convolution over a padded copy: its window ends where a sequence does."""
@@ -190,10 +230,26 @@ _REPLACEMENTS: dict[type, type] = {
 }
 
 
+def _spread(value: Any, batch: hf.PaddedBatch, shape: Sequence[int]) -> Any:
+    """Put the padding back into a layer's outputs, whatever holds them."""
+    if isinstance(value, Tensor):
+        return batch.spread(value, shape)
+    if isinstance(value, ModelOutput):
+        for name, part in value.items():
+            value[name] = _spread(part, batch, shape)
+        return value
+    return tuple(_spread(part, batch, shape) for part in value)
+
+
 def _refuse(**options: Any) -> None:
     for name, value in options.items():
         if value:
             raise NotImplementedError(f"attn_implementation='emblas' can't take {name}")
+
+
+def replaceable(model: nn.Module) -> list[nn.Module]:
+    """Return the modules of a model that :func:`replace_modules` changes."""
+    return [module for module in model.modules() if type(module) in _REPLACEMENTS]
 
 
 def replace_modules(model: nn.Module) -> nn.Module:
@@ -219,7 +275,7 @@ def replace_modules(model: nn.Module) -> nn.Module:
     ValueError
         If nothing in the model can be replaced, or it has a decoder.
     """
-    found = [module for module in model.modules() if type(module) in _REPLACEMENTS]
+    found = replaceable(model)
     if not found or any(getattr(module, "is_decoder", False) for module in found):
         raise ValueError(
             "model must be DeBERTa-v2, MPNet or a T5 encoder without a decoder, "

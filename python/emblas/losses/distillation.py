@@ -12,7 +12,7 @@ from emblas import _op
 from emblas.losses import checks
 from emblas.losses.op import BLOCK_BYTES
 
-METHODS = ("cosine", "similarity", "relative", "anchor")
+METHODS = ("cosine", "euclidean", "similarity", "relative", "anchor")
 
 
 def distill(
@@ -30,6 +30,8 @@ def distill(
     With :math:`S_{ij} = \cos(s_i, s_j)` and :math:`T_{ij} = \cos(t_i, t_j)`:
 
     - ``cosine``: mean of :math:`1 - \cos(s_i, t_i)`, for equal dimensions;
+    - ``euclidean``: mean of :math:`\|s_i - t_i\|^2`, for equal dimensions: lengths count as well,
+      so that documents by the teacher can be searched with queries by the student;
     - ``similarity``: mean of :math:`(S_{ij} - T_{ij})^2` over :math:`i \neq j`;
     - ``relative``: mean of :math:`\max(0, S_{ik} - S_{ij} + m)` over :math:`T_{ij} > T_{ik}` with
       different ``i``, ``j``, ``k``: what the teacher finds more alike, the student shall too;
@@ -47,7 +49,7 @@ def distill(
         ``(n, dim)``.
     teacher : Tensor
         ``(n, teacher_dim)``. It receives no gradient.
-    method : {"cosine", "similarity", "relative", "anchor"}, default "cosine"
+    method : {"cosine", "euclidean", "similarity", "relative", "anchor"}, default "cosine"
         What is compared.
     anchors : tuple of Tensor, optional
         For ``anchor``: ``(k, dim)`` by the student, which may require grad, and
@@ -57,7 +59,7 @@ def distill(
     margin : float, default 0.015
         :math:`m`, for ``relative``.
     similarity : {"cosine", "dot"}, default "cosine"
-        What stands in place of :math:`\cos`; not for method ``cosine``.
+        What stands in place of :math:`\cos`; not for the methods ``cosine`` and ``euclidean``.
 
     Returns
     -------
@@ -76,6 +78,7 @@ def distill(
 
     ``cosine``, ``similarity`` and ``relative`` follow Zhang et al. 2024, arXiv 2412.19048 (Jasper,
     eq. 1 to 3), whose third compares any two pairs of a batch, this one pairs with a common text.
+    ``euclidean`` is the alignment objective of HARNESS-LM (arXiv 2605.23572).
     ``similarity`` with a temperature is the contrastive distillation of KaLM-Embedding-V2.5, arXiv
     2506.20923.
 
@@ -85,8 +88,8 @@ def distill(
     """
     _op.check_choice("method", method, METHODS)
     _op.check_choice("similarity", similarity, ("cosine", "dot"))
-    if method == "cosine" and similarity != "cosine":
-        raise ValueError(f"similarity has no meaning for method 'cosine', got {similarity!r}")
+    if method in ("cosine", "euclidean") and similarity != "cosine":
+        raise ValueError(f"similarity has no meaning for method {method!r}, got {similarity!r}")
     checks.vectors("student", student)
     n = student.shape[0]
     if teacher is student:
@@ -100,12 +103,14 @@ def distill(
         if method not in ("similarity", "anchor"):
             raise ValueError(f"temperature has no meaning for method {method!r}, got {temperature}")
     with checks.full_precision(student):
-        scaled = checks.unit if similarity == "cosine" else checks.wide
+        as_they_are = method == "euclidean" or similarity == "dot"
+        scaled = checks.wide if as_they_are else checks.unit
         s, t = scaled(student), scaled(teacher.detach())
         t = t.to(s.dtype)
-        if method == "cosine":
+        if method in ("cosine", "euclidean"):
             checks.vectors("teacher", teacher, student)
-            return checks.weighted_mean(1 - (s * t).sum(-1))
+            cosine = method == "cosine"
+            return checks.weighted_mean(1 - (s * t).sum(-1) if cosine else (s - t).square().sum(-1))
         if anchors is None:
             own, others = s, t
         else:
