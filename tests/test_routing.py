@@ -91,13 +91,19 @@ def test_values_are_checked_on_gpus_when_debugging(op, monkeypatch):
 
 @pytest.mark.parametrize("name", sorted(_op.ops()))
 def test_value_checks_agree_with_the_cpu_kernels(name):
-    """Where an operator checks offsets on GPUs, it raises what its CPU kernel raises."""
+    """Where an operator checks values on GPUs, it raises what its CPU kernel raises."""
     op = _op.ops()[name]
     if op.check_values is None:
         return
     q, ids = torch.zeros(4, 1, 16), torch.arange(4)
     parts = Composition((Part(*X.shape),)).fields
+    angles, queries = torch.zeros(3, 8), torch.zeros(2, 1, 16)
     calls = {
+        "rotary": lambda at: (q, angles, angles, at, False),
+        "rotary_": lambda at: (q, angles, angles, at, False),
+        "rotary_backward": lambda at: (q, angles, angles, at, False),
+        "row_dots": lambda rows: (queries, q, rows, CU, 4),
+        "row_sums": lambda rows: (torch.zeros(2, 1, 4), q, rows, CU),
         "segment_pool": lambda cu: (X, cu, None, False),
         "segment_max": lambda cu: (X, cu, None),
         "segment_gem": lambda cu: (X, cu, None, torch.ones(1), 1e-6),
@@ -109,11 +115,16 @@ def test_value_checks_agree_with_the_cpu_kernels(name):
         "compose_bag": lambda cu: (ids, X.flatten(), cu, None, parts, 0, 0, None),
         "varlen_attention": lambda cu: (q, q, q, CU, cu, 4, 4, None, -1, -1, False),
     }
-    for wrong in ([1, 1, 4], [0, 5, 4], [0, 1, 3]):
+    offsets = [torch.tensor(x).int() for x in ([1, 1, 4], [0, 5, 4], [0, 1, 3])]
+    positions = [torch.tensor(x) for x in ([0, 1, 2, 3], [-1, 0, 0, 0])]
+    rows = [torch.tensor(x) for x in ([4, 0], [0, 9])]
+    values = {"rotary": positions, "rotary_": positions, "rotary_backward": positions,
+              "row_dots": rows, "row_sums": rows}  # fmt: skip
+    for wrong in values.get(name, offsets):
         messages = []
         for run in (op, op.check_values):
             with pytest.raises(ValueError) as error:  # noqa: PT011  (the messages are compared)
-                run(*calls[name](torch.tensor(wrong, dtype=torch.int32)))
+                run(*calls[name](wrong))
             messages.append(str(error.value))
         assert messages[0] == messages[1]
 
