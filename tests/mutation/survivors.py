@@ -11,7 +11,16 @@ _FIRST = "hidden lanes hold index 0, which may be read, and their values are not
 _HIDDEN = "hidden lanes read what exists, and their gradients are 0"
 _NOT_OWN = "no part is an absent id's own"
 _NO_ROW = "the interpreter's garbage, -1 or huge, is no row; a GPU's may be one"
+_IDLE = "writes to idle slots, which nobody reads"
 SURVIVORS: dict[tuple[str, str], str] = {
+    ("_pool_parts", "tl.store(largest + to, most, mask=(first < end) == (first < end))"): _IDLE,
+    (
+        "_pool_parts",
+        "tl.store(total + to, tl.sum(share, 0), mask=(first < end) == (first < end))",
+    ): _IDLE,
+    ("_pool_parts", "tl.store(largest + to, most, mask=first <= end)"): _IDLE,
+    ("_pool_parts", "tl.store(total + to, tl.sum(share, 0), mask=first <= end)"): _IDLE,
+    ("_pool_parts", "inside = (d < dim) & (first <= end)"): _IDLE,
     ("_normalize", "values = tl.load(mean + row * dim + d, mask=d < dim)"): _UNUSED,
     ("_hash_keys", "id = tl.load(ids + i * stride, mask=i < count).to(tl.uint64)"): _UNUSED,
     ("_load_ids", "id = tl.load(ids + i * stride, mask=inside)"): _UNUSED,

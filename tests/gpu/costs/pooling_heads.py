@@ -331,7 +331,7 @@ def _lexical_triton(p: Lexical) -> dict[str, Work]:
 
 MODELS: dict[tuple[str, str], Callable[[Any], dict[str, Work]]] = {
     ("finish", "CUDA C++"): _finish("finish_rows"),
-    ("finish", "Triton"): _finish("_finish"),
+    ("finish", "Triton"): _finish("_finish_rows"),
     ("finish_backward", "CUDA C++"): _finish_backward("finish_gradients"),
     ("finish_backward", "Triton"): _finish_backward("_finish_gradient"),
     ("attention_pool", "CUDA C++"): _attention_cuda,

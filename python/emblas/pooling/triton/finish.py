@@ -70,7 +70,7 @@ def divisor_of(square):
 
 
 @triton.jit
-def _finish(
+def _finish_rows(
     x,
     row_stride: tl.int64,
     dim,
@@ -195,7 +195,7 @@ def finish(
     widths = [triton.cdiv(k, 8) for k in dims] if kind == _BITS.value else dims
     out = x.new_empty(rows, sum(widths), dtype=(dtype, torch.int8, torch.uint8)[kind])
     for stream, (k, begin) in enumerate(zip(dims, accumulate([0, *widths]), strict=False)):
-        _finish[(rows,)](
+        _finish_rows[(rows,)](
             x, dim, k, out[:, begin:], out.shape[1], None if ranges is None else ranges[:, begin:],
             sum(dims), noise, seed, stream,
             NORMALIZE=normalize, NOISE=noise != 0, KIND=kind, BLOCK=_BLOCK,
