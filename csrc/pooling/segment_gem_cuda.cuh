@@ -39,7 +39,7 @@ struct GemBackwardArgs {
 // Grid (batch). Warps take turns at the rows, tile of columns by tile. `aligned`: rows start at
 // multiples of 16 bytes, so a lane's columns are one vector.
 template <class T, bool aligned>
-__global__ void __launch_bounds__(kThreads) gem_contributions(GemBackwardArgs<T> args) {
+__global__ void __launch_bounds__(kThreads, 3) gem_contributions(GemBackwardArgs<T> args) {
   using A = Accumulator<T>;
   constexpr int vector = simt::kVector<T>;
   const A ln2 = A(0.69314718055994530942);

@@ -128,7 +128,7 @@ __device__ inline void load_values(T (&to)[vector], const T* from) {
 // Grid (blocks of kWarps * kWarpRows rows). `aligned`: rows of grad_x, and of x where it is read,
 // start at multiples of 16 bytes. `power`: of the generalized mean, or null.
 template <class T, bool aligned>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 4)
     write_row_gradients(Contributions<T> parts, Order order, const Accumulator<T>* power,
                         Accumulator<T> epsilon, T* grad_x) {
   using A = Accumulator<T>;
@@ -177,7 +177,7 @@ __global__ void __launch_bounds__(kThreads)
 // Grid (blocks of kWarps * kWarpRows positions). `aligned`: rows of x start at multiples of 16
 // bytes and dim is a multiple of the vector.
 template <class T, bool aligned>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 4)
     write_weight_gradients(Contributions<T> parts, Order order, Accumulator<T>* grad_weights) {
   using A = Accumulator<T>;
   constexpr int vector = aligned ? simt::kVector<T> : 1;

@@ -83,7 +83,7 @@ __device__ inline A raise(A x, A power, A epsilon) {
 // Grid (slots, tiles of columns). A warp takes every kWarps-th row of a chunk. `aligned`: rows
 // start at multiples of 16 bytes, so a lane's columns are one vector. `powers`: of the rows.
 template <class T, bool aligned, bool powers>
-__global__ void __launch_bounds__(kThreads, 4) sum_chunks(SegmentSums<T> sums) {
+__global__ void __launch_bounds__(kThreads, 3) sum_chunks(SegmentSums<T> sums) {
   using A = Accumulator<T>;
   constexpr int vector = simt::kVector<T>;
   SIMT_SHARED(A, of_warp, [kWarps][kTileColumns<T>]);
@@ -106,7 +106,7 @@ __global__ void __launch_bounds__(kThreads, 4) sum_chunks(SegmentSums<T> sums) {
   for (int64_t begin = chunk.range.begin; begin < chunk.range.end; begin += kChunkRows) {
     const int64_t end = min(begin + kChunkRows, chunk.range.end);
     A sum[vector] = {};
-#pragma unroll 4
+#pragma unroll(powers ? 1 : 4)
     for (int64_t p = begin + warp; p < end; p += kWarps) {
       const A weight = weight_at(rows, chunk.range.origin, p, sums.mode);
       if (weight == 0) continue;  // a masked row may hold anything, NaN included

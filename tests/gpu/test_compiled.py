@@ -31,7 +31,12 @@ LOCAL_MEMORY = {
     ("_grad_weights", ""): (8, "ptxas spills two words to get by with 32 or 40 registers"),
     ("_compose_bags", "product, float32, bags, max"): (8, "two words, to get by with 72 registers"),
     ("_highest_of_chunk", ""): (16, "ptxas spills two to four words for another four warps"),
+    ("sum_chunks", "double, true, true"): (
+        8,
+        "two words on sm_120, to get by with 80 registers",
+    ),
     ("_maximum", "float32, padded"): (8, "two words on sm_120, to get by with 80 registers"),
+    ("_gem_gradients", "float32, lists, weights"): (8, "two words, to get by with 56 registers"),
     ("_maxsim", "float32"): (8, _TWO_WORDS),
     ("_maxsim", "floats and bits"): (8, _TWO_WORDS),
     ("_maxsim", "bits"): (8, _TWO_WORDS),
@@ -45,6 +50,8 @@ NO_WIDE_LOADS = {
     ("_hash_keys", ""): "reads nothing but 8-byte ids, one for each thread",
     ("_maxsim", "bits"): "the 32 bits of each row that a tile holds are 4 bytes",
     ("_nearest_of_chunk", "16 queries, k = 16, odd width"): _ODD,
+    ("_row_gradients", ""): "but for the generalized mean it reads what segments contribute, "
+    "64 columns at a time, from the caches",
 }
 # Files of CUDA C++ without any.
 NO_WIDE_LOADS_IN_FILE = {

@@ -13,10 +13,12 @@ from unittest import mock
 
 import torch
 from emblas import _op
+from emblas.pooling.reference import Mode
 from emblas.tables import Composition, Part
 from emblas.tables.compose_op import MODES
 from emblas.tables.composition import COMBINES
 from sass import Binary
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
@@ -42,6 +44,37 @@ def _pooling() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
                 needs = (normalize, True, weights is not None)
                 args = (out, x, out, norm, cu_seqlens, weights, *needs)
                 yield "segment_pool_backward", words, args
+
+
+def _forms() -> Iterator[tuple[str, Tensor, list[Tensor | None]]]:
+    """x, and starts, weights, ends, skip and index of segments of every form."""
+    starts, index = torch.zeros(5, dtype=torch.int32), torch.zeros(512, dtype=torch.int32)
+    ends, weights, padded = starts[1:], torch.empty(512), torch.empty(4, 256, 384)[:, :128]
+    yield "float32, lists, weights", torch.empty(512, 384), [starts, weights, None, None, index]
+    yield "float32, spans, skip", torch.empty(512, 384), [ends, None, ends, ends, None]
+    yield "float32, padded, weights", padded, [ends, weights, ends, None, None]
+
+
+def _linear_modes() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
+    for words, x, (starts, weights, *form) in _forms():
+        for mode in (Mode.weighted_mean, Mode.last) if "lists" in words else (Mode.mean_sqrt_len,):
+            options = (int(mode), *form, True)
+            yield "segment_pool", f"{words}, {mode.name}", (x, starts, weights, False, *options)
+            out = torch.empty(4, 384)
+            args = (out, x, out, out[:0, 0], starts, weights, False, True, True, *options)
+            yield "segment_pool_backward", f"{words}, {mode.name}", args
+
+
+def _generalized_means() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
+    out, power, starts = torch.empty(4, 384), torch.empty(1), torch.zeros(5, dtype=torch.int32)
+    calls = [(_short(dtype), torch.empty(512, 384, dtype=dtype), [starts]) for dtype in DTYPES]
+    for words, x, (starts, weights, *form) in (
+        *((words, x, [*starts, None, None, None, None]) for words, x, starts in calls),
+        *_forms(),
+    ):
+        args = (starts, weights, power, 1e-6, *form)
+        yield "segment_gem", words, (x, *args)
+        yield "segment_gem_backward", words, (out, x, out, *args)
 
 
 def _maxima() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
@@ -243,8 +276,9 @@ def _rotary() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
 def calls() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
     """Operator, words and arguments of calls that take every configuration of every kernel."""
     families = (
-        _pooling, _maxima, _finish, _attention_pooling, _vocabulary_pooling, _tables,
-        _compositions, _binary, _scores, _late_interaction, _attention, _rotary,
+        _pooling, _linear_modes, _generalized_means, _maxima, _finish, _attention_pooling,
+        _vocabulary_pooling, _tables, _compositions, _binary, _scores, _late_interaction,
+        _attention, _rotary,
     )  # fmt: skip
     for family in families:
         yield from family()

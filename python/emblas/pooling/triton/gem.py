@@ -112,9 +112,9 @@ def _gem_gradients(
         gradient = tl.load(grad_out + at, mask=d < dim, other=0.0)
         root = tl.load(out + at, mask=d < dim, other=1.0)
         root = tl.where(total == 0, 1.0, root)
-        log = tl.log2(root)
-        slope -= gradient * root * log * _LN2 / p
-        gradient *= tl.exp2((1 - p) * log) / (p * tl.where(total == 0, 1.0, total))
+        log_root = tl.log2(root)
+        slope -= gradient * root * log_root * _LN2 / p
+        gradient *= tl.exp2((1 - p) * log_root) / (p * tl.where(total == 0, 1.0, total))
         gradient = tl.where(total == 0, 0.0, gradient)
         tl.store(shared + at, gradient, mask=d < dim)
         summed = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
