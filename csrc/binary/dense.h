@@ -220,10 +220,18 @@ class MaxSimCodes {
     std::vector<uint16_t> least(size_t(queries_.count), 0xffff);
     for (int64_t first = begin; first < end; first += capacity()) {
       const int64_t count = std::min(capacity(), end - first);
-      kernel().interleave(tokens_.at(first), tokens_.stride, nullptr, count, tokens_.bytes,
+      kernel().interleave({tokens_.at(first), tokens_.stride, nullptr, count}, tokens_.bytes,
                           tile.data());
-      kernel().nearest({tile.data(), count, tokens_.bytes, prepared_.data(), queries_.count, 0,
-                        nullptr, nullptr, nullptr},
+      kernel().nearest({tile.data(),
+                        count,
+                        tokens_.bytes,
+                        prepared_.data(),
+                        queries_.count,
+                        nullptr,
+                        {},
+                        nullptr,
+                        nullptr,
+                        nullptr},
                        least.data());
     }
     for (int64_t q = 0; q < queries_.count; ++q) best[q] = product(least[size_t(q)]);
@@ -240,11 +248,15 @@ class MaxSimCodes {
     for (int64_t q = 0; q < queries_.count; ++q) {
       if (tokens_.bytes > 0) std::memcpy(words.data(), queries_.at(q), size_t(tokens_.bytes));
       Nearest nearest;
-      kernel().scan_rows({tokens_.at(begin), tokens_.stride, end - begin, tokens_.bytes, nullptr,
-                          words.data(), &nearest.distance, &nearest,
-                          [](void* context, int64_t, int64_t position, uint32_t sum) {
-                            *static_cast<Nearest*>(context) = {sum, int32_t(position)};
-                          }});
+      kernels<RowScanKernels>().scan_rows(
+          {{tokens_.at(begin), tokens_.stride, nullptr, end - begin},
+           tokens_.bytes,
+           words.data(),
+           &nearest.distance,
+           &nearest,
+           [](void* context, int64_t, int64_t position, uint32_t sum) {
+             *static_cast<Nearest*>(context) = {sum, int32_t(position)};
+           }});
       best[q] = product(nearest.distance);
       if (where) where[q] = nearest.at;
     }
@@ -253,9 +265,7 @@ class MaxSimCodes {
   float product(uint32_t distance) const { return float(dim_ - 2 * int64_t(distance)); }
   bool rearranged() const { return tokens_.bytes > 0 && tokens_.bytes <= kWidestScan; }
   int64_t width() const { return queries_.bytes * kernel().hamming_width; }
-  int64_t capacity() const {
-    return std::max<int64_t>(1, Tile::kBytes / tokens_.bytes / kBlock) * kBlock;
-  }
+  int64_t capacity() const { return Tile::capacity(tokens_.bytes); }
   static const ScanKernels& kernel() { return kernels<ScanKernels>(); }
 
   Codes queries_, tokens_;

@@ -1,4 +1,6 @@
 // The scan of scan.h. One vector holds the same byte of 16, 32 or 64 codes.
+#include <type_traits>
+
 #include "binary/scan.h"
 #include "common/isa.h"
 #include "common/simd.h"
@@ -31,14 +33,85 @@ inline Bytes look_up(const uint8_t* table, Bytes index) {
 #endif
 }
 
-// Each counts one byte position of a vector of codes against one query.
-struct TableCounter {
-  static constexpr int64_t kWidth = kTableBytes;
+[[maybe_unused]] inline bool any(Bytes mask) {
+#if defined(EMBLAS_HAS_AVX2)
+  __m256i halves[EMBLAS_VECTOR_BYTES / 32];
+  std::memcpy(halves, &mask, sizeof mask);
+  return _mm256_movemask_epi8(halves[0]) != 0;
+#elif defined(EMBLAS_HAS_NEON)
+  return vmaxvq_u8((uint8x16_t)mask) != 0;
+#else
+  typedef uint64_t Words __attribute__((vector_size(EMBLAS_VECTOR_BYTES)));
+  const Words words = (Words)mask;
+  return (words[0] | words[1]) != 0;
+#endif
+}
+
+// x >> 8 of halves. On Zen 4 a multiplication leaves the ports of shuffles and shifts to the
+// tables.
+inline Halves high_bytes(Bytes x) {
+#if defined(EMBLAS_HAS_AVX512)
+  return (Halves)_mm512_maddubs_epi16((__m512i)x, _mm512_set1_epi16(0x0100));
+#else
+  return (Halves)x >> 8;
+#endif
+}
+
+inline Bytes add_saturated(Bytes a, Bytes b) {
+#if defined(EMBLAS_HAS_AVX512)
+  return (Bytes)_mm512_adds_epu8((__m512i)a, (__m512i)b);
+#elif defined(EMBLAS_HAS_AVX2)
+  return (Bytes)_mm256_adds_epu8((__m256i)a, (__m256i)b);
+#elif defined(EMBLAS_HAS_NEON)
+  return (Bytes)vqaddq_u8((uint8x16_t)a, (uint8x16_t)b);
+#else
+  const Bytes sum = a + b;
+  return sum | (Bytes)(sum < a);
+#endif
+}
+
+// Fetches the codes of the next tile line by line while others are worked on. Spread evenly: the
+// few lines that a core can wait for at a time would otherwise hold up the scan.
+class Fetcher {
+ public:
+  // `positions`: what all calls of step() will add up to.
+  Fetcher(const Rows& next, int64_t bytes, int64_t positions) : next_(next), bytes_(bytes) {
+    if (!next_.rows && next_.stride == bytes_) {  // one long row
+      bytes_ *= next_.count;
+      next_.count = next_.count > 0;
+    }
+    const int64_t lines = next_.count * ((bytes_ + 63) / 64);
+    rate_ = positions > 0 ? (lines * kLine + positions - 1) / positions : 0;
+  }
+
+  void step(int64_t positions) {
+    for (due_ += rate_ * positions; due_ >= kLine; due_ -= kLine) {
+      if (line_ >= end_) {
+        if (row_ >= next_.count) return;
+        line_ = next_.at(row_++);
+        end_ = line_ + bytes_;
+      }
+      __builtin_prefetch(line_);
+      line_ += 64;
+    }
+  }
+
+ private:
+  static constexpr int64_t kLine = 256;
+
+  Rows next_;
+  int64_t bytes_, rate_, due_ = 0, row_ = 0;
+  const uint8_t *line_ = nullptr, *end_ = nullptr;
+};
+
+// Each counts one group of byte positions of a vector of codes against one query.
+struct NibbleCounter {
+  static constexpr int64_t kGroup = 1, kWidth = 32;  // byte positions; prepared bytes
   struct Codes {
     Bytes low, high;
   };
-  static Codes split(Bytes codes) {
-    const Bytes high = (Bytes)((Halves)codes >> 4);
+  static Codes split(const uint8_t* at) {
+    const Bytes codes = *(const BytesUnaligned*)at, high = (Bytes)((Halves)codes >> 4);
     return {codes & 15, high & 15};
   }
   static Bytes count(const Codes& codes, const uint8_t* prepared) {
@@ -46,15 +119,45 @@ struct TableCounter {
   }
 };
 
+#if defined(EMBLAS_HAS_VBMI)
+struct TableCounter {
+  static constexpr int64_t kGroup = 3, kWidth = 256;
+  static constexpr TableLayout kLayout{6, 3, 4};
+  struct Codes {
+    Bytes fields[4];
+  };
+  static Codes split(const uint8_t* at) {
+    const Bytes a = *(const BytesUnaligned*)at, b = *(const BytesUnaligned*)(at + kBlock),
+                c = *(const BytesUnaligned*)(at + 2 * kBlock);
+    const Bytes low = (Bytes)((Halves)a >> 6), middle = (Bytes)((Halves)b >> 4),
+                high = (Bytes)((Halves)c >> 2);
+    // Of an index, the low 6 bits count.
+    return {{a, b, c, (low & 3) | (middle & 12) | (high & 48)}};
+  }
+  static Bytes count(const Codes& codes, const uint8_t* prepared) {
+    const auto field = [&](int f) {
+      return (Bytes)_mm512_permutexvar_epi8((__m512i)codes.fields[f],
+                                            _mm512_loadu_si512(prepared + 64 * f));
+    };
+    return (field(0) + field(1)) + (field(2) + field(3));
+  }
+};
+#else
+struct TableCounter : NibbleCounter {
+  static constexpr TableLayout kLayout{4, 1, 2};
+};
+#endif
+
 #if defined(EMBLAS_HAS_BITALG) || defined(EMBLAS_HAS_NEON)
 struct HammingCounter {
+  static constexpr int64_t kGroup = 1;
 #if defined(EMBLAS_HAS_BITALG)
   static constexpr int64_t kWidth = 4;  // a 32-bit broadcast is free, that of a byte is a shuffle
 #else
   static constexpr int64_t kWidth = 1;
 #endif
   using Codes = Bytes;
-  static Codes split(Bytes codes) { return codes; }
+  static Codes split(const uint8_t* at) { return *(const BytesUnaligned*)at; }
   static Bytes count(Bytes codes, const uint8_t* prepared) {
 #if defined(EMBLAS_HAS_BITALG)
     int query;
@@ -70,121 +173,223 @@ void prepare_hamming(const uint8_t* query, int64_t bytes, uint8_t* prepared) {
   for (int64_t i = 0; i < bytes * width; ++i) prepared[i] = query[i / width];
 }
 #else
-using HammingCounter = TableCounter;
+using HammingCounter = NibbleCounter;
 void prepare_hamming(const uint8_t* query, int64_t bytes, uint8_t* prepared) {
   for (int64_t p = 0; p < bytes; ++p) {
     for (int n = 0; n < 16; ++n) {
-      prepared[p * kTableBytes + n] = uint8_t(__builtin_popcount(n ^ (query[p] & 15)));
-      prepared[p * kTableBytes + 16 + n] = uint8_t(__builtin_popcount(n ^ (query[p] >> 4)));
+      prepared[p * 32 + n] = uint8_t(__builtin_popcount(n ^ (query[p] & 15)));
+      prepared[p * 32 + 16 + n] = uint8_t(__builtin_popcount(n ^ (query[p] >> 4)));
     }
   }
 }
 #endif
-constexpr int64_t kHammingPeriod = 31;  // 31 byte positions of at most 8 bits stay below 256
+constexpr int64_t kHammingRun = 31;  // byte positions of at most 8 bits stay below 256
+
+// What is added up in bytes before they are widened: the end of the run that begins at a group.
+template <class Counter>
+class Runs {
+ public:
+  explicit Runs(const ScanArgs& args) : ends_(args.runs) {}
+  int64_t after(int64_t) { return *ends_++; }
+
+ private:
+  const int64_t* ends_;
+};
+template <>
+class Runs<HammingCounter> {
+ public:
+  explicit Runs(const ScanArgs& args) : bytes_(args.bytes) {}
+  int64_t after(int64_t begin) const {
+    return begin + kHammingRun < bytes_ ? begin + kHammingRun : bytes_;
+  }
+
+ private:
+  int64_t bytes_;
+};
 
 template <class Counter>
 constexpr int kQueriesAtOnce = EMBLAS_VECTOR_BYTES == 64 ? 4 : 2;
 
 // The sums of a block, or of some of its vectors: of the codes of even and of odd number, as they
-// leave the bytes.
+// leave the bytes. Vector v belongs to query v / groups. (Indices of one dimension let the compiler
+// unroll the loops early enough to keep all of this in registers.)
 template <int queries, int groups = kGroups>
 struct Sums {
-  Halves even[queries][groups], odd[queries][groups];
+  static constexpr int kVectors = queries * groups;
+  Halves even[kVectors], odd[kVectors];
 };
 
-// kPeriod 0: the period is only known at run time.
-template <class Counter, int64_t kPeriod, int queries, int groups>
-inline void add_up(const uint8_t* block, int64_t bytes, const uint8_t* prepared,
-                   int64_t dynamic_period, Sums<queries, groups>& sums) {
-  const int64_t period = kPeriod ? kPeriod : dynamic_period;
-  const int64_t stride = bytes * Counter::kWidth;
-  Halves both[queries][groups] = {}, odd[queries][groups] = {};
-  for (int64_t begin = 0; begin < bytes; begin += period) {
-    const int64_t end = begin + period < bytes ? begin + period : bytes;
-    Bytes counts[queries][groups] = {};
-    for (int64_t p = begin; p < end; ++p) {
-      for (int g = 0; g < groups; ++g) {
-        const auto codes =
-            Counter::split(*(const BytesUnaligned*)(block + p * kBlock + g * EMBLAS_VECTOR_BYTES));
-        for (int q = 0; q < queries; ++q) {
-          counts[q][g] += Counter::count(codes, prepared + q * stride + p * Counter::kWidth);
-        }
-      }
-    }
-    for (int q = 0; q < queries; ++q) {
-      for (int g = 0; g < groups; ++g) {
-        both[q][g] += (Halves)counts[q][g];  // even + 256 * odd, modulo 2^16
-        odd[q][g] += (Halves)counts[q][g] >> 8;
-      }
-    }
-  }
-  for (int q = 0; q < queries; ++q) {
+template <class Counter>
+inline int64_t prepared_bytes(const ScanArgs& args) {
+  return (args.bytes + Counter::kGroup - 1) / Counter::kGroup * Counter::kWidth;
+}
+
+// Adds up groups [begin, end) of byte positions; there is one at least.
+template <class Counter, int queries, int groups>
+inline void add_bytes(const ScanArgs& args, const uint8_t* block, const uint8_t* prepared,
+                      int64_t begin, int64_t end, Bytes (&counts)[queries * groups]) {
+  const int64_t stride = prepared_bytes<Counter>(args);
+  const auto add = [&](int64_t p, auto first) __attribute__((always_inline)) {
+    typename Counter::Codes codes[groups];
     for (int g = 0; g < groups; ++g) {
-      sums.even[q][g] = both[q][g] - (odd[q][g] << 8);
-      sums.odd[q][g] = odd[q][g];
+      codes[g] = Counter::split(block + p * Counter::kGroup * kBlock + g * EMBLAS_VECTOR_BYTES);
     }
-  }
+    const uint8_t* tables = prepared + p * Counter::kWidth;
+    for (int v = 0; v < queries * groups; ++v) {
+      const Bytes count = Counter::count(codes[v % groups], tables + v / groups * stride);
+      counts[v] = decltype(first)::value ? count : counts[v] + count;
+    }
+  };
+  add(begin, std::true_type{});
+  for (int64_t p = begin + 1; p < end; ++p) add(p, std::false_type{});
 }
 
 template <class Counter, int queries, int groups>
-inline void block_sums(const ScanArgs& args, const uint8_t* block, const uint8_t* prepared,
-                       Sums<queries, groups>& sums) {
-  if (args.period == 1) {
-    add_up<Counter, 1>(block, args.bytes, prepared, 1, sums);
-  } else {
-    add_up<Counter, 0>(block, args.bytes, prepared, args.period, sums);
+inline Sums<queries, groups> block_sums(const ScanArgs& args, const uint8_t* block,
+                                        const uint8_t* prepared, Fetcher& fetcher) {
+  constexpr int vectors = queries * groups;
+  Halves both[vectors], odd[vectors];
+  for (int v = 0; v < vectors; ++v) both[v] = odd[v] = Halves{};
+  Runs<Counter> runs(args);
+  const int64_t count = (args.bytes + Counter::kGroup - 1) / Counter::kGroup;
+  int64_t begin = 0;
+  do {
+    const int64_t end = runs.after(begin);
+    fetcher.step(Counter::kGroup * (end - begin));
+    Bytes counts[vectors];
+    add_bytes<Counter, queries, groups>(args, block, prepared, begin, end, counts);
+    for (int v = 0; v < vectors; ++v) {
+      both[v] += (Halves)counts[v];  // even + 256 * odd, modulo 2^16
+      odd[v] += high_bytes(counts[v]);
+    }
+    begin = end;
+  } while (begin < count);
+  Sums<queries, groups> sums;
+  for (int v = 0; v < vectors; ++v) {
+    sums.even[v] = both[v] - (odd[v] << 8);
+    sums.odd[v] = odd[v];
   }
+  return sums;
 }
 
+// Those of query q, code by code.
 template <int queries>
 inline void in_order(const Sums<queries>& sums, int q, uint16_t (&out)[kBlock]) {
   constexpr int lanes = EMBLAS_VECTOR_BYTES / 2;
   for (int g = 0; g < kGroups; ++g) {
     for (int i = 0; i < lanes; ++i) {
-      out[2 * (g * lanes + i)] = sums.even[q][g][i];
-      out[2 * (g * lanes + i) + 1] = sums.odd[q][g][i];
+      out[2 * (g * lanes + i)] = sums.even[q * kGroups + g][i];
+      out[2 * (g * lanes + i) + 1] = sums.odd[q * kGroups + g][i];
     }
   }
 }
 
-// Is any sum of the block below the limit?
-template <int queries>
-inline bool any_below(const Sums<queries>& sums, int q, uint32_t limit) {
-  if (limit == 0) return false;
-  const uint16_t largest = uint16_t(limit - 1 < 0xffff ? limit - 1 : 0xffff);
-  auto below = (sums.even[q][0] <= largest) | (sums.odd[q][0] <= largest);
-  for (int g = 1; g < kGroups; ++g) {
-    below |= (sums.even[q][g] <= largest) | (sums.odd[q][g] <= largest);
-  }
+template <class V>
+inline V least_of(V a, V b) {
+  return a < b ? a : b;
+}
+
+inline bool any_at_most(Halves x, uint16_t most) {
 #if defined(EMBLAS_HAS_AVX512)
-  return _mm512_movepi16_mask((__m512i)below) != 0;
-#elif defined(EMBLAS_HAS_AVX2)
-  return _mm256_movemask_epi8((__m256i)below) != 0;
-#elif defined(EMBLAS_HAS_NEON)
-  return vmaxvq_u16((uint16x8_t)below) != 0;
+  return _mm512_cmple_epu16_mask((__m512i)x, _mm512_set1_epi16(short(most))) != 0;
 #else
-  typedef uint64_t Words __attribute__((vector_size(EMBLAS_VECTOR_BYTES)));
-  const Words words = (Words)below;
-  return (words[0] | words[1]) != 0;
+  return any((Bytes)(x <= most));
+#endif
+}
+inline bool any_at_most(Bytes x, uint8_t most) {
+#if defined(EMBLAS_HAS_AVX512)
+  return _mm512_cmple_epu8_mask((__m512i)x, _mm512_set1_epi8(char(most))) != 0;
+#else
+  return any((Bytes)(x <= most));
 #endif
 }
 
+// Offers what is below the limit of query q, of the block of code `first`.
+template <class Sum>
+[[gnu::noinline]] void offer_below(const ScanArgs& args, int64_t q, int64_t first,
+                                   const Sum (&sum)[kBlock]) {
+  const int64_t count = args.count - first < kBlock ? args.count - first : kBlock;
+  const uint32_t limit = args.limits[q];
+  uint8_t below[kBlock];
+  for (int64_t i = 0; i < kBlock; ++i) below[i] = sum[i] < limit;
+  for (int64_t begin = 0; begin < count; begin += 8) {
+    uint64_t eight;
+    std::memcpy(&eight, below + begin, 8);
+    if (eight == 0) continue;
+    for (int64_t i = begin; i < count && i < begin + 8; ++i) {
+      if (sum[i] < args.limits[q]) args.offer(args.context, q, first + i, sum[i]);
+    }
+  }
+}
+
 template <class Counter, int queries>
-void scan_some(const ScanArgs& args, int64_t q0) {
-  const uint8_t* prepared = args.prepared + q0 * args.bytes * Counter::kWidth;
+inline void scan_block(const ScanArgs& args, int64_t q0, int64_t first, const uint8_t* prepared,
+                       Fetcher& fetcher) {
+  const auto sums = block_sums<Counter, queries, kGroups>(args, args.tile + first * args.bytes,
+                                                          prepared, fetcher);
+  unsigned hits = 0;
+  for (int q = 0; q < queries; ++q) {
+    Halves least = least_of(sums.even[q * kGroups], sums.odd[q * kGroups]);
+    for (int v = q * kGroups + 1; v < (q + 1) * kGroups; ++v) {
+      least = least_of(least, least_of(sums.even[v], sums.odd[v]));
+    }
+    const uint32_t limit = args.limits[q0 + q];
+    const bool hit = limit > 0 && any_at_most(least, uint16_t(limit < 0xffff ? limit - 1 : 0xffff));
+    hits |= unsigned(hit) << q;
+  }
+  if (__builtin_expect(hits == 0, 1)) return;
+  const Sums<queries> copy = sums;  // whose address is taken
+  for (int q = 0; q < queries; ++q) {
+    if (!(hits >> q & 1)) continue;
+    uint16_t sum[kBlock];
+    in_order(copy, q, sum);
+    offer_below(args, q0 + q, first, sum);
+  }
+}
+
+// The same for Hamming distances of at most 32 bytes and limits below 256, in bytes throughout: the
+// last addition stays at 255 where it would overflow.
+template <int queries>
+inline void scan_narrow_block(const ScanArgs& args, int64_t q0, int64_t first,
+                              const uint8_t* prepared, Fetcher& fetcher) {
+  constexpr int vectors = queries * kGroups;
+  const uint8_t* block = args.tile + first * args.bytes;
+  const int64_t last = args.bytes - 1;
+  Bytes sums[vectors], rest[vectors];
+  fetcher.step(args.bytes);
+  add_bytes<HammingCounter, queries, kGroups>(args, block, prepared, last, args.bytes, sums);
+  if (last > 0) {
+    add_bytes<HammingCounter, queries, kGroups>(args, block, prepared, 0, last, rest);
+    for (int v = 0; v < vectors; ++v) sums[v] = add_saturated(sums[v], rest[v]);
+  }
+  unsigned hits = 0;
+  for (int q = 0; q < queries; ++q) {
+    Bytes least = sums[q * kGroups];
+    for (int v = q * kGroups + 1; v < (q + 1) * kGroups; ++v) least = least_of(least, sums[v]);
+    const uint32_t limit = args.limits[q0 + q];
+    hits |= unsigned(limit > 0 && any_at_most(least, uint8_t(limit - 1))) << q;
+  }
+  if (__builtin_expect(hits == 0, 1)) return;
+  uint8_t copy[queries][kBlock];
+  std::memcpy(copy, sums, sizeof copy);
+  for (int q = 0; q < queries; ++q) {
+    if (hits >> q & 1) offer_below(args, q0 + q, first, copy[q]);
+  }
+}
+
+template <class Counter, int queries>
+void scan_some(const ScanArgs& args, int64_t q0, Fetcher& fetcher) {
+  const uint8_t* prepared = args.prepared + q0 * prepared_bytes<Counter>(args);
   for (int64_t first = 0; first < args.count; first += kBlock) {
-    Sums<queries> sums;
-    block_sums<Counter>(args, args.tile + first * args.bytes, prepared, sums);
-    for (int q = 0; q < queries; ++q) {
-      uint32_t* limit = args.limits + q0 + q;
-      if (__builtin_expect(!any_below(sums, q, *limit), 1)) continue;
-      uint16_t sum[kBlock];
-      in_order(sums, q, sum);
-      const int64_t last = args.count - first < kBlock ? args.count - first : kBlock;
-      for (int64_t i = 0; i < last; ++i) {
-        if (sum[i] < *limit) args.offer(args.context, q0 + q, first + i, sum[i]);
+    if constexpr (std::is_same_v<Counter, HammingCounter>) {
+      bool narrow = args.bytes <= kHammingRun + 1;
+      for (int q = 0; q < queries; ++q) narrow = narrow && args.limits[q0 + q] <= 255;
+      if (narrow) {
+        scan_narrow_block<queries>(args, q0, first, prepared, fetcher);
+        continue;
       }
     }
+    scan_block<Counter, queries>(args, q0, first, prepared, fetcher);
   }
 }
 
@@ -201,29 +406,30 @@ inline void for_queries(int64_t queries, const Run& run) {
   for (; q < queries; ++q) run(Batch<1>{}, q);
 }
 
-void scan_hamming(const ScanArgs& task) {
-  ScanArgs args = task;
-  args.period = kHammingPeriod;
-  for_queries<HammingCounter>(args.queries, [&](auto batch, int64_t q) {
-    scan_some<HammingCounter, decltype(batch)::value>(args, q);
+template <class Counter>
+Fetcher fetcher_of(const ScanArgs& args) {
+  constexpr int64_t many = kQueriesAtOnce<Counter>;
+  const int64_t batches = args.queries / many + args.queries % many;
+  const int64_t blocks = (args.count + kBlock - 1) / kBlock;
+  return {args.next, args.bytes, batches * blocks * args.bytes};
+}
+
+template <class Counter>
+void scan(const ScanArgs& args) {
+  Fetcher fetcher = fetcher_of<Counter>(args);
+  for_queries<Counter>(args.queries, [&](auto batch, int64_t q) {
+    scan_some<Counter, decltype(batch)::value>(args, q, fetcher);
   });
 }
 
-void scan_tables(const ScanArgs& args) {
-  for_queries<TableCounter>(args.queries, [&](auto batch, int64_t q) {
-    scan_some<TableCounter, decltype(batch)::value>(args, q);
-  });
-}
-
-void distances(const ScanArgs& task, int32_t* out, int64_t stride) {
-  ScanArgs args = task;
-  args.period = kHammingPeriod;
+void distances(const ScanArgs& args, int32_t* out, int64_t stride) {
+  Fetcher fetcher = fetcher_of<HammingCounter>(args);
   for_queries<HammingCounter>(args.queries, [&](auto batch, int64_t q0) {
     constexpr int queries = decltype(batch)::value;
-    const uint8_t* prepared = args.prepared + q0 * args.bytes * HammingCounter::kWidth;
+    const uint8_t* prepared = args.prepared + q0 * prepared_bytes<HammingCounter>(args);
     for (int64_t first = 0; first < args.count; first += kBlock) {
-      Sums<queries> sums;
-      block_sums<HammingCounter>(args, args.tile + first * args.bytes, prepared, sums);
+      const auto sums = block_sums<HammingCounter, queries, kGroups>(
+          args, args.tile + first * args.bytes, prepared, fetcher);
       const int64_t last = args.count - first < kBlock ? args.count - first : kBlock;
       for (int q = 0; q < queries; ++q) {
         uint16_t sum[kBlock];
@@ -252,24 +458,18 @@ inline uint16_t smallest(Halves x) {
 #endif
 }
 
-void nearest(const ScanArgs& task, uint16_t* least) {
-  ScanArgs args = task;
-  args.period = kHammingPeriod;
+void nearest(const ScanArgs& args, uint16_t* least) {
+  Fetcher fetcher = fetcher_of<HammingCounter>(args);
   for_queries<HammingCounter>(args.queries, [&](auto batch, int64_t q0) {
     constexpr int queries = decltype(batch)::value;
-    const uint8_t* prepared = args.prepared + q0 * args.bytes * HammingCounter::kWidth;
+    const uint8_t* prepared = args.prepared + q0 * prepared_bytes<HammingCounter>(args);
     Halves best[queries];
     for (int q = 0; q < queries; ++q) best[q] = Halves{} + uint16_t(0xffff);
     const auto add = [&](auto groups, const uint8_t* block) {
       constexpr int count = decltype(groups)::value;
-      Sums<queries, count> sums;
-      block_sums<HammingCounter>(args, block, prepared, sums);
-      for (int q = 0; q < queries; ++q) {
-        for (int g = 0; g < count; ++g) {
-          const Halves even = sums.even[q][g], odd = sums.odd[q][g];
-          const Halves both = even < odd ? even : odd;
-          best[q] = both < best[q] ? both : best[q];
-        }
+      const auto sums = block_sums<HammingCounter, queries, count>(args, block, prepared, fetcher);
+      for (int v = 0; v < queries * count; ++v) {
+        best[v / count] = least_of(best[v / count], least_of(sums.even[v], sums.odd[v]));
       }
     };
     int64_t first = 0;
@@ -325,184 +525,59 @@ inline Lanes load_lanes(const uint8_t* first, [[maybe_unused]] const uint8_t* se
 #endif
 }
 
-void interleave(const uint8_t* codes, int64_t stride, const int64_t* rows, int64_t count,
-                int64_t bytes, uint8_t* tile) {
-  constexpr int64_t kStep = 16 * kLaneGroups;  // codes per transpose
-  constexpr int64_t kAhead = kStep;            // codes; hides the latency of memory
+// 16 bytes of kStep codes, or the last `width` of them, to as many rows of the tile. from(i) points
+// to those of the i-th code.
+constexpr int64_t kStep = 16 * kLaneGroups;
+template <bool whole, class From>
+inline void transpose(const From& from, [[maybe_unused]] int64_t width, uint8_t* to) {
+  Lanes a[16], b[16];
+  for (int i = 0; i < 16; ++i) {
+    if constexpr (whole) {
+      a[i] = load_lanes(from(i), from(kStep - 16 + i));
+    } else {
+      uint8_t first[16], second[16];
+      std::memcpy(first, from(i), size_t(width));
+      std::memcpy(second, from(kStep - 16 + i), size_t(width));
+      a[i] = load_lanes(first, second);
+    }
+  }
+  // Each round interleaves vector i with vector i + 8; four of them are the transpose.
+  const auto round = [](const Lanes(&in)[16], Lanes(&out)[16]) {
+    for (int i = 0; i < 8; ++i) {
+      out[2 * i] = zip_low(in[i], in[i + 8]);
+      out[2 * i + 1] = zip_high(in[i], in[i + 8]);
+    }
+  };
+  round(a, b);
+  round(b, a);
+  round(a, b);
+  round(b, a);
+  for (int i = 0; i < (whole ? 16 : width); ++i) std::memcpy(to + i * kBlock, &a[i], sizeof a[i]);
+}
+template <class CodeAt>
+inline void transpose_codes(const CodeAt& code_at, int64_t bytes, uint8_t* to) {
+  int64_t p = 0;
+  const auto from = [&](int64_t i) { return code_at(i) + p; };
+  for (; p + 16 <= bytes; p += 16) transpose<true>(from, 16, to + p * kBlock);
+  if (p < bytes) transpose<false>(from, bytes - p, to + p * kBlock);
+}
+
+void interleave(const Rows& rows, int64_t bytes, uint8_t* tile) {
   // The last code fills its vector up.
   constexpr int64_t kVector = EMBLAS_VECTOR_BYTES;
-  const int64_t end = (count + kVector - 1) / kVector * kVector;
+  const int64_t end = (rows.count + kVector - 1) / kVector * kVector;
   for (int64_t first = 0; first < end; first += kStep) {
-    const uint8_t *code[kStep], *ahead[kStep];
-    for (int64_t i = 0; i < kStep; ++i) {
-      const int64_t position = first + i < count ? first + i : count - 1;
-      code[i] = codes + (rows ? rows[position] : position) * stride;
-      const int64_t next = position + kAhead < count ? position + kAhead : count - 1;
-      ahead[i] = codes + (rows ? rows[next] : next) * stride;
-    }
     uint8_t* to = tile + first / kBlock * kBlock * bytes + first % kBlock;
-    int64_t fetched = 0;
-    for (int64_t p = 0; p < bytes; p += 16) {
-      const int64_t width = bytes - p < 16 ? bytes - p : 16;
-      uint8_t last[kStep][16];  // copies of what ends before 16 bytes do
-      Lanes a[16], b[16];
-      // A few whole codes at a time, in the order of memory: more would find no free fill buffer.
-      for (; fetched < kStep * (p + 16) / bytes && fetched < kStep; ++fetched) {
-        for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(ahead[fetched] + line);
-      }
-      for (int i = 0; i < 16; ++i) {
-        const uint8_t* from[2] = {code[i] + p, code[kStep - 16 + i] + p};
-        if (width < 16) {
-          for (int half = 0; half < kLaneGroups; ++half) {
-            std::memcpy(last[i + 16 * half], from[half], size_t(width));
-            from[half] = last[i + 16 * half];
-          }
-        }
-        a[i] = load_lanes(from[0], from[1]);
-      }
-      // Each round interleaves vector i with vector i + 8; four of them are the transpose.
-      const auto round = [](const Lanes(&from)[16], Lanes(&out)[16]) {
-        for (int i = 0; i < 8; ++i) {
-          out[2 * i] = zip_low(from[i], from[i + 8]);
-          out[2 * i + 1] = zip_high(from[i], from[i + 8]);
-        }
-      };
-      round(a, b);
-      round(b, a);
-      round(a, b);
-      round(b, a);
-      for (int64_t i = 0; i < width; ++i) std::memcpy(to + (p + i) * kBlock, &a[i], sizeof a[i]);
+    if (!rows.rows && first + kStep <= rows.count) {
+      const uint8_t* codes = rows.codes + first * rows.stride;
+      transpose_codes([=](int64_t i) { return codes + i * rows.stride; }, bytes, to);
+      continue;
     }
-  }
-}
-
-// --- without rearranging -------------------------------------------------------------------------
-
-// Distance of a code of kStatic words (0: any width) to a query.
-template <int kStatic>
-inline uint32_t row_distance(const uint8_t* code, int64_t bytes, const uint64_t* query) {
-#if defined(EMBLAS_HAS_NEON)
-  if constexpr (kStatic > 0 && kStatic % 2 == 0) {
-    uint16x8_t total = vdupq_n_u16(0);
-    for (int w = 0; w < kStatic; w += 2) {
-      const uint8x16_t differing =
-          veorq_u8(vld1q_u8(code + 8 * w), vld1q_u8((const uint8_t*)(query + w)));
-      total = vpadalq_u8(total, vcntq_u8(differing));
+    const uint8_t* code[kStep];
+    for (int64_t i = 0; i < kStep; ++i) {
+      code[i] = rows.at(first + i < rows.count ? first + i : rows.count - 1);
     }
-    return vaddlvq_u16(total);
-  }
-#endif
-  const int64_t full = kStatic > 0 ? kStatic : bytes / 8;
-  uint64_t total = 0;
-  for (int64_t w = 0; w < full; ++w) {
-    uint64_t word;
-    std::memcpy(&word, code + 8 * w, 8);
-    total += uint64_t(__builtin_popcountll(word ^ query[w]));
-  }
-  if (kStatic == 0 && 8 * full < bytes) {
-    uint64_t word = 0;
-    std::memcpy(&word, code + 8 * full, size_t(bytes - 8 * full));
-    total += uint64_t(__builtin_popcountll(word ^ query[full]));
-  }
-  return uint32_t(total);
-}
-
-template <int kStatic, bool all>
-void scan_rows_of(const RowScanArgs& args) {
-  const uint8_t* codes = args.codes;
-  const int64_t stride = args.stride, count = args.count, bytes = args.bytes;
-  const uint64_t* query = args.query;
-  uint32_t limit = *args.limit;
-  for (int64_t i = 0; i < count; ++i) {
-    const uint8_t* code = codes + (all ? i : args.rows[i]) * stride;
-    const uint32_t distance = row_distance<kStatic>(code, bytes, query);
-    if (__builtin_expect(distance >= limit, 1)) continue;
-    args.offer(args.context, 0, i, distance);
-    limit = *args.limit;
-  }
-}
-
-#if defined(EMBLAS_HAS_VPOPCNTDQ)
-// Codes of 4, 8 or 16 words that follow each other, eight at a time. The counts of 64-bit words
-// take 16 bits, so those of four vectors fit in one and are added across lanes together.
-template <int kWords>
-void scan_contiguous(const RowScanArgs& args) {
-  constexpr int64_t kCodes = 8;
-  constexpr int kParts = kWords == 16 ? 2 : 1, kVectors = kWords == 4 ? 4 : 8;
-  __m512i query[kParts];
-  for (int part = 0; part < kParts; ++part) {
-    query[part] = kWords == 4
-                      ? _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i*)args.query))
-                      : _mm512_loadu_si512(args.query + 8 * part);
-  }
-  uint32_t limit = *args.limit;
-  int64_t i = 0;
-  for (; i + kCodes <= args.count; i += kCodes) {
-    const uint8_t* code = args.codes + i * args.bytes;
-    __m512i sums[kVectors / 4];
-    for (int v = 0; v < kVectors; ++v) {
-      __m512i counts = _mm512_setzero_si512();
-      for (int part = 0; part < kParts; ++part) {
-        const uint8_t* from = code + 64 * (v * kParts + part);
-        counts = _mm512_add_epi64(
-            counts, _mm512_popcnt_epi64(_mm512_xor_si512(query[part], _mm512_loadu_si512(from))));
-      }
-      const vuint64 shifted = (vuint64)counts << 16 * (v % 4);
-      sums[v / 4] = v % 4 == 0 ? counts : (__m512i)((vuint64)sums[v / 4] | shifted);
-    }
-    __m512i total = sums[0];
-    if constexpr (kWords == 4) {
-      total = _mm512_add_epi64(total, _mm512_permutex_epi64(total, 0x4e));
-      total = _mm512_add_epi64(total, _mm512_permutex_epi64(total, 0xb1));
-    } else {
-      total = _mm512_add_epi64(_mm512_unpacklo_epi64(sums[0], sums[1]),
-                               _mm512_unpackhi_epi64(sums[0], sums[1]));
-      total = _mm512_add_epi64(total, _mm512_shuffle_i64x2(total, total, 0x4e));
-      total = _mm512_add_epi64(total, _mm512_shuffle_i64x2(total, total, 0xb1));
-    }
-    const auto below = (Halves)total < uint16_t(limit < 0xffff ? limit : 0xffff);
-    if (__builtin_expect(_mm512_movepi16_mask((__m512i)below) == 0, 1)) continue;
-    uint16_t distance[32];
-    _mm512_storeu_si512(distance, total);
-    for (int64_t c = 0; c < kCodes; ++c) {
-      // Of 4 words, a vector holds codes 2 v and 2 v + 1; otherwise code v, in word v / 4.
-      const uint32_t one = distance[kWords == 4 ? c % 2 * 16 + c / 2 : c];
-      if (one >= limit) continue;
-      args.offer(args.context, 0, i + c, one);
-      limit = *args.limit;
-    }
-  }
-  for (; i < args.count; ++i) {
-    const uint32_t one = row_distance<kWords>(args.codes + i * args.bytes, args.bytes, args.query);
-    if (one >= limit) continue;
-    args.offer(args.context, 0, i, one);
-    limit = *args.limit;
-  }
-}
-#endif
-
-void scan_rows(const RowScanArgs& args) {
-#if defined(EMBLAS_HAS_VPOPCNTDQ)
-  if (!args.rows && args.stride == args.bytes) {
-    if (args.bytes == 32) return scan_contiguous<4>(args);
-    if (args.bytes == 64) return scan_contiguous<8>(args);
-    if (args.bytes == 128) return scan_contiguous<16>(args);
-  }
-#endif
-  const auto run = [&](auto all, auto some) { args.rows ? some(args) : all(args); };
-  switch (args.bytes) {
-    case 32:
-      return run(scan_rows_of<4, true>, scan_rows_of<4, false>);
-    case 48:
-      return run(scan_rows_of<6, true>, scan_rows_of<6, false>);
-    case 64:
-      return run(scan_rows_of<8, true>, scan_rows_of<8, false>);
-    case 96:
-      return run(scan_rows_of<12, true>, scan_rows_of<12, false>);
-    case 128:
-      return run(scan_rows_of<16, true>, scan_rows_of<16, false>);
-    default:
-      return run(scan_rows_of<0, true>, scan_rows_of<0, false>);
+    transpose_codes([&](int64_t i) { return code[i]; }, bytes, to);
   }
 }
 
@@ -512,12 +587,12 @@ template <>
 const ScanKernels& table_of<ScanKernels, Isa::EMBLAS_ISA>() {
   static constexpr ScanKernels table{HammingCounter::kWidth,
                                      prepare_hamming,
+                                     TableCounter::kLayout,
                                      interleave,
-                                     scan_hamming,
-                                     scan_tables,
+                                     scan<HammingCounter>,
+                                     scan<TableCounter>,
                                      distances,
-                                     nearest,
-                                     scan_rows};
+                                     nearest};
   return table;
 }
 

@@ -4,8 +4,8 @@
 //
 // One plane is a sign code. Further planes are residual bits (recurrent binarization, arXiv
 // 2302.08714: the value of c bits is a uniform quantizer's), stored one plane after the other.
-// For each nibble of a code the score takes one of 16 values, T[n]. The scan adds what is lost
-// against the nibble's best value, rounded to 7 bits:
+// For each field of a few bits of a code (scan.h) the score takes one of 16 or 64 values, T[n]. The
+// scan adds what is lost against the field's best value, rounded to a small integer:
 //   entry[n] = round(scale * (max T - T[n])),  |sum of entries - scale * loss(d)| <= error
 // so codes whose rounded loss is above the k-th best's by more than the error are out for certain,
 // and the few others are scored from the float tables. The answer is that of the exact score.
@@ -35,8 +35,8 @@ class ScoreScan {
     }
     for (int64_t q = 0; q < count; ++q) {
       build(queries + q * stride, dim, tables_[size_t(q)]);
-      period_ = std::min(period_, tables_[size_t(q)].period);
     }
+    find_runs();
   }
 
   const Collector& start() const { return start_; }
@@ -44,15 +44,10 @@ class ScoreScan {
   bool by_rows(int64_t) const { return false; }
   const uint8_t* query(int64_t) const { return nullptr; }
 
-  int64_t positions() const { return bytes_; }
-  int64_t width() const { return kTableBytes; }
-  int64_t period() const { return period_; }
+  int64_t prepared() const { return layout().prepared(bytes_); }
+  const int64_t* runs() const { return runs_.data(); }
   void prepare(int64_t q, uint8_t* out) const {
     std::memcpy(out, tables_[size_t(q)].entries.data(), tables_[size_t(q)].entries.size());
-  }
-  void interleave(const uint8_t* first, int64_t stride, const int64_t* rows, int64_t count,
-                  uint8_t* tile) const {
-    kernel().interleave(first, stride, rows, count, bytes_, tile);
   }
   void scan(const ScanArgs& args) const { kernel().scan_tables(args); }
 
@@ -68,23 +63,26 @@ class ScoreScan {
   }
   uint64_t key(int64_t q, int64_t row, uint32_t, const uint8_t* code) const {
     const float* exact = tables_[size_t(q)].exact.data();
-    double score = 0;
+    double parts[4] = {};  // one sum would wait for each addition
     for (int64_t p = 0; p < bytes_; ++p) {
-      score += double(exact[32 * p + (code[p] & 15)]) + double(exact[32 * p + 16 + (code[p] >> 4)]);
+      const float* tables = exact + 32 * p;
+      parts[p % 2] += double(tables[code[p] & 15]);
+      parts[2 + p % 2] += double(tables[16 + (code[p] >> 4)]);
     }
+    const double score = (parts[0] + parts[1]) + (parts[2] + parts[3]);
     return ScoreKey::of(float(scale_ ? score * double(scale_[row]) : score), row);
   }
 
  private:
   struct Tables {
     std::vector<float> exact;      // [bytes, 32] T of each nibble
-    std::vector<uint8_t> entries;  // [fields, 16]
+    std::vector<uint8_t> entries;  // of the table layout
+    std::vector<int> most;         // of each group, the sum of its tables' largest entries
     double best = 0, scale = 0, error = 0;
-    int64_t period = 255;  // byte positions
   };
 
   void build(const float* query, int64_t dim, Tables& tables) const {
-    const int64_t plane = (dim + 7) / 8, bits = 4;
+    const int64_t plane = (dim + 7) / 8;
     std::vector<double> value(size_t(8 * bytes_));  // of each bit of the code, lowest first
     double square = 0;
     for (int64_t p = 0; p < bytes_; ++p) {
@@ -95,7 +93,7 @@ class ScoreScan {
         square += value[size_t(8 * p + i)] * value[size_t(8 * p + i)];
       }
     }
-    tables.exact.resize(size_t(bytes_ * kTableBytes));
+    tables.exact.resize(size_t(bytes_ * 32));
     for (size_t i = 0; i < tables.exact.size(); ++i) {
       double score = 0;
       for (size_t j = 0; j < 4; ++j) {
@@ -104,16 +102,18 @@ class ScoreScan {
       tables.exact[i] = float(score);
     }
     // loss[n]: what a field loses to its best value if it is n.
-    const int64_t fields = 2 * bytes_, count = int64_t(1) << bits;
-    std::vector<double> loss(size_t(positions() * width()));
-    double range = 0, total_range = 0;
+    const TableLayout& form = layout();
+    const int64_t count = int64_t(1) << form.bits, fields = form.prepared(bytes_) / count;
+    std::vector<double> loss(size_t(fields * count));
+    double range = 0, group_range = 0, total_range = 0;  // of a group's and of all losses
     for (int64_t f = 0; f < fields; ++f) {
       const auto of = [&](int64_t i) {
-        return f * bits + i < 8 * bytes_ ? value[size_t(f * bits + i)] : 0.0;
+        const int64_t bit = form.bit(f, i);
+        return bit < 8 * bytes_ ? value[size_t(bit)] : 0.0;
       };
       double* table = &loss[size_t(f * count)];
       double most = 0;
-      for (int64_t i = 0; i < bits; ++i) {
+      for (int64_t i = 0; i < form.bits; ++i) {
         most += std::fabs(of(i));
         table[0] += std::fabs(of(i)) + of(i);
       }
@@ -121,20 +121,24 @@ class ScoreScan {
         table[n] = std::max(0.0, table[n & (n - 1)] - 2 * of(__builtin_ctzll(uint64_t(n))));
       }
       tables.best += most;
-      range = std::max(range, 2 * most);
       total_range += 2 * most;
+      group_range = f % form.tables == 0 ? 2 * most : group_range + 2 * most;
+      range = std::max(range, group_range);
     }
     tables.entries.resize(loss.size());
+    tables.most.resize(size_t(form.groups(bytes_)));
     if (range == 0) return;  // every code scores 0
     constexpr double kLargestSum = 65000;
-    const double finest = std::min(kLargestEntry / range, kLargestSum / total_range);
+    // Rounded up, the entries of a group still fit in a byte together.
+    const double finest =
+        std::min((255 - 0.5 * double(form.tables)) / range, kLargestSum / total_range);
     // Sums of few levels (another code's values) may be whole numbers of some power of two: the
     // smallest such scale is exact and lets more entries add up in a byte. Otherwise entries are
     // rounded, as coarsely as keeps the error at half of what scores of random codes vary by: few
     // codes are scored in vain, and again more entries add up.
     const int top = std::ilogb(finest);
     int exponent = top - 7;
-    while (exponent <= top && !whole(loss, std::ldexp(1.0, exponent))) ++exponent;
+    while (exponent <= top && !whole(value, std::ldexp(2.0, exponent))) ++exponent;
     const double rounded = 0.5 * double(fields);
     tables.error = exponent <= top ? 0 : rounded;
     tables.scale = exponent <= top ? std::ldexp(1.0, exponent)
@@ -143,42 +147,46 @@ class ScoreScan {
       tables.entries[i] = uint8_t(int(loss[i] * tables.scale + 0.5));
     }
     tables.error += 0.02;  // of scores rounded to float
-    tables.period = period_of(tables.entries, fields, count);
+    for (int64_t f = 0; f < fields; ++f) {
+      const auto table = tables.entries.begin() + f * count;
+      tables.most[size_t(f / form.tables)] += *std::max_element(table, table + count);
+    }
   }
 
-  static bool whole(const std::vector<double>& loss, double scale) {
-    return std::all_of(loss.begin(), loss.end(),
+  static bool whole(const std::vector<double>& values, double scale) {
+    return std::all_of(values.begin(), values.end(),
                        [scale](double x) { return x * scale == double(int(x * scale)); });
   }
 
-  // Byte positions, as many as possible, whose largest entries together fit in a byte.
-  static int64_t period_of(const std::vector<uint8_t>& entries, int64_t fields, int64_t count) {
-    std::vector<int> most(static_cast<size_t>(fields));
-    for (int64_t f = 0; f < fields; ++f) {
-      const auto table = entries.begin() + f * count;
-      most[size_t(f)] = *std::max_element(table, table + count);
-    }
-    const int64_t step = 2;  // fields of a position
-    const auto fits = [&](int64_t period) {
-      for (int64_t first = 0; first < fields; first += period * step) {
-        int total = 0;
-        const int64_t last = std::min(fields, first + period * step);
-        for (int64_t f = first; f < last; ++f) total += most[size_t(f)];
-        if (total > 255) return false;
+  // Runs of groups, each as long as the largest entries of every query together fit in a byte.
+  void find_runs() {
+    const int64_t groups = layout().groups(bytes_);
+    std::vector<int> sums(tables_.size());
+    for (int64_t group = 0; group < groups; ++group) {
+      const auto add = [&](const Tables& tables, int sum) {
+        return sum + tables.most[size_t(group)];
+      };
+      std::vector<int> longer(tables_.size());
+      std::transform(tables_.begin(), tables_.end(), sums.begin(), longer.begin(), add);
+      const bool fits =
+          std::all_of(longer.begin(), longer.end(), [](int sum) { return sum < 256; });
+      if (!fits) {
+        runs_.push_back(group);
+        for (size_t q = 0; q < tables_.size(); ++q) longer[q] -= sums[q];
       }
-      return true;
-    };
-    int64_t period = 1;
-    while (period < 255 && fits(period + 1)) ++period;
-    return period;
+      sums = longer;
+    }
+    runs_.push_back(groups);
   }
 
   static const ScanKernels& kernel() { return kernels<ScanKernels>(); }
+  static const TableLayout& layout() { return kernel().tables; }
 
-  int64_t bytes_, period_ = 255;
+  int64_t bytes_;
   const float* scale_;
   double least_scale_ = 1, most_scale_ = 1;
   std::vector<Tables> tables_;
+  std::vector<int64_t> runs_;
   Collector start_;
 };
 

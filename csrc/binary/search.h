@@ -44,6 +44,11 @@ class Tile {
  public:
   static constexpr int64_t kBytes = 128 << 10;  // a part of L2, which every query reads again
 
+  // Codes of a tile.
+  static int64_t capacity(int64_t bytes) {
+    return std::max<int64_t>(1, kBytes / std::max<int64_t>(bytes, 1) / kBlock) * kBlock;
+  }
+
   explicit Tile(int64_t bytes = 0) : storage_(new uint8_t[size_t(bytes + 64)]) {}
   uint8_t* data() const {
     return storage_.get() + (64 - reinterpret_cast<uintptr_t>(storage_.get()) % 64) % 64;
@@ -76,7 +81,8 @@ struct Collector {
 
   void add(uint64_t key) {
     keys.push_back(key);
-    if (k < kKeepAll && int64_t(keys.size()) >= std::max<int64_t>(2 * k, k + 32)) tighten();
+    // Often enough that the limit is hardly older than the codes that it is compared with.
+    if (k < kKeepAll && int64_t(keys.size()) >= k + std::max<int64_t>(k / 2, 8)) tighten();
   }
   void tighten() {
     if (int64_t(keys.size()) <= k) return;
@@ -133,15 +139,10 @@ class HammingScan {
   }
   const uint8_t* query(int64_t q) const { return queries_.at(q); }
 
-  int64_t positions() const { return queries_.bytes; }
-  int64_t width() const { return kernel().hamming_width; }
-  int64_t period() const { return 0; }
+  int64_t prepared() const { return queries_.bytes * kernel().hamming_width; }
+  const int64_t* runs() const { return nullptr; }
   void prepare(int64_t q, uint8_t* out) const {
     kernel().prepare_hamming(queries_.at(q), queries_.bytes, out);
-  }
-  void interleave(const uint8_t* first, int64_t stride, const int64_t* rows, int64_t count,
-                  uint8_t* tile) const {
-    kernel().interleave(first, stride, rows, count, queries_.bytes, tile);
   }
   void scan(const ScanArgs& args) const { kernel().scan_hamming(args); }
   uint32_t limit(int64_t, const Collector& found) const {
@@ -199,6 +200,11 @@ class Pass {
   static constexpr double kGatherRowsBelow = 0.06;
   static constexpr double kGatherTilesBelow = 0.9;
 
+  struct Part {  // of the rows, as much as a tile holds
+    int64_t first;
+    Rows rows;
+  };
+
   bool gathers(int64_t begin, int64_t end, int64_t first, int64_t last) const {
     if (!options_.filter.bitmaps) return false;
     const uint8_t* bitmap = options_.filter.bitmaps + begin * options_.filter.bitmap_stride;
@@ -208,46 +214,49 @@ class Pass {
   }
 
   void scan_rows(int64_t begin, int64_t end, int64_t first, int64_t last, bool gather) {
-    const int64_t queries = end - begin;
-    const bool by_rows = scan_.by_rows(queries);
-    const int64_t capacity =
-        std::max<int64_t>(1, Tile::kBytes / std::max<int64_t>(scan_.positions(), 1) / kBlock) *
-        kBlock;
+    const bool by_rows = scan_.by_rows(end - begin);
+    const int64_t capacity = Tile::capacity(codes_.bytes);
     if (options_.later_only && !options_.filter.ids) first = std::max(first, begin + 1);
     prepare(begin, end, by_rows, capacity);
-    while (first < last) {
-      int64_t count = std::min(capacity, last - first);
-      const int64_t* rows = nullptr;
-      first_row_ = first;
+    const auto take = [&](std::vector<int64_t>& gathered) {
+      Part part{first, {codes_.data, codes_.stride, nullptr, std::min(capacity, last - first)}};
       if (options_.filter.ids) {
-        rows = options_.filter.ids + first;
-        first += count;
+        part.rows.rows = options_.filter.ids + first;
       } else if (gather) {
-        first = gather_rows(begin, first, last, capacity);
-        rows = gathered_.data();
-        count = int64_t(gathered_.size());
+        first = gather_rows(begin, first, last, capacity, gathered);
+        part.rows.rows = gathered.data();
+        part.rows.count = int64_t(gathered.size());
+        return part;
       } else {
-        first += count;
+        part.rows.codes = codes_.at(first);
       }
-      rows_ = rows;
-      if (count > 0) scan_tile(begin, end, count, by_rows);
+      first += part.rows.count;
+      return part;
+    };
+    Part part = take(gathered_[0]);
+    for (int turn = 1; part.rows.count > 0; turn ^= 1) {
+      const Part next = take(gathered_[turn]);
+      part_ = part;
+      scan_tile(begin, end, next.rows, by_rows);
+      part = next;
     }
   }
 
   // Lists up to `capacity` allowed rows from `first` on; returns where to go on.
-  int64_t gather_rows(int64_t query, int64_t first, int64_t last, int64_t capacity) {
+  int64_t gather_rows(int64_t query, int64_t first, int64_t last, int64_t capacity,
+                      std::vector<int64_t>& gathered) const {
     const uint8_t* bitmap = options_.filter.bitmaps + query * options_.filter.bitmap_stride;
-    gathered_.clear();
-    while (first < last && int64_t(gathered_.size()) < capacity) {
-      if (first % 64 == 0 && first + 64 <= last && int64_t(gathered_.size()) + 64 <= capacity) {
+    gathered.clear();
+    while (first < last && int64_t(gathered.size()) < capacity) {
+      if (first % 64 == 0 && first + 64 <= last && int64_t(gathered.size()) + 64 <= capacity) {
         uint64_t word = 0;
         for (int i = 0; i < 8; ++i) word = word << 8 | bitmap[first / 8 + i];
         for (; word; word &= ~(uint64_t(1) << 63 >> __builtin_clzll(word))) {
-          gathered_.push_back(first + __builtin_clzll(word));
+          gathered.push_back(first + __builtin_clzll(word));
         }
         first += 64;
       } else {
-        if (bitmap[first / 8] >> (7 - first % 8) & 1) gathered_.push_back(first);
+        if (bitmap[first / 8] >> (7 - first % 8) & 1) gathered.push_back(first);
         ++first;
       }
     }
@@ -266,37 +275,37 @@ class Pass {
       }
       return;
     }
-    const int64_t bytes = scan_.positions() * scan_.width();
-    prepared_ = Tile(queries * bytes);
-    for (int64_t q = 0; q < queries; ++q) scan_.prepare(begin + q, prepared_.data() + q * bytes);
-    if (capacity * scan_.positions() != tile_bytes_) {
-      tile_bytes_ = capacity * scan_.positions();
+    prepared_ = Tile(queries * scan_.prepared());
+    for (int64_t q = 0; q < queries; ++q) {
+      scan_.prepare(begin + q, prepared_.data() + q * scan_.prepared());
+    }
+    if (capacity * codes_.bytes + kPastTile != tile_bytes_) {
+      tile_bytes_ = capacity * codes_.bytes + kPastTile;
       tile_ = Tile(tile_bytes_);
     }
   }
 
-  void scan_tile(int64_t begin, int64_t end, int64_t count, bool by_rows) {
-    const ScanKernels& kernel = kernels<ScanKernels>();
-    const uint8_t* first_code = rows_ ? codes_.data : codes_.at(first_row_);
+  void scan_tile(int64_t begin, int64_t end, const Rows& next, bool by_rows) {
     if (by_rows) {
       for (int64_t q = begin; q < end; ++q) {
         first_query_ = q;
-        kernel.scan_rows({first_code, codes_.stride, count, codes_.bytes, rows_,
-                          words_.data() + (q - begin) * words(), &limits_[size_t(q - begin_)], this,
-                          &Pass::offer});
+        kernels<RowScanKernels>().scan_rows({part_.rows, codes_.bytes,
+                                             words_.data() + (q - begin) * words(),
+                                             &limits_[size_t(q - begin_)], this, &Pass::offer});
       }
       return;
     }
     first_query_ = begin;
-    scan_.interleave(first_code, codes_.stride, rows_, count, tile_.data());
-    scan_.scan({tile_.data(), count, scan_.positions(), prepared_.data(), end - begin,
-                scan_.period(), &limits_[size_t(begin - begin_)], this, &Pass::offer});
+    kernels<ScanKernels>().interleave(part_.rows, codes_.bytes, tile_.data());
+    scan_.scan({tile_.data(), part_.rows.count, codes_.bytes, prepared_.data(), end - begin,
+                scan_.runs(), next, &limits_[size_t(begin - begin_)], this, &Pass::offer});
   }
 
   static void offer(void* context, int64_t query, int64_t position, uint32_t sum) {
     Pass& self = *static_cast<Pass*>(context);
     const int64_t q = self.first_query_ + query;
-    const int64_t row = self.rows_ ? self.rows_[position] : self.first_row_ + position;
+    const Part& part = self.part_;
+    const int64_t row = part.rows.rows ? part.rows.rows[position] : part.first + position;
     if (!self.options_.filter.allows(q, row)) return;
     if (self.options_.later_only && row <= q) return;
     Collector& found = self.found_[q - self.begin_];
@@ -314,11 +323,11 @@ class Pass {
   Tile prepared_, tile_;
   int64_t tile_bytes_ = 0;
   std::vector<uint64_t> words_;
-  std::vector<int64_t> gathered_;
+  std::vector<int64_t> gathered_[2];
   std::vector<uint32_t> limits_;
   Collector* found_ = nullptr;
-  int64_t begin_ = 0, first_query_ = 0, first_row_ = 0;
-  const int64_t* rows_ = nullptr;
+  int64_t begin_ = 0, first_query_ = 0;
+  Part part_ = {};
 };
 
 // Everything found for every query, each sorted. parallel(count, bytes_per_item, body) runs
@@ -372,33 +381,40 @@ void write_topk(const std::vector<Collector>& found, int64_t k, Distance none, D
 // All distances, out[query * codes.count + row].
 inline void hamming_distances(const Codes& queries, const Codes& codes, int64_t first, int64_t last,
                               int32_t* out) {
-  const ScanKernels& kernel = kernels<ScanKernels>();
   if (codes.bytes == 0 || codes.bytes > kWidestScan) {
     std::vector<uint64_t> words(size_t(codes.bytes + 7) / 8);
     for (int64_t q = 0; q < queries.count; ++q) {
       std::memcpy(words.data(), queries.at(q), size_t(codes.bytes));
       int32_t* to = out + q * codes.count + first;
       uint32_t limit = 0xffffffff;
-      kernel.scan_rows({codes.at(first), codes.stride, last - first, codes.bytes, nullptr,
-                        words.data(), &limit, to,
-                        [](void* context, int64_t, int64_t position, uint32_t sum) {
-                          static_cast<int32_t*>(context)[position] = int32_t(sum);
-                        }});
+      kernels<RowScanKernels>().scan_rows(
+          {{codes.at(first), codes.stride, nullptr, last - first},
+           codes.bytes,
+           words.data(),
+           &limit,
+           to,
+           [](void* context, int64_t, int64_t position, uint32_t sum) {
+             static_cast<int32_t*>(context)[position] = int32_t(sum);
+           }});
     }
     return;
   }
-  const int64_t capacity = std::max<int64_t>(1, Tile::kBytes / codes.bytes / kBlock) * kBlock;
+  const ScanKernels& kernel = kernels<ScanKernels>();
+  const int64_t capacity = Tile::capacity(codes.bytes);
   Tile tile(capacity * codes.bytes);
   const int64_t width = codes.bytes * kernel.hamming_width;
   std::vector<uint8_t> prepared(size_t(queries.count * width));
   for (int64_t q = 0; q < queries.count; ++q) {
     kernel.prepare_hamming(queries.at(q), codes.bytes, prepared.data() + q * width);
   }
+  const auto rows_at = [&](int64_t row) -> Rows {
+    return {codes.at(row), codes.stride, nullptr, std::min(capacity, last - row)};
+  };
   for (int64_t row = first; row < last; row += capacity) {
-    const int64_t count = std::min(capacity, last - row);
-    kernel.interleave(codes.at(row), codes.stride, nullptr, count, codes.bytes, tile.data());
-    kernel.distances({tile.data(), count, codes.bytes, prepared.data(), queries.count, 0, nullptr,
-                      nullptr, nullptr},
+    const Rows rows = rows_at(row);
+    kernel.interleave(rows, codes.bytes, tile.data());
+    kernel.distances({tile.data(), rows.count, codes.bytes, prepared.data(), queries.count, nullptr,
+                      rows_at(std::min(row + capacity, last)), nullptr, nullptr, nullptr},
                      out + row, codes.count);
   }
 }

@@ -46,8 +46,9 @@ static bool cpu_has(Isa isa) {
   const bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                   __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
                   __builtin_cpu_supports("avx512vl");
-  const bool vpopcntdq =
-      v4 && __builtin_cpu_supports("avx512vpopcntdq") && __builtin_cpu_supports("avx512bitalg");
+  const bool vpopcntdq = v4 && __builtin_cpu_supports("avx512vpopcntdq") &&
+                         __builtin_cpu_supports("avx512bitalg") &&
+                         __builtin_cpu_supports("avx512vbmi");
 #endif
   switch (isa) {
     case Isa::avx2:

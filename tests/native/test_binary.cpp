@@ -21,7 +21,11 @@ constexpr auto kTwoParts = [](int64_t count, int64_t, const auto& body) {
 
 void check_search(int64_t queries, int64_t rows, int64_t bytes, int64_t k) {
   const auto query_codes = native::random_bits<uint8_t>(queries * bytes, 1);
-  const auto codes = native::random_bits<uint8_t>(rows * bytes, 2);
+  auto codes = native::random_bits<uint8_t>(rows * bytes, 2);
+  for (int64_t i = 0; i < bytes; ++i) {  // the nearest and the farthest that a code can be
+    codes[i] = query_codes[i];
+    codes[(rows - 1) * bytes + i] = uint8_t(~query_codes[i]);
+  }
   std::vector<int32_t> distances(queries * k);
   std::vector<int64_t> ids(queries * k);
   const emblas::Codes wanted{query_codes.data(), bytes, queries, bytes};
