@@ -45,9 +45,9 @@ __device__ Part part_of_slot(const AttentionArgs<T>& args, int64_t slot) {
   }
   const Positions all = positions_of(args.rows, low);
   const int64_t skipped = (slot - slot_of(all.begin, low)) * kChunkRows;
-  if (skipped < 0) return {low, {0, 0}};  // before the first segment
+  if (skipped < 0) return {low, {0, 0, 0}};  // before the first segment
   const int64_t begin = min(all.begin + skipped, all.end);
-  return {low, {begin, min(begin + kChunkRows, all.end)}};
+  return {low, {begin, min(begin + kChunkRows, all.end), all.origin}};
 }
 
 // `count` values, 16 bytes at a time unless it is one.
