@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import pytest
 import torch
+from emblas import __main__ as command
 
 transformers = pytest.importorskip("transformers", reason="needs emblas[hf]")
 
@@ -119,3 +122,19 @@ def test_windows_are_refused():
     encoder = Encoder(transformers.MistralModel(config), make_tokenizer(), pooling="last")
     with pytest.raises(ValueError, match="without sliding windows"):
         encoder.embed(TEXTS, ["branches"], branches=BRANCHES)
+
+
+def test_command(tmp_path, monkeypatch):
+    st = pytest.importorskip("sentence_transformers", reason="needs emblas[hf]")
+    modules = st.sentence_transformer.modules
+    tiny("qwen3").save_pretrained(tmp_path / "bare")
+    make_tokenizer().save_pretrained(tmp_path / "bare")
+    parts = [modules.Transformer(str(tmp_path / "bare")), modules.Pooling(32, "lasttoken")]
+    st.SentenceTransformer(modules=parts, device="cpu").save(str(tmp_path / "model"))
+    (tmp_path / "texts").write_text("\n".join(TEXTS))
+    line = f"emblas encode {tmp_path}/texts {tmp_path}/out --model {tmp_path}/model --quiet"
+    words = [*line.split(), "--outputs", "branches", "--branches", *BRANCHES]
+    monkeypatch.setattr(sys, "argv", words)
+    command.main()
+    expected = make(normalize=False).embed(TEXTS, ["branches"], branches=BRANCHES).branches
+    np.testing.assert_allclose(load_embeddings(tmp_path / "out", "branches"), expected, **CLOSE)

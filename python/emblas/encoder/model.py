@@ -23,6 +23,7 @@ from emblas.encoder.outputs import (
     Collector,
     Embeddings,
     TruncationWarning,
+    chunk_spans,
     concatenate,
     to_numpy,
 )
@@ -476,7 +477,7 @@ class Encoder:
                 vectors = hidden if self.token_head is None else self.token_head(hidden)
                 kept.put_ragged("tokens", batch, self._finish(vectors.float()), cu_seqlens)
             if "chunks" in outputs:
-                starts, ends, offsets = _chunks(cu_seqlens, chunk_size, chunk_overlap)
+                starts, ends, offsets = chunk_spans(cu_seqlens, chunk_size, chunk_overlap)
                 vectors = span_pool(hidden, starts, ends, self.modes)
                 kept.put_ragged("chunks", batch, self._headed(vectors), offsets)
                 begins = cu_seqlens[:-1].long().repeat_interleave(offsets.diff())[:, None]
@@ -576,20 +577,6 @@ def _check_names(outputs: Sequence[str]) -> None:
         raise ValueError(f"outputs must be a list of names, got {outputs!r}")
     for name in outputs:
         _op.check_choice("outputs", name, OUTPUTS)
-
-
-def _chunks(cu_seqlens: Tensor, size: int, overlap: int) -> tuple[Tensor, Tensor, Tensor]:
-    """First and last (exclusive) token of the chunks of a packed batch, and texts' offsets."""
-    lengths = cu_seqlens.diff().long()
-    step = size - overlap
-    # The last chunk is the first one that reaches the end.
-    counts = torch.where(lengths > 0, (lengths - size).clamp_min(0).add(step - 1) // step + 1, 0)
-    offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-    inside = torch.arange(int(offsets[-1]), device=lengths.device)
-    inside = inside - offsets[:-1].repeat_interleave(counts)
-    starts = cu_seqlens[:-1].long().repeat_interleave(counts) + inside * step
-    ends = torch.minimum(starts + size, cu_seqlens[1:].long().repeat_interleave(counts))
-    return starts, ends, offsets
 
 
 def _progress_bar(wanted: bool, total: int | None) -> Any:
