@@ -112,10 +112,8 @@ NO_GRADIENT = {
 }
 # Operators whose GPU tensors take the reference, with a warning: no GPU kernels yet.
 NO_TRITON = (
-    "attention_pool", "attention_pool_backward", "compose_bag_backward_rows", "compose_bag_update_",
-    "finish", "finish_backward", "lexical_index", "rotary_", "row_dots", "row_outer", "row_sums",
-    "segment_gem", "segment_gem_backward", "varlen_attention_backward",
-    "varlen_attention_biases_backward", "vocab_max", "vocab_max_backward", "vocab_sum",
+    "compose_bag_backward_rows", "compose_bag_update_", "rotary_", "row_dots", "row_outer",
+    "row_sums", "varlen_attention_backward", "varlen_attention_biases_backward", "vocab_sum",
     "vocab_sum_backward",
 )  # fmt: skip
 

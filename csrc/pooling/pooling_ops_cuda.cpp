@@ -3,95 +3,147 @@
 #include <optional>
 #include <tuple>
 
-#include "common/cuda/device_call.h"
-#include "pooling/pooling_cuda.h"
+#include "pooling/segment_gradients_door_cuda.h"
 
 namespace emblas {
 namespace {
 
-void check_batch(const DeviceCall& call, const Tensor& x, const Tensor& cu_seqlens,
-                 const std::optional<Tensor>& weights) {
-  call.check_rows(x, "x must be a tensor (tokens, dim) with a contiguous last dimension");
-  call.check_vector<int32_t>(cu_seqlens, -1,
-                             "cu_seqlens must be a contiguous int32 vector on the device of x");
-  check(cu_seqlens.size(0) >= 1, "cu_seqlens must have at least one element");
-  const char* message =
-      "weights must be a contiguous vector of one weight per token on the device of x, float64 "
-      "where x is float64 and float32 otherwise";
-  if (!weights) return;
-  if (has_dtype<double>(x)) {
-    call.check_vector<double>(*weights, x.size(0), message);
-  } else {
-    call.check_vector<float>(*weights, x.size(0), message);
-  }
+using OptionalTensor = std::optional<Tensor>;
+
+constexpr char kPowerMessage[] =
+    "power must be a tensor of one element on the device of x, float64 where x is float64 and "
+    "float32 otherwise";
+
+PoolMode mode_of(int64_t mode) {
+  check(0 <= mode && mode < kPoolModes, "mode must be the number of a linear pooling mode");
+  return PoolMode(mode);
 }
 
-constexpr char kDtypes[] = "x must be float32, float64, bfloat16 or float16";
+template <class T>
+ScalarType stored_dtype(bool wide) {
+  return wide ? kScalarType<Accumulator<T>> : kScalarType<T>;
+}
+
+// `partial` is the workspace, which lives as long as its caller keeps it.
+template <class T>
+cuda::SegmentSums<T> segment_sums(const DeviceCall& call, const SegmentTensors& tensors,
+                                  PoolMode mode, Tensor& partial) {
+  using A = Accumulator<T>;
+  const bool chunked = !tensors.ends && !takes_one_token(mode);
+  cuda::SegmentSums<T> sums{segment_rows<T>(call, tensors), mode, chunked, nullptr, 0, nullptr};
+  partial = call.empty<2>(kScalarType<A>, {sums.slots(), dim_of(tensors.x)});
+  sums.partial = call.write<A>(partial);
+  return sums;
+}
 
 std::tuple<Tensor, Tensor> segment_pool_cuda(const Tensor& x, const Tensor& cu_seqlens,
-                                             const std::optional<Tensor>& weights, bool normalize) {
+                                             const OptionalTensor& weights, bool normalize,
+                                             int64_t mode, const OptionalTensor& ends,
+                                             const OptionalTensor& skip,
+                                             const OptionalTensor& index, bool wide) {
   const DeviceCall call(x);
-  check_batch(call, x, cu_seqlens, weights);
-  return visit_float(x.scalar_type(), kDtypes, [&](auto element) {
+  check_tokens(call, x);
+  const SegmentTensors tensors{x, cu_seqlens, weights, ends, skip, index};
+  return visit_float(x.scalar_type(), kPoolingDtypes, [&](auto element) {
     using T = decltype(element);
     using A = Accumulator<T>;
-    const int64_t batch = cu_seqlens.size(0) - 1, tokens = x.size(0), dim = x.size(1);
-    const Tensor out = call.empty<2>(x.scalar_type(), {batch, dim});
+    Tensor partial;
+    const cuda::SegmentSums<T> sums = segment_sums<T>(call, tensors, mode_of(mode), partial);
+    const int64_t batch = tensors.batch();
+    const Tensor out = call.empty<2>(stored_dtype<T>(wide), {batch, dim_of(x)});
     const Tensor norm = call.empty<1>(kScalarType<A>, {normalize ? batch : 0});
-    const Tensor partial =
-        call.empty<2>(kScalarType<A>, {cuda::segment_pool_slots(batch, tokens), dim});
-    const cuda::SegmentPoolArgs<T> args{call.read<T>(x),
-                                        x.stride(0),
-                                        dim,
-                                        call.read<int32_t>(cu_seqlens),
-                                        call.read<A>(weights),
-                                        normalize,
-                                        call.write<T>(out),
-                                        call.write<A>(norm)};
-    cuda::segment_pool(args, batch, tokens, call.write<A>(partial), call.stream());
+    void* to = wide ? static_cast<void*>(call.write<A>(out)) : call.write<T>(out);
+    cuda::segment_pool<T>({sums, normalize, wide, to, call.write<A>(norm)}, call.stream());
     return std::make_tuple(out, norm);
   });
 }
 
-std::tuple<Tensor, Tensor> segment_pool_backward_cuda(const Tensor& grad_out, const Tensor& x,
-                                                      const Tensor& out, const Tensor& norm,
-                                                      const Tensor& cu_seqlens,
-                                                      const std::optional<Tensor>& weights,
-                                                      bool normalize, bool need_x,
-                                                      bool need_weights) {
+std::tuple<Tensor, Tensor> segment_pool_backward_cuda(
+    const Tensor& grad_out, const Tensor& x, const Tensor& out, const Tensor& norm,
+    const Tensor& cu_seqlens, const OptionalTensor& weights, bool normalize, bool need_x,
+    bool need_weights, int64_t mode, const OptionalTensor& ends, const OptionalTensor& skip,
+    const OptionalTensor& index, bool wide) {
   const DeviceCall call(x);
-  check_batch(call, x, cu_seqlens, weights);
-  const int64_t batch = cu_seqlens.size(0) - 1, tokens = x.size(0), dim = x.size(1);
-  const auto is_output = [&](const Tensor& tensor) {
-    return call.holds(tensor) && tensor.scalar_type() == x.scalar_type() && tensor.dim() == 2 &&
-           tensor.size(0) == batch && tensor.size(1) == dim && tensor.is_contiguous();
-  };
-  check(is_output(grad_out) && is_output(out),
-        "grad_out and out must be contiguous (batch, dim) tensors of the dtype and device of x");
-  return visit_float(x.scalar_type(), kDtypes, [&](auto element) {
+  check_tokens(call, x);
+  const SegmentTensors tensors{x, cu_seqlens, weights, ends, skip, index};
+  return visit_float(x.scalar_type(), kPoolingDtypes, [&](auto element) {
     using T = decltype(element);
     using A = Accumulator<T>;
+    const SegmentGradients<T> gradients(call, tensors, mode_of(mode));
+    const int64_t batch = tensors.batch();
+    for (const Tensor& pooled : {grad_out, out}) {
+      check(call.holds(pooled) && pooled.scalar_type() == stored_dtype<T>(wide) &&
+                pooled.dim() == 2 && pooled.size(0) == batch && pooled.size(1) == dim_of(x) &&
+                pooled.is_contiguous(),
+            "grad_out and out must be contiguous (batch, dim) tensors of the forward's dtype on "
+            "the device of x");
+    }
     call.check_vector<A>(norm, normalize ? batch : 0, "norm must be the forward's second output");
-    const Tensor grad_x = need_x ? call.empty<2>(x.scalar_type(), {tokens, dim})
-                                 : call.empty<1>(x.scalar_type(), {0});
-    const Tensor grad_weights = call.empty<1>(kScalarType<A>, {need_weights ? tokens : 0});
-    const Tensor scratch = call.empty<2>(kScalarType<A>, {batch, dim + 2});
-    const cuda::SegmentPoolBackwardArgs<T> args{
-        call.read<T>(grad_out),
-        call.read<T>(x),
-        x.stride(0),
-        call.read<T>(out),
-        call.read<A>(norm),
-        dim,
-        call.read<int32_t>(cu_seqlens),
-        call.read<A>(weights),
-        normalize,
-        need_x ? call.write<T>(grad_x) : nullptr,
-        need_weights ? call.write<A>(grad_weights) : nullptr};
-    if (need_x || need_weights) {
-      cuda::segment_pool_backward(args, batch, tokens, call.write<A>(scratch), call.stream());
+    const Tensor grad_x = gradients.empty_like_x(need_x);
+    const Tensor grad_weights =
+        call.empty<1>(kScalarType<A>, {need_weights ? tensors.positions() : 0});
+    const auto pooled = [&](const Tensor& tensor) {
+      return wide ? static_cast<const void*>(call.read<A>(tensor)) : call.read<T>(tensor);
+    };
+    if (!need_x && !need_weights) return std::make_tuple(grad_x, grad_weights);
+    cuda::segment_pool_contributions<T>(
+        {gradients.parts, normalize, wide, pooled(grad_out), pooled(out), call.read<A>(norm)},
+        call.stream());
+    const cuda::Order order = gradients.order();
+    if (need_x) gradients.rows(order, nullptr, 0, grad_x);
+    if (need_weights) {
+      cuda::weight_gradients<T>(gradients.parts, order, call.write<A>(grad_weights), call.stream());
     }
     return std::make_tuple(grad_x, grad_weights);
+  });
+}
+
+Tensor segment_gem_cuda(const Tensor& x, const Tensor& cu_seqlens, const OptionalTensor& weights,
+                        const Tensor& power, double epsilon, const OptionalTensor& ends,
+                        const OptionalTensor& skip, const OptionalTensor& index) {
+  const DeviceCall call(x);
+  check_tokens(call, x);
+  const SegmentTensors tensors{x, cu_seqlens, weights, ends, skip, index};
+  return visit_float(x.scalar_type(), kPoolingDtypes, [&](auto element) {
+    using T = decltype(element);
+    using A = Accumulator<T>;
+    call.check_vector<A>(power, 1, kPowerMessage);
+    Tensor partial;
+    cuda::SegmentSums<T> sums = segment_sums<T>(call, tensors, PoolMode::mean, partial);
+    sums.power = call.read<A>(power);
+    sums.epsilon = A(epsilon);
+    const Tensor out = call.empty<2>(kScalarType<A>, {tensors.batch(), dim_of(x)});
+    cuda::segment_gem<T>(sums, call.write<A>(out), call.stream());
+    return out;
+  });
+}
+
+std::tuple<Tensor, Tensor> segment_gem_backward_cuda(
+    const Tensor& grad_out, const Tensor& x, const Tensor& out, const Tensor& cu_seqlens,
+    const OptionalTensor& weights, const Tensor& power, double epsilon, const OptionalTensor& ends,
+    const OptionalTensor& skip, const OptionalTensor& index) {
+  const DeviceCall call(x);
+  check_tokens(call, x);
+  const SegmentTensors tensors{x, cu_seqlens, weights, ends, skip, index};
+  return visit_float(x.scalar_type(), kPoolingDtypes, [&](auto element) {
+    using T = decltype(element);
+    using A = Accumulator<T>;
+    call.check_vector<A>(power, 1, kPowerMessage);
+    const SegmentGradients<T> gradients(call, tensors, PoolMode::mean);
+    const int64_t batch = tensors.batch();
+    for (const Tensor& pooled : {grad_out, out}) {
+      check(call.holds(pooled) && has_dtype<A>(pooled) && pooled.dim() == 2 &&
+                pooled.size(0) == batch && pooled.size(1) == dim_of(x) && pooled.is_contiguous(),
+            "grad_out and out must be contiguous (batch, dim) tensors of the forward's dtype on "
+            "the device of x");
+    }
+    const Tensor grad_x = gradients.empty_like_x(true);
+    const Tensor grad_power = call.empty<1>(kScalarType<A>, {batch});
+    cuda::segment_gem_contributions<T>(gradients.parts, call.read<A>(power), A(epsilon),
+                                       call.read<A>(grad_out), call.read<A>(out),
+                                       call.write<A>(grad_power), call.stream());
+    gradients.rows(gradients.order(), call.read<A>(power), A(epsilon), grad_x);
+    return std::make_tuple(grad_x, grad_power);
   });
 }
 
@@ -100,14 +152,25 @@ std::tuple<Tensor, Tensor> segment_pool_backward_cuda(const Tensor& grad_out, co
 
 STABLE_TORCH_LIBRARY_FRAGMENT(EMBLAS_CUDA_NAMESPACE, library) {
   library.def(
-      "segment_pool_cuda(Tensor x, Tensor cu_seqlens, Tensor? weights, bool normalize)"
+      "segment_pool_cuda(Tensor x, Tensor cu_seqlens, Tensor? weights, bool normalize, int mode=0,"
+      " Tensor? ends=None, Tensor? skip=None, Tensor? index=None, bool wide=False)"
       " -> (Tensor out, Tensor norm)");
   library.def(
       "segment_pool_backward_cuda(Tensor grad_out, Tensor x, Tensor out, Tensor norm,"
-      " Tensor cu_seqlens, Tensor? weights, bool normalize, bool need_x, bool need_weights)"
+      " Tensor cu_seqlens, Tensor? weights, bool normalize, bool need_x, bool need_weights,"
+      " int mode=0, Tensor? ends=None, Tensor? skip=None, Tensor? index=None, bool wide=False)"
       " -> (Tensor grad_x, Tensor grad_weights)");
+  library.def(
+      "segment_gem_cuda(Tensor x, Tensor cu_seqlens, Tensor? weights, Tensor power, float epsilon,"
+      " Tensor? ends=None, Tensor? skip=None, Tensor? index=None) -> Tensor");
+  library.def(
+      "segment_gem_backward_cuda(Tensor grad_out, Tensor x, Tensor out, Tensor cu_seqlens,"
+      " Tensor? weights, Tensor power, float epsilon, Tensor? ends=None, Tensor? skip=None,"
+      " Tensor? index=None) -> (Tensor grad_x, Tensor grad_power)");
 }
 STABLE_TORCH_LIBRARY_IMPL(EMBLAS_CUDA_NAMESPACE, EMBLAS_CUDA_KEY, library) {
   library.impl("segment_pool_cuda", TORCH_BOX(&emblas::segment_pool_cuda));
   library.impl("segment_pool_backward_cuda", TORCH_BOX(&emblas::segment_pool_backward_cuda));
+  library.impl("segment_gem_cuda", TORCH_BOX(&emblas::segment_gem_cuda));
+  library.impl("segment_gem_backward_cuda", TORCH_BOX(&emblas::segment_gem_backward_cuda));
 }

@@ -4,15 +4,11 @@
 namespace emblas::cuda {
 
 template <class T>
-void segment_max(const SegmentRows<T>& rows, int64_t batch, T* out, int32_t* argmax, void* stream) {
-  constexpr int64_t size = sizeof(T), tile = 32 * simt::kVector<T>;
-  const Segments<T>& segments = rows.segments;
-  const bool aligned = reinterpret_cast<uintptr_t>(segments.x) % 16 == 0 &&
-                       segments.row_stride * size % 16 == 0 &&
-                       segments.plane_stride * size % 16 == 0;
-  simt::launch(aligned ? find_maxima<T, true> : find_maxima<T, false>,
-               dim3(unsigned(batch), unsigned((segments.dim + tile - 1) / tile)), kMaxThreads, 0,
-               stream, rows, out, argmax);
+void segment_max(const SegmentRows<T>& rows, T* out, int32_t* argmax, void* stream) {
+  constexpr int64_t tile = 32 * simt::kVector<T>;
+  simt::launch(aligned_rows(rows.segments) ? find_maxima<T, true> : find_maxima<T, false>,
+               dim3(unsigned(rows.batch), unsigned((rows.segments.dim + tile - 1) / tile)),
+               kMaxThreads, 0, stream, rows, out, argmax);
 }
 
 template <class T>
@@ -25,7 +21,7 @@ void segment_max_backward(const T* grad_out, const int32_t* argmax, int64_t batc
 }
 
 #define EMBLAS_INSTANTIATE(T)                                                                    \
-  template void segment_max<T>(const SegmentRows<T>&, int64_t, T*, int32_t*, void*);             \
+  template void segment_max<T>(const SegmentRows<T>&, T*, int32_t*, void*);                      \
   template void segment_max_backward<T>(const T*, const int32_t*, int64_t, int64_t, int64_t, T*, \
                                         void*);
 EMBLAS_INSTANTIATE(float)

@@ -22,8 +22,7 @@ std::tuple<Tensor, Tensor> segment_max_cuda(const Tensor& x, const Tensor& cu_se
     const int64_t batch = tensors.batch();
     const Tensor out = call.empty<2>(x.scalar_type(), {batch, dim_of(x)});
     const Tensor argmax = call.empty<2>(ScalarType::Int, {batch, dim_of(x)});
-    cuda::segment_max<T>(rows, batch, call.write<T>(out), call.write<int32_t>(argmax),
-                         call.stream());
+    cuda::segment_max<T>(rows, call.write<T>(out), call.write<int32_t>(argmax), call.stream());
     return std::make_tuple(out, argmax);
   });
 }

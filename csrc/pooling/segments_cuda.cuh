@@ -9,6 +9,7 @@ namespace emblas::cuda {
 
 struct Positions {
   int64_t begin, end;
+  int64_t origin;  // where they are counted from: the skipped prefix counts
 };
 template <class T>
 __device__ inline Positions positions_of(const SegmentRows<T>& rows, int64_t b) {
@@ -17,7 +18,79 @@ __device__ inline Positions positions_of(const SegmentRows<T>& rows, int64_t b) 
   int64_t begin = segments.begins[b] + skipped, end = segments.ends[b];
   begin = min(max(begin, int64_t(0)), rows.positions);
   end = min(max(end, begin), rows.positions);
-  return {begin, end};
+  return {begin, end, segments.begins[b]};
+}
+
+// What is pooled of a segment, found by all lanes of a warp together: in the modes that take one
+// token, that token.
+template <class T>
+__device__ inline Positions pooled_range(const SegmentRows<T>& rows, int64_t b, PoolMode mode) {
+  Positions range = positions_of(rows, b);
+  const Accumulator<T>* weights = rows.segments.weights;
+  const int lane = threadIdx.x % 32;
+  if (mode == PoolMode::cls) {
+    for (; weights && range.begin < range.end; range.begin += 32) {
+      const int64_t p = range.begin + lane;
+      const bool there = p < range.end && weights[p] != 0;
+      const unsigned found = __ballot_sync(simt::kAllLanes, there);
+      if (found) {
+        range.begin += __ffs(found) - 1;
+        break;
+      }
+    }
+    range.begin = min(range.begin, range.end);
+    range.end = min(range.begin + 1, range.end);
+  } else if (mode == PoolMode::last) {
+    for (; weights && range.begin < range.end; range.end -= 32) {
+      const int64_t p = range.end - 1 - lane;
+      const bool there = p >= range.begin && weights[p] != 0;
+      const unsigned found = __ballot_sync(simt::kAllLanes, there);
+      if (found) {
+        range.end -= __ffs(found) - 1;
+        break;
+      }
+    }
+    range.end = max(range.begin, range.end);
+    range.begin = max(range.begin, range.end - 1);
+  }
+  return range;
+}
+
+// Derivative of the weight of a position by the caller's weight; positions count from `origin`.
+template <class T>
+__device__ inline Accumulator<T> steps_at(int64_t origin, int64_t p, PoolMode mode) {
+  if (mode == PoolMode::cls || mode == PoolMode::last) return 0;
+  return mode == PoolMode::weighted_mean ? Accumulator<T>(p - origin + 1) : Accumulator<T>(1);
+}
+
+template <class T>
+__device__ inline Accumulator<T> weight_at(const SegmentRows<T>& rows, int64_t origin, int64_t p,
+                                           PoolMode mode) {
+  if (mode == PoolMode::cls || mode == PoolMode::last) return 1;
+  const Accumulator<T> steps = steps_at<T>(origin, p, mode);
+  return rows.segments.weights ? rows.segments.weights[p] * steps : steps;
+}
+
+// By all threads of a block of `warps` warps, which get the same bits.
+template <int warps, class T>
+__device__ inline Accumulator<T> total_weight(const SegmentRows<T>& rows, const Positions& range,
+                                              PoolMode mode) {
+  using A = Accumulator<T>;
+  const bool counted = mode == PoolMode::cls || mode == PoolMode::last || !rows.segments.weights;
+  if (counted && mode != PoolMode::weighted_mean) return A(range.end - range.begin);
+  A total = 0;
+  for (int64_t p = range.begin + threadIdx.x; p < range.end; p += 32 * warps) {
+    total += weight_at(rows, range.origin, p, mode);
+  }
+  return simt::block_sum<warps>(total);
+}
+
+// 1 / d_b; 0 where "empty means zero".
+template <class A>
+__device__ inline A inverse_divisor(A total, PoolMode mode) {
+  if (mode == PoolMode::sum) return 1;
+  if (total == 0) return 0;
+  return 1 / (mode == PoolMode::mean_sqrt_len ? sqrt(fabs(total)) : total);
 }
 
 template <class T>
@@ -32,6 +105,14 @@ __device__ inline const T* row_start(const Segments<T>& segments, int64_t row) {
   if (segments.plane_rows == 0) return segments.x + row * segments.row_stride;
   return segments.x + row / segments.plane_rows * segments.plane_stride +
          row % segments.plane_rows * segments.row_stride;
+}
+
+// Whether rows start at multiples of 16 bytes.
+template <class T>
+bool aligned_rows(const Segments<T>& segments) {
+  const int64_t size = sizeof(T);
+  return reinterpret_cast<uintptr_t>(segments.x) % 16 == 0 &&
+         segments.row_stride * size % 16 == 0 && segments.plane_stride * size % 16 == 0;
 }
 
 }  // namespace emblas::cuda

@@ -41,7 +41,7 @@ cuda::SegmentRows<T> segment_rows(const DeviceCall& call, const SegmentTensors& 
   out.skip = call.read<int32_t>(tensors.skip);
   out.index = call.read<int32_t>(tensors.index);
   out.weights = call.read<A>(tensors.weights);
-  return {out, positions, rows_of(x)};
+  return {out, batch, positions, rows_of(x)};
 }
 
 // Checks x, which the dtype of everything else depends on.

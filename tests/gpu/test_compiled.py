@@ -31,7 +31,12 @@ LOCAL_MEMORY = {
     ("_grad_weights", ""): (8, "ptxas spills two words to get by with 32 or 40 registers"),
     ("_compose_bags", "product, float32, bags, max"): (8, "two words, to get by with 72 registers"),
     ("_highest_of_chunk", ""): (16, "ptxas spills two to four words for another four warps"),
+    ("sum_chunks", "double, true, true"): (
+        8,
+        "two words on sm_120, to get by with 80 registers",
+    ),
     ("_maximum", "float32, padded"): (8, "two words on sm_120, to get by with 80 registers"),
+    ("_gem_gradients", "float32, lists, weights"): (8, "two words, to get by with 56 registers"),
     ("_maxsim", "float32"): (8, _TWO_WORDS),
     ("_maxsim", "floats and bits"): (8, _TWO_WORDS),
     ("_maxsim", "bits"): (8, _TWO_WORDS),
@@ -39,12 +44,20 @@ LOCAL_MEMORY = {
 _ODD = "rows of odd width are read by bytes"
 NO_WIDE_LOADS = {
     ("_all_distances", "16 queries, odd width"): _ODD,
+    ("_attention_gradients", ""): "its threads share the reads of 32 tokens and of 64 columns",
+    ("_choose", ""): "its threads share the reads of 32 tokens",
+    ("_place", ""): "its threads share the reads of 32 tokens",
     ("_hash_keys", ""): "reads nothing but 8-byte ids, one for each thread",
     ("_maxsim", "bits"): "the 32 bits of each row that a tile holds are 4 bytes",
     ("_nearest_of_chunk", "16 queries, k = 16, odd width"): _ODD,
+    ("_row_gradients", ""): "but for the generalized mean it reads what segments contribute, "
+    "64 columns at a time, from the caches",
 }
 # Files of CUDA C++ without any.
-NO_WIDE_LOADS_IN_FILE = {"merge": "lists hold 8 bytes for each lane of a warp"}
+NO_WIDE_LOADS_IN_FILE = {
+    "lexical": "all lanes of a warp read the same ids and weights",
+    "merge": "lists hold 8 bytes for each lane of a warp",
+}
 # Fewer warps than the floor.
 FEW_WARPS = {
     ("_rotate", "float32, dim 3072"): (8, "a block of 8 warps holds a row of 16 KiB in registers"),
@@ -100,7 +113,7 @@ def test_files_have_wide_loads(rows):
 
 
 def test_products_use_tensor_cores(rows):
-    kernels = {"_attend", "_grad_documents", "_highest_of_chunk", "_maxsim"}
+    kernels = {"_attend", "_grad_documents", "_highest_of_chunk", "_maxsim", "_vocab_max"}
     rows = of_triton(rows)
     assert {row.kernel for row in rows if row.tensor_cores} == kernels
     assert all(row.tensor_cores for row in rows if row.kernel in kernels)

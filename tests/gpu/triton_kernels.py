@@ -13,10 +13,12 @@ from unittest import mock
 
 import torch
 from emblas import _op
+from emblas.pooling.reference import Mode
 from emblas.tables import Composition, Part
 from emblas.tables.compose_op import MODES
 from emblas.tables.composition import COMBINES
 from sass import Binary
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
@@ -44,6 +46,37 @@ def _pooling() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
                 yield "segment_pool_backward", words, args
 
 
+def _forms() -> Iterator[tuple[str, Tensor, list[Tensor | None]]]:
+    """x, and starts, weights, ends, skip and index of segments of every form."""
+    starts, index = torch.zeros(5, dtype=torch.int32), torch.zeros(512, dtype=torch.int32)
+    ends, weights, padded = starts[1:], torch.empty(512), torch.empty(4, 256, 384)[:, :128]
+    yield "float32, lists, weights", torch.empty(512, 384), [starts, weights, None, None, index]
+    yield "float32, spans, skip", torch.empty(512, 384), [ends, None, ends, ends, None]
+    yield "float32, padded, weights", padded, [ends, weights, ends, None, None]
+
+
+def _linear_modes() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
+    for words, x, (starts, weights, *form) in _forms():
+        for mode in (Mode.weighted_mean, Mode.last) if "lists" in words else (Mode.mean_sqrt_len,):
+            options = (int(mode), *form, True)
+            yield "segment_pool", f"{words}, {mode.name}", (x, starts, weights, False, *options)
+            out = torch.empty(4, 384)
+            args = (out, x, out, out[:0, 0], starts, weights, False, True, True, *options)
+            yield "segment_pool_backward", f"{words}, {mode.name}", args
+
+
+def _generalized_means() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
+    out, power, starts = torch.empty(4, 384), torch.empty(1), torch.zeros(5, dtype=torch.int32)
+    calls = [(_short(dtype), torch.empty(512, 384, dtype=dtype), [starts]) for dtype in DTYPES]
+    for words, x, (starts, weights, *form) in (
+        *((words, x, [*starts, None, None, None, None]) for words, x, starts in calls),
+        *_forms(),
+    ):
+        args = (starts, weights, power, 1e-6, *form)
+        yield "segment_gem", words, (x, *args)
+        yield "segment_gem_backward", words, (out, x, out, *args)
+
+
 def _maxima() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
     starts, index = torch.zeros(5, dtype=torch.int32), torch.zeros(512, dtype=torch.int32)
     skip, weights = starts[1:], torch.empty(512)
@@ -57,6 +90,49 @@ def _maxima() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
     args = (x, skip, weights, skip, skip, index)
     yield "segment_max", "float32, lists, weights, skip", args
     yield "segment_max", "float32, padded", (padded, skip, None, skip, None, None)
+
+
+def _finish() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
+    x, ranges = torch.empty(64, 384), torch.empty(2, 384)
+    for words, normalize, noise, kind, dtype in (
+        *((_short(dtype), True, 0.0, 0, dtype) for dtype in DTYPES),
+        ("float32, noise", False, 1.0, 0, torch.float32),
+        ("int8", True, 0.0, 1, torch.float32),
+        ("bits", True, 0.0, 2, torch.float32),
+    ):
+        given = ranges if kind == 1 else None
+        yield "finish", words, (x, (384,), normalize, noise, 5, kind, dtype, given)
+    for normalize in (False, True):
+        words = "normalize" if normalize else ""
+        yield "finish_backward", words, (torch.empty(64, 768), x, (384, 384), normalize)
+
+
+def _attention_pooling() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
+    starts, queries, out = torch.zeros(5, dtype=torch.int32), torch.empty(2, 384), torch.empty(4, 2)
+    for dtype in DTYPES:
+        for weights in (None, torch.empty(512)):
+            x = torch.empty(512, 384, dtype=dtype)
+            words = f"{_short(dtype)}{'' if weights is None else ', weights'}"
+            others = (starts, 0.5, weights, None)
+            yield "attention_pool", words, (x, queries, *others)
+            wide = out[:, :, None].expand(4, 2, 384).contiguous()
+            yield "attention_pool_backward", words, (wide, x, queries, wide, out, *others)
+    padded = torch.empty(4, 256, 384)[:, :128]
+    args = (padded, queries, starts[1:], 0.5, None, starts[1:])
+    yield "attention_pool", "float32, padded", args
+
+
+def _vocabulary_pooling() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
+    starts, argmax = torch.zeros(5, dtype=torch.int32), torch.zeros(4, 1024, dtype=torch.int32)
+    for dtype in DTYPES:
+        x, weight = torch.empty(512, 384, dtype=dtype), torch.empty(1024, 384, dtype=dtype)
+        yield "vocab_max", _short(dtype), (x, weight, torch.empty(1024), starts, None, None)
+        args = (torch.empty(4, 1024), x, weight, argmax, starts, None, True, True)
+        yield "vocab_max_backward", _short(dtype), args
+    args = (x, weight, None, starts, torch.empty(512), None)
+    yield "vocab_max", "float16, weights", args
+    ids = torch.zeros(512, dtype=torch.int64)
+    yield "lexical_index", "", (ids, torch.empty(512), starts, [0])
 
 
 def _tables() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
@@ -200,8 +276,9 @@ def _rotary() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
 def calls() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
     """Operator, words and arguments of calls that take every configuration of every kernel."""
     families = (
-        _pooling, _maxima, _tables, _compositions, _binary, _scores, _late_interaction, _attention,
-        _rotary,
+        _pooling, _linear_modes, _generalized_means, _maxima, _finish, _attention_pooling,
+        _vocabulary_pooling, _tables, _compositions, _binary, _scores, _late_interaction,
+        _attention, _rotary,
     )  # fmt: skip
     for family in families:
         yield from family()

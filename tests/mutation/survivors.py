@@ -11,6 +11,7 @@ _FIRST = "hidden lanes hold index 0, which may be read, and their values are not
 _HIDDEN = "hidden lanes read what exists, and their gradients are 0"
 _NOT_OWN = "no part is an absent id's own"
 _NO_ROW = "the interpreter's garbage, -1 or huge, is no row; a GPU's may be one"
+_IDLE = "writes to idle slots, which nobody reads"
 SURVIVORS: dict[tuple[str, str], str] = {
     ("_turn", "c = tl.load(cos + table, mask=paired)"): _UNUSED,
     ("_turn", "row = tl.load(position_ids + t, mask=here)"): _UNUSED,
@@ -27,6 +28,14 @@ SURVIVORS: dict[tuple[str, str], str] = {
         "store_some",
         "if (aligned && count «>=» vector) return simt::store_vector(to, x);",
     ): _MORE_WORK,
+    ("_pool_parts", "tl.store(largest + to, most, mask=(first < end) == (first < end))"): _IDLE,
+    (
+        "_pool_parts",
+        "tl.store(total + to, tl.sum(share, 0), mask=(first < end) == (first < end))",
+    ): _IDLE,
+    ("_pool_parts", "tl.store(largest + to, most, mask=first <= end)"): _IDLE,
+    ("_pool_parts", "tl.store(total + to, tl.sum(share, 0), mask=first <= end)"): _IDLE,
+    ("_pool_parts", "inside = (d < dim) & (first <= end)"): _IDLE,
     ("_normalize", "values = tl.load(mean + row * dim + d, mask=d < dim)"): _UNUSED,
     ("_hash_keys", "id = tl.load(ids + i * stride, mask=i < count).to(tl.uint64)"): _UNUSED,
     ("_load_ids", "id = tl.load(ids + i * stride, mask=inside)"): _UNUSED,
@@ -37,8 +46,11 @@ SURVIVORS: dict[tuple[str, str], str] = {
         "_grad_rows",
         "gradient *= tl.load(weights + i, mask=inside == inside, other=0.0)[:, None]",
     ): _FIRST,
-    ("_mean_gradient", "removed = tl.where(length >= _EPSILON, tl.sum(products, 0), 0.0)"): _EDGE,
-    ("_mean_gradient", "dot = tl.where(length >= _EPSILON, 0.0, dot)"): "m . dm is 0 but for "
+    (
+        "_segment_gradients",
+        "removed = tl.where(length >= _EPSILON, tl.sum(products, 0), 0.0)",
+    ): _EDGE,
+    ("_segment_gradients", "dot = tl.where(length >= _EPSILON, 0.0, dot)"): "m . dm is 0 but for "
     "rounding, unless the length is at most the epsilon, to which it was raised",
     ("_pack_sign", "limit = tl.load(threshold + d, mask=d < dim)"): "hidden lanes are 0, which is "
     "not above the interpreter's garbage, NaN or huge; a GPU's may be negative",
@@ -214,8 +226,6 @@ SURVIVORS: dict[tuple[str, str], str] = {
         "_attend",
         "highest = tl.minimum(first + BLOCK_M - 1 + (keys + queries) + right, keys - 1)",
     ): _MORE_WORK,
-    ("_token_gradients", "weight = tl.load(weights + t, mask=t < end)"): _UNUSED,
-    ("_token_gradients", "weight = (t <= end).to(tl.float32)"): _UNUSED,
     ("_grad_weights", "bag = tl.load(bag_of + i, mask=i < count)"): _UNUSED,
     ("sum_chunks", "for (int i = 0; i «<» vector; ++i) {"): "beyond the tile there is no column",
     ("find_maxima", "for (int i = 0; i «<» vector; ++i) {"): "beyond the tile there is no column",
@@ -234,7 +244,7 @@ SURVIVORS: dict[tuple[str, str], str] = {
         "score_pairs",
         "if (other > best[r] || (other == best[r] && there «<» where[r])) {",
     ): "two lanes never hold the same token",
-    ("mean_gradients", "project = args.norm[b] «>» A(kNormalizeEpsilon);"): _EDGE,
+    ("pool_contributions", "project = args.norm[b] «>» A(kNormalizeEpsilon);"): _EDGE,
     (
         "pack_rows",
         "for (int flip = 1; flip < pieces; flip «*=» 2)",

@@ -26,8 +26,6 @@ LENGTHS = (0, 5, 1, 0, 9, 70, 4, 0)
 
 executor = executors.fixture("segment_pool", "segment_pool_backward")
 kernel_executor = executors.fixture("segment_pool", "segment_pool_backward", without=("reference",))
-# No GPU kernel takes padded input yet.
-padded_executor = executors.fixture("segment_pool", "segment_pool_backward", without=("simt",))
 
 
 def oracle(x, cu_seqlens, weights=None, normalize=False):
@@ -91,7 +89,7 @@ def test_mask_with_holes(seed, dim):
         torch.testing.assert_close(actual.double(), expected, **tolerance(torch.float32, 9))
 
 
-def test_padded_equals_packed(padded_executor):
+def test_padded_equals_packed(executor):
     lengths = (3, 0, 8, 5)
     cu_seqlens = packed(lengths)
     x = torch.randn(int(cu_seqlens[-1]), 24)
@@ -156,7 +154,7 @@ def test_empty_means_zero(executor):
     assert segment_pool(torch.empty(4, 0), packed((4,))).shape == (1, 0)
 
 
-def test_masked_rows_get_zero_gradient(padded_executor):
+def test_masked_rows_get_zero_gradient(executor):
     x = torch.randn(2, 3, 4)
     x[0, 1] = torch.nan
     x.requires_grad_()

@@ -31,10 +31,19 @@ add_library(
   csrc/binary/maxsim_ops_cuda.cpp
   csrc/binary/merge_cuda.cu
   csrc/binary/pack_sign_cuda.cu
+  csrc/pooling/attention_pool_cuda.cu
+  csrc/pooling/attention_pool_ops_cuda.cpp
+  csrc/pooling/finish_cuda.cu
+  csrc/pooling/finish_ops_cuda.cpp
+  csrc/pooling/lexical_cuda.cu
   csrc/pooling/pooling_ops_cuda.cpp
+  csrc/pooling/segment_gem_cuda.cu
+  csrc/pooling/segment_gradients_cuda.cu
   csrc/pooling/segment_max_cuda.cu
   csrc/pooling/segment_max_ops_cuda.cpp
   csrc/pooling/segment_pool_cuda.cu
+  csrc/pooling/vocab_pool_cuda.cu
+  csrc/pooling/vocab_pool_ops_cuda.cpp
   csrc/tables/tables_ops_cuda.cpp
   csrc/tables/hash_bag_cuda.cu
   csrc/tables/compose_ops_cuda.cpp

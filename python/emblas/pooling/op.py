@@ -275,11 +275,13 @@ _segment_gem = Op(
     check_values=lambda x, starts, weights, power, epsilon, *others: check_segments(
         Segments(x, starts, weights, *others)
     ),
+    triton="emblas.pooling.triton",
 )
 _segment_gem_backward = Op(
     "segment_gem_backward",
     reference=reference.segment_gem_backward,
     fake=_segment_gem_backward_fake,
+    triton="emblas.pooling.triton",
 )
 
 
@@ -342,9 +344,22 @@ def _finish_backward_fake(
     return torch.empty_like(x)
 
 
-_finish = Op("finish", reference=reference.finish, fake=_finish_fake, backward="finish_backward")
+_MOST_DIMS = 32  # that the CUDA C++ kernels take
+
+_finish = Op(
+    "finish",
+    reference=reference.finish,
+    fake=_finish_fake,
+    backward="finish_backward",
+    triton="emblas.pooling.triton",
+    cuda_supports=lambda x, dims, *_: len(dims) <= _MOST_DIMS,
+)
 _finish_backward = Op(
-    "finish_backward", reference=reference.finish_backward, fake=_finish_backward_fake
+    "finish_backward",
+    reference=reference.finish_backward,
+    fake=_finish_backward_fake,
+    triton="emblas.pooling.triton",
+    cuda_supports=lambda grad_out, x, dims, *_: len(dims) <= _MOST_DIMS,
 )
 
 

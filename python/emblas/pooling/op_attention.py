@@ -114,9 +114,13 @@ _attention_pool = Op(
     fake=_fake,
     backward="attention_pool_backward",
     check_values=_check_values,
+    triton="emblas.pooling.triton",
 )
 _attention_pool_backward = Op(
-    "attention_pool_backward", reference=_backward_reference, fake=_backward_fake
+    "attention_pool_backward",
+    reference=_backward_reference,
+    fake=_backward_fake,
+    triton="emblas.pooling.triton",
 )
 
 

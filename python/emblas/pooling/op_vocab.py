@@ -96,8 +96,14 @@ _vocab_max = Op(
     fake=_fake,
     backward="vocab_max_backward",
     check_values=_check_values,
+    triton="emblas.pooling.triton",
 )
-_vocab_max_backward = Op("vocab_max_backward", reference=_backward_reference, fake=_backward_fake)
+_vocab_max_backward = Op(
+    "vocab_max_backward",
+    reference=_backward_reference,
+    fake=_backward_fake,
+    triton="emblas.pooling.triton",
+)
 
 
 class _VocabMax(torch.autograd.Function):
@@ -174,6 +180,8 @@ _lexical_index = Op(
     check_values=lambda token_ids, weights, cu_seqlens, ignored: check_offsets(
         "cu_seqlens", cu_seqlens, token_ids.shape[0], "tokens"
     ),
+    triton="emblas.pooling.triton",
+    cuda_supports=lambda token_ids, weights, cu_seqlens, ignored: len(ignored) <= 32,
 )
 
 

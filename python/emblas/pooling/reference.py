@@ -261,7 +261,9 @@ def segment_gem_backward(
     summed = torch.zeros_like(rows).index_add(
         0, entries.row, weight[:, None] * shared[entries.segment]
     )
-    grad_x = torch.where(rows < epsilon, 0, summed * power * clamped ** (power - 1))
+    # A row that no segment reaches may hold NaN.
+    constant = (rows < epsilon) | (summed == 0)
+    grad_x = torch.where(constant, 0, summed * power * clamped ** (power - 1))
     taken = clamped[entries.row]
     slope = torch.where((weight == 0)[:, None], 0, taken**power * taken.log() * weight[:, None])
     grad_power = weight.new_zeros(batch).index_add(

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from costs.work import Work
+from emblas.pooling.reference import Mode
 
 _CHUNK = 128  # rows that one block of sum_chunks adds up
 
@@ -21,11 +22,15 @@ class Pooling:
     dtype: torch.dtype
     weights: bool = False
     normalize: bool = False
+    mode: Mode = Mode.mean
+    spans: bool = False  # given by their starts and ends
 
     def __str__(self) -> str:
         words = f"{len(self.lengths)} x {self.lengths[0]} tokens, dim {self.dim}, "
         words += str(self.dtype).removeprefix("torch.")
-        return words + ", weights" * self.weights + ", normalize" * self.normalize
+        words += ", weights" * self.weights + ", normalize" * self.normalize
+        words += f", {self.mode.name}" * (self.mode != Mode.mean)
+        return words + ", spans" * self.spans
 
     @property
     def x(self) -> int:
@@ -41,6 +46,8 @@ class Pooling:
 
     @property
     def partial(self) -> int:
+        if self.spans:
+            return self.wide
         return sum(-(-length // _CHUNK) for length in self.lengths) * self.dim * 4
 
     @property
@@ -52,8 +59,20 @@ class Pooling:
         return len(self.lengths) * 4
 
     @property
+    def ranges(self) -> int:
+        return 2 * self.per_sequence
+
+    @property
+    def fingerprints(self) -> int:
+        return 2 * self.per_sequence
+
+    @property
+    def order(self) -> int:
+        return 4 * self.per_sequence * self.spans
+
+    @property
     def offsets(self) -> int:
-        return (len(self.lengths) + 1) * 4
+        return 2 * self.per_sequence if self.spans else self.per_sequence + 4
 
     @property
     def read_always(self) -> int:
@@ -61,18 +80,21 @@ class Pooling:
 
     def arguments(self) -> tuple[Any, ...]:
         x = torch.rand(sum(self.lengths), self.dim).to(self.dtype)
-        offsets = torch.tensor([0, *self.lengths]).cumsum(0).int()
-        return x, offsets, torch.rand(len(x)) + 1 if self.weights else None, self.normalize
+        starts, ends = torch.tensor([0, *self.lengths]).cumsum(0).int(), None
+        if self.spans:
+            starts, ends = starts[:-1].clone(), starts[1:].clone()
+        weights = torch.rand(len(x)) + 1 if self.weights else None
+        return x, starts, weights, self.normalize, int(self.mode), ends, None, None, False
 
 
 def _pool_cuda(p: Pooling) -> dict[str, Work]:
     adds = sum(p.lengths) * p.dim * (2 if p.weights else 1)
     return {
         "sum_chunks": Work(p.read_always + p.x, p.partial, adds),
-        "finish_means": Work(
+        "finish_pooled": Work(
             p.read_always + p.partial,
-            p.wide + p.out + p.per_sequence * p.normalize,
-            p.partial // 4 + 2 * p.wide // 4 * (1 + p.normalize),
+            p.out + (p.wide + p.per_sequence) * p.normalize,
+            p.partial // 4 + p.wide // 4 * (1 + 3 * p.normalize),
         ),
     }
 
@@ -80,9 +102,9 @@ def _pool_cuda(p: Pooling) -> dict[str, Work]:
 def _pool_triton(p: Pooling) -> dict[str, Work]:
     adds = 2 * sum(p.lengths) * p.dim
     if not p.normalize:
-        return {"_mean": Work(p.read_always + p.x, p.out, adds)}
+        return {"_pool": Work(p.read_always + p.x, p.out, adds)}
     return {
-        "_mean": Work(p.read_always + p.x, p.wide, adds),
+        "_pool": Work(p.read_always + p.x, p.wide, adds),
         "_normalize": Work(p.wide, p.out + p.per_sequence, 3 * p.wide // 4),
     }
 
@@ -92,30 +114,53 @@ class PoolingBackward(Pooling):
     """Its gradient with respect to x, and to the weights where there are some."""
 
     def arguments(self) -> tuple[Any, ...]:
-        x, offsets, weights, normalize = super().arguments()
-        out, norm = torch.ops.emblas.segment_pool(x, offsets, weights, normalize)
+        x, starts, weights, normalize, *others = super().arguments()
+        out, norm = torch.ops.emblas.segment_pool(x, starts, weights, normalize, *others)
         needs = (normalize, True, self.weights)
-        return torch.rand(out.shape).to(x.dtype), x, out, norm, offsets, weights, *needs
+        return torch.rand(out.shape).to(x.dtype), x, out, norm, starts, weights, *needs, *others
 
 
-def _pool_backward(first: str, second: str, along_mean: bool) -> Callable[..., dict[str, Work]]:
-    def works(p: PoolingBackward) -> dict[str, Work]:
-        passes = 5 + 4 * p.normalize
-        means = Work(
-            p.read_always + 2 * p.out + p.per_sequence * p.normalize,
-            p.wide + 2 * p.per_sequence,
-            p.wide // 4 * passes,
-        )
-        tokens = Work(
-            p.read_always
-            + p.wide
-            + p.per_sequence * (1 + (along_mean or p.weights))
-            + p.x * p.weights,
-            p.x + p.per_token * p.weights,
-            sum(p.lengths) * p.dim * (3 if p.weights else 1),
-        )
-        return {first: means, second: tokens}
+def _contributions(p: PoolingBackward) -> Work:
+    return Work(
+        p.read_always + 2 * p.out + p.per_sequence * p.normalize,
+        p.wide + p.ranges + p.per_sequence,
+        p.wide // 4 * (5 + 4 * p.normalize),
+    )
 
+
+def _row_gradients(p: Pooling) -> Work:
+    where = p.ranges + p.order + p.per_sequence
+    return Work(
+        where + p.per_token * p.weights + p.wide, p.x, sum(p.lengths) * p.dim * (1 + p.weights)
+    )
+
+
+def _weight_gradients(p: PoolingBackward) -> Work:
+    where = p.ranges + p.order + p.per_sequence
+    flops = 3 * sum(p.lengths) * p.dim
+    return Work(where + p.per_sequence + p.wide + p.x, p.per_token, flops)
+
+
+def _pool_backward_cuda(p: PoolingBackward) -> dict[str, Work]:
+    contributions = _contributions(p)
+    works = {"pool_contributions": contributions}
+    if p.spans:
+        written = contributions.written + p.fingerprints
+        works["pool_contributions"] = dataclasses.replace(contributions, written=written)
+        works["rank_spans"] = Work(p.ranges + p.fingerprints, p.order)
+    works["write_row_gradients"] = _row_gradients(p)
+    if p.weights:
+        works["write_weight_gradients"] = _weight_gradients(p)
+    return works
+
+
+def _pool_backward_triton(p: PoolingBackward) -> dict[str, Work]:
+    works = {"_segment_gradients": _contributions(p)}
+    if p.spans:
+        works["_fingerprints"] = Work(p.wide + p.per_sequence, p.fingerprints)
+    works["_row_gradients"] = _row_gradients(p)
+    if p.weights:
+        works["_weight_gradients"] = _weight_gradients(p)
     return works
 
 
@@ -155,15 +200,72 @@ def _max_backward(kernel: str) -> Callable[[MaximumBackward], dict[str, Work]]:
     return works
 
 
+@dataclasses.dataclass(frozen=True)
+class Gem(Pooling):
+    """Generalized mean instead; some 30 operations make a power."""
+
+    @property
+    def powers(self) -> int:
+        return 30 * sum(self.lengths) * self.dim
+
+    def arguments(self) -> tuple[Any, ...]:
+        x, starts, weights, _, _, *others, _ = super().arguments()
+        return x, starts, weights, torch.tensor([3.0]), 1e-6, *others
+
+
+@dataclasses.dataclass(frozen=True)
+class GemBackward(Gem):
+    """Its gradient with respect to x and p."""
+
+    def arguments(self) -> tuple[Any, ...]:
+        x, *others = super().arguments()
+        out = torch.ops.emblas.segment_gem(x, *others)
+        return torch.rand(out.shape), x, out, *others
+
+
+def _gem_cuda(p: Gem) -> dict[str, Work]:
+    return {
+        "sum_chunks": Work(p.read_always + p.x + 4, p.partial, p.powers),
+        "finish_roots": Work(p.read_always + p.partial + 4, p.wide, 10 * p.wide),
+    }
+
+
+def _gem_triton(p: Gem) -> dict[str, Work]:
+    return {"_powers": Work(p.read_always + p.x + 4, p.wide, p.powers)}
+
+
+def _gem_backward(first: str, between: str, last: str) -> Callable[[GemBackward], dict[str, Work]]:
+    def works(p: GemBackward) -> dict[str, Work]:
+        parts = Work(
+            p.read_always + 2 * p.wide + p.x + 4, p.ranges + p.wide + p.per_sequence, p.powers
+        )
+        rows = _row_gradients(p)
+        rows = Work(rows.read + p.x + 4, rows.written, rows.flops + p.powers)
+        if not p.spans:
+            return {first: parts, last: rows}
+        if between == "_fingerprints":
+            order = Work(p.wide + p.per_sequence, p.fingerprints)
+        else:
+            parts = dataclasses.replace(parts, written=parts.written + p.fingerprints)
+            order = Work(p.ranges + p.fingerprints, p.order)
+        return {first: parts, between: order, last: rows}
+
+    return works
+
+
 _BF16, _F32 = torch.bfloat16, torch.float32
 MODELS: dict[tuple[str, str], Callable[[Any], dict[str, Work]]] = {
     ("segment_pool", "CUDA C++"): _pool_cuda,
     ("segment_pool", "Triton"): _pool_triton,
-    ("segment_pool_backward", "CUDA C++"): _pool_backward(
-        "mean_gradients", "token_gradients", True
+    ("segment_pool_backward", "CUDA C++"): _pool_backward_cuda,
+    ("segment_pool_backward", "Triton"): _pool_backward_triton,
+    ("segment_gem", "CUDA C++"): _gem_cuda,
+    ("segment_gem", "Triton"): _gem_triton,
+    ("segment_gem_backward", "CUDA C++"): _gem_backward(
+        "gem_contributions", "rank_spans", "write_row_gradients"
     ),
-    ("segment_pool_backward", "Triton"): _pool_backward(
-        "_mean_gradient", "_token_gradients", False
+    ("segment_gem_backward", "Triton"): _gem_backward(
+        "_gem_gradients", "_fingerprints", "_row_gradients"
     ),
     ("segment_max", "CUDA C++"): _max("find_maxima"),
     ("segment_max", "Triton"): _max("_maximum"),
@@ -174,10 +276,20 @@ SMALL: dict[str, tuple[Any, ...]] = {
     "segment_pool": (
         Pooling((130, 1, 300), 24, _F32),
         Pooling((130, 1, 300), 24, _BF16, weights=True, normalize=True),
+        Pooling((130, 1, 300), 24, _F32, mode=Mode.sum, spans=True),
     ),
     "segment_pool_backward": (
         PoolingBackward((130, 1, 300), 24, _F32),
         PoolingBackward((130, 1, 300), 24, _BF16, weights=True, normalize=True),
+        PoolingBackward((130, 1, 300), 24, _F32, weights=True, mode=Mode.sum, spans=True),
+    ),
+    "segment_gem": (
+        Gem((130, 1, 300), 24, _F32),
+        Gem((130, 1, 300), 24, _BF16, weights=True, spans=True),
+    ),
+    "segment_gem_backward": (
+        GemBackward((130, 1, 300), 24, _F32),
+        GemBackward((130, 1, 300), 24, _BF16, weights=True, spans=True),
     ),
     "segment_max": (Maximum((130, 1, 300), 24, _F32), Maximum((40, 1), 70, _BF16, weights=True)),
     "segment_max_backward": (MaximumBackward((40, 1, 30), 70, _BF16),),
@@ -185,6 +297,8 @@ SMALL: dict[str, tuple[Any, ...]] = {
 LARGE: dict[str, tuple[Any, ...]] = {
     "segment_pool": (Pooling((512,) * 256, 1024, _BF16, normalize=True),),
     "segment_pool_backward": (PoolingBackward((512,) * 256, 1024, _BF16, normalize=True),),
+    "segment_gem": (Gem((512,) * 256, 1024, _BF16),),
+    "segment_gem_backward": (GemBackward((512,) * 256, 1024, _BF16),),
     "segment_max": (Maximum((512,) * 256, 1024, _BF16),),
     "segment_max_backward": (MaximumBackward((512,) * 256, 1024, _BF16),),
 }

@@ -9,6 +9,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from emblas.pooling.reference import Mode
+
+SUM = tl.constexpr(int(Mode.sum))
+SQRT = tl.constexpr(int(Mode.mean_sqrt_len))
+BY_POSITION = tl.constexpr(int(Mode.weighted_mean))
+CLS = tl.constexpr(int(Mode.cls))
+LAST = tl.constexpr(int(Mode.last))
+
 
 @triton.jit
 def segment_range(begins, ends, skip, segment, positions):
@@ -19,6 +27,67 @@ def segment_range(begins, ends, skip, segment, positions):
         begin += tl.load(skip + segment)
     begin = tl.minimum(tl.maximum(begin, 0), positions)
     return begin, tl.minimum(tl.maximum(end, begin), positions)
+
+
+@triton.jit
+def pooled_range(
+    begins, ends, skip, weights, segment, positions, MODE: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Narrow segment_range to one token at most in the modes that take one."""
+    begin, end = segment_range(begins, ends, skip, segment, positions)
+    if weights is not None and MODE >= CLS:
+        first = end
+        last = begin
+        for start in range(begin, end, BLOCK):
+            t = start + tl.arange(0, BLOCK)
+            there = tl.load(weights + t, mask=t < end, other=0.0) != 0
+            first = tl.minimum(first, tl.min(tl.where(there, t, end), 0))
+            last = tl.maximum(last, tl.max(tl.where(there, t + 1, begin), 0))
+        begin, end = first, tl.maximum(last, first)
+    if MODE == CLS:
+        end = tl.minimum(begin + 1, end)
+    if MODE == LAST:
+        begin = tl.maximum(begin, end - 1)
+    return begin, end
+
+
+@triton.jit
+def steps_of(position, origin, MODE: tl.constexpr):
+    """Derive the weights of positions by the caller's; they count from ``origin``."""
+    if MODE == BY_POSITION:
+        return (position - origin + 1).to(tl.float32)
+    else:
+        return (position == position).to(tl.float32)
+
+
+@triton.jit
+def weight_of(weights, position, origin, mask, MODE: tl.constexpr):
+    """Weights of positions, 0 where the mask hides them."""
+    weight = mask.to(tl.float32)
+    if weights is not None and MODE < CLS:
+        weight = tl.load(weights + position, mask=mask, other=0.0)
+    return weight * steps_of(position, origin, MODE)
+
+
+@triton.jit
+def total_weight(weights, begin, end, origin, MODE: tl.constexpr, BLOCK: tl.constexpr):
+    """Sum of the weights of a range of positions."""
+    total = tl.zeros([BLOCK], tl.float32)
+    for start in range(begin, end, BLOCK):
+        t = start + tl.arange(0, BLOCK)
+        total += weight_of(weights, t, origin, t < end, MODE)
+    return tl.sum(total, 0)
+
+
+@triton.jit
+def share_of(total, MODE: tl.constexpr):
+    """1 / d_b, from the total weight; 0 where empty means zero."""
+    divisor = total
+    if MODE == SUM:
+        divisor = tl.where(total == total, 1.0, 1.0)
+    if MODE == SQRT:
+        divisor = tl.sqrt(tl.abs(total))
+    return tl.where(divisor == 0, 0.0, 1.0 / tl.where(divisor == 0, 1.0, divisor))
 
 
 @triton.jit
@@ -54,6 +123,11 @@ class Places(NamedTuple):
     weights: Tensor | None
     positions: int
     rows: int
+
+    @property
+    def ranges(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Where segments begin and end, and how much of their beginning is skipped."""
+        return self.begins, self.ends, self.skip
 
     @classmethod
     def of(
