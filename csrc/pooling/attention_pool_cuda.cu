@@ -15,7 +15,7 @@ bool whole_vectors(const AttentionArgs<T>& args) {
 
 template <class T>
 unsigned slots_of(const AttentionArgs<T>& args) {
-  return args.batch == 0 ? 0 : unsigned(segment_pool_slots(args.batch, args.rows.positions));
+  return args.rows.batch == 0 ? 0 : unsigned(chunk_slots(args.rows.batch, args.rows.positions));
 }
 
 // visit(std::integral_constant) with the number of queries of a block; four of them in double
@@ -40,8 +40,8 @@ void attention_pool(const AttentionArgs<T>& args, const AttentionParts<Accumulat
     const auto kernel = whole_vectors(args) ? attend<T, heads(), true> : attend<T, heads(), false>;
     simt::launch(kernel, grid, kAttendThreads, 0, stream, args, parts);
   });
-  simt::launch(merge_parts<T>, dim3(unsigned(args.batch), unsigned(args.heads)), kAttendThreads, 0,
-               stream, args, parts, out, lse);
+  simt::launch(merge_parts<T>, dim3(unsigned(args.rows.batch), unsigned(args.heads)),
+               kAttendThreads, 0, stream, args, parts, out, lse);
 }
 
 template <class T>
@@ -54,8 +54,8 @@ void attention_pool_backward(const AttentionArgs<T>& args, const AttentionGradie
     const auto kernel = aligned ? slopes<T, heads(), true> : slopes<T, heads(), false>;
     simt::launch(kernel, grid, kAttendThreads, 0, stream, args, gradients);
   });
-  simt::launch(add_parts<T>, dim3(unsigned(args.batch), unsigned(args.heads)), kAttendThreads, 0,
-               stream, args, gradients);
+  simt::launch(add_parts<T>, dim3(unsigned(args.rows.batch), unsigned(args.heads)), kAttendThreads,
+               0, stream, args, gradients);
   const auto kernel = aligned ? row_gradients<T, true> : row_gradients<T, false>;
   simt::launch(kernel, slots_of(args), kAttendThreads, 0, stream, args, gradients);
 }

@@ -1,7 +1,7 @@
 // Attention pooling on a GPU; the formulas stand in attention_pool.h.
 //
 // A segment is cut into parts of kChunkRows positions counted from its own first one, so the order
-// of additions depends on the segment's length only; segment_pool_cuda.cuh says how a block finds
+// of additions depends on the segment's length only; segments_cuda.cuh says how a block finds
 // its part. A block owns a part and up to four queries. It takes as many rows as it has warps: each
 // warp scores one, then each thread adds the columns that it owns, of rows that the first-level
 // cache still holds. The sums of a part stay in the first-level cache too.
@@ -24,31 +24,6 @@ namespace emblas::cuda {
 
 inline constexpr int kAttendWarps = 8;
 inline constexpr int kAttendThreads = 32 * kAttendWarps;
-
-struct Part {
-  int64_t segment;
-  Positions positions;  // none in an idle slot
-};
-
-__device__ inline int64_t slot_of(int64_t begin, int64_t b) { return begin / kChunkRows + b; }
-
-template <class T>
-__device__ Part part_of_slot(const AttentionArgs<T>& args, int64_t slot) {
-  int64_t low = 0, high = args.batch - 1;  // the last segment that starts at or before the slot
-  while (low < high) {
-    const int64_t middle = (low + high + 1) / 2;
-    if (slot_of(positions_of(args.rows, middle).begin, middle) <= slot) {
-      low = middle;
-    } else {
-      high = middle - 1;
-    }
-  }
-  const Positions all = positions_of(args.rows, low);
-  const int64_t skipped = (slot - slot_of(all.begin, low)) * kChunkRows;
-  if (skipped < 0) return {low, {0, 0, 0}};  // before the first segment
-  const int64_t begin = min(all.begin + skipped, all.end);
-  return {low, {begin, min(begin + kChunkRows, all.end), all.origin}};
-}
 
 // `count` values, 16 bytes at a time unless it is one.
 template <int count, class T>
@@ -102,8 +77,8 @@ __device__ inline void dot_products(const T* row, const Accumulator<T>* vectors,
 
 // Whether a token is at a position of a part.
 template <class T>
-__device__ inline bool is_token(const Segments<T>& segments, const Part& part, int64_t position) {
-  return position < part.positions.end && !(segments.weights && segments.weights[position] == 0);
+__device__ inline bool is_token(const Segments<T>& segments, const Chunk& part, int64_t position) {
+  return position < part.range.end && !(segments.weights && segments.weights[position] == 0);
 }
 
 // The rows that a block has at hand, one for each warp, and what they are multiplied by.
@@ -158,14 +133,14 @@ __global__ void __launch_bounds__(kAttendThreads, 2)
   SIMT_SHARED(Rows, of_block, [1]);
   Rows& rows = of_block[0];
   const Segments<T>& segments = args.rows.segments;
-  const Part part = part_of_slot(args, blockIdx.x);
-  if (part.positions.begin == part.positions.end) return;  // the whole block
+  const Chunk part = chunk_of_slot(args.rows, blockIdx.x, PoolMode::mean);
+  if (part.range.begin == part.range.end) return;  // the whole block
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int64_t first_head = int64_t(blockIdx.y) * heads;
   const int count = int(min(args.heads - first_head, int64_t(heads)));
   const int64_t to = blockIdx.x * args.heads + first_head;
   A largest = -INFINITY, total = 0;  // of a lane's query, in the first warp
-  for (int64_t p = part.positions.begin; p < part.positions.end; p += kAttendWarps) {
+  for (int64_t p = part.range.begin; p < part.range.end; p += kAttendWarps) {
     A dot[heads] = {};
     if (is_token(segments, part, p + warp)) {
       dot_products<T, heads, aligned>(row_start(segments, p + warp),
@@ -200,7 +175,7 @@ __global__ void __launch_bounds__(kAttendThreads, 2)
       }
     }
     __syncthreads();
-    add_rows<T, heads, aligned>(segments, rows, count, p == part.positions.begin,
+    add_rows<T, heads, aligned>(segments, rows, count, p == part.range.begin,
                                 parts.sums + to * segments.dim);
   }
   if (int(threadIdx.x) < count) {
@@ -216,7 +191,7 @@ struct PartsOf {
 template <class T>
 __device__ inline PartsOf parts_of(const AttentionArgs<T>& args, int64_t b, int64_t head) {
   const Positions all = positions_of(args.rows, b);
-  return {slot_of(all.begin, b) * args.heads + head,
+  return {first_slot(args.rows, b) * args.heads + head,
           (all.end - all.begin + kChunkRows - 1) / kChunkRows};
 }
 
@@ -274,8 +249,8 @@ __global__ void __launch_bounds__(kAttendThreads, 2)
   SIMT_SHARED(Rows, of_block, [1]);
   Rows& rows = of_block[0];
   const Segments<T>& segments = args.rows.segments;
-  const Part part = part_of_slot(args, blockIdx.x);
-  if (part.positions.begin == part.positions.end) return;
+  const Chunk part = chunk_of_slot(args.rows, blockIdx.x, PoolMode::mean);
+  if (part.range.begin == part.range.end) return;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int64_t first_head = int64_t(blockIdx.y) * heads, dim = segments.dim;
   const int count = int(min(args.heads - first_head, int64_t(heads)));
@@ -290,7 +265,7 @@ __global__ void __launch_bounds__(kAttendThreads, 2)
       rows.shrink[warp] = 1;
     }
   }
-  for (int64_t p = part.positions.begin; p < part.positions.end; p += kAttendWarps) {
+  for (int64_t p = part.range.begin; p < part.range.end; p += kAttendWarps) {
     const bool there = is_token(segments, part, p + warp);
     A score[heads] = {}, gradient[heads] = {};
     if (there) {
@@ -314,7 +289,7 @@ __global__ void __launch_bounds__(kAttendThreads, 2)
     }
     __syncthreads();
     const int64_t to = blockIdx.x * args.heads + first_head;
-    add_rows<T, heads, aligned>(segments, rows, count, p == part.positions.begin,
+    add_rows<T, heads, aligned>(segments, rows, count, p == part.range.begin,
                                 gradients.sums + to * dim);
   }
 }
@@ -343,10 +318,10 @@ __global__ void __launch_bounds__(kAttendThreads)
   constexpr int columns = kColumns<T, aligned>;
   const Segments<T>& segments = args.rows.segments;
   const int64_t dim = segments.dim;
-  const Part part = part_of_slot(args, blockIdx.x);
+  const Chunk part = chunk_of_slot(args.rows, blockIdx.x, PoolMode::mean);
   const A* grad_out = gradients.grad_out + part.segment * args.heads * dim;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  for (int64_t p = part.positions.begin + warp; p < part.positions.end; p += kAttendWarps) {
+  for (int64_t p = part.range.begin + warp; p < part.range.end; p += kAttendWarps) {
     const int64_t heads = is_token(segments, part, p) ? args.heads : 0;
     const A *share = gradients.share + p * args.heads, *slope = gradients.slope + p * args.heads;
     for (int64_t c = lane * columns; c < dim; c += 32 * columns) {

@@ -10,13 +10,12 @@ template <class T>
 struct AttentionArgs {
   using A = Accumulator<T>;
   SegmentRows<T> rows;  // segments in rising order, without a row in common
-  int64_t batch;
-  const A* queries;  // [heads, dim]
+  const A* queries;     // [heads, dim]
   int64_t heads;
   A scale;
 };
 
-// What the parts of a segment (kChunkRows positions each, in segment_pool_slots) hand on.
+// What the parts of a segment (kChunkRows positions each, in chunk_slots) hand on.
 template <class A>
 struct AttentionParts {
   A* sums;     // [slots, heads, dim], of rows weighted by exp(score - largest)

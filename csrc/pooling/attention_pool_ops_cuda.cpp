@@ -21,7 +21,6 @@ cuda::AttentionArgs<T> arguments(const DeviceCall& call, const SegmentTensors& t
         "float64 and float32 otherwise");
   cuda::AttentionArgs<T> args{};
   args.rows = segment_rows<T>(call, tensors);
-  args.batch = tensors.batch();
   args.queries = call.read<A>(queries);
   args.heads = queries.size(0);
   args.scale = A(scale);
@@ -39,12 +38,12 @@ std::tuple<Tensor, Tensor> attention_pool_cuda(const Tensor& x, const Tensor& qu
     using T = decltype(element);
     using A = Accumulator<T>;
     const auto args = arguments<T>(call, tensors, queries, scale);
-    const int64_t slots = cuda::segment_pool_slots(args.batch, args.rows.positions);
+    const int64_t slots = cuda::chunk_slots(args.rows.batch, args.rows.positions);
     const Tensor sums = call.empty<3>(kScalarType<A>, {slots, args.heads, dim_of(x)});
     const Tensor largest = call.empty<2>(kScalarType<A>, {slots, args.heads});
     const Tensor total = call.empty<2>(kScalarType<A>, {slots, args.heads});
-    const Tensor out = call.empty<3>(kScalarType<A>, {args.batch, args.heads, dim_of(x)});
-    const Tensor lse = call.empty<2>(kScalarType<A>, {args.batch, args.heads});
+    const Tensor out = call.empty<3>(kScalarType<A>, {args.rows.batch, args.heads, dim_of(x)});
+    const Tensor lse = call.empty<2>(kScalarType<A>, {args.rows.batch, args.heads});
     cuda::attention_pool<T>(args,
                             {call.write<A>(sums), call.write<A>(largest), call.write<A>(total)},
                             call.write<A>(out), call.write<A>(lse), call.stream());
@@ -66,23 +65,24 @@ std::tuple<Tensor, Tensor> attention_pool_backward_cuda(const Tensor& grad_out, 
     const auto args = arguments<T>(call, tensors, queries, scale);
     const auto is_output = [&](const Tensor& tensor, int64_t dims) {
       return call.holds(tensor) && has_dtype<A>(tensor) && tensor.dim() == dims &&
-             tensor.size(0) == args.batch && tensor.size(1) == args.heads &&
+             tensor.size(0) == args.rows.batch && tensor.size(1) == args.heads &&
              (dims == 2 || tensor.size(2) == dim_of(x)) && tensor.is_contiguous();
     };
     check(is_output(grad_out, 3) && is_output(out, 3) && is_output(lse, 2),
           "grad_out, out and lse must be contiguous tensors of the forward's shape, dtype and "
           "device");
     const int64_t positions = args.rows.positions;
-    const int64_t slots = cuda::segment_pool_slots(args.batch, positions);
+    const int64_t slots = cuda::chunk_slots(args.rows.batch, positions);
     const Tensor sums = call.empty<3>(kScalarType<A>, {slots, args.heads, dim_of(x)});
     const Tensor share = call.empty<2>(kScalarType<A>, {positions, args.heads});
     const Tensor slope = call.empty<2>(kScalarType<A>, {positions, args.heads});
-    const Tensor grad_queries = call.empty<3>(kScalarType<A>, {args.batch, args.heads, dim_of(x)});
+    const Tensor grad_queries =
+        call.empty<3>(kScalarType<A>, {args.rows.batch, args.heads, dim_of(x)});
     Tensor grad_x = x.dim() == 2
                         ? call.empty<2>(x.scalar_type(), {x.size(0), x.size(1)})
                         : call.empty<3>(x.scalar_type(), {x.size(0), x.size(1), x.size(2)});
     // Offsets leave no row out.
-    if (ends || args.batch == 0) torch::stable::zero_(grad_x);
+    if (ends || args.rows.batch == 0) torch::stable::zero_(grad_x);
     const cuda::AttentionGradients<T> gradients{
         call.read<A>(grad_out), call.read<A>(out),          call.read<A>(lse),
         call.write<A>(sums),    call.write<A>(share),       call.write<A>(slope),

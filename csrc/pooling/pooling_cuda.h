@@ -17,6 +17,11 @@ struct SegmentRows {
 
 inline constexpr int64_t kChunkRows = 128;  // rows that are added up together
 
+// Places for all chunks of segments in order, known without reading where they are.
+inline int64_t chunk_slots(int64_t batch, int64_t positions) {
+  return batch + positions / kChunkRows;
+}
+
 template <class T>
 struct SegmentSums {
   SegmentRows<T> rows;
@@ -26,8 +31,8 @@ struct SegmentSums {
   Accumulator<T> epsilon;       // its least value
   Accumulator<T>* partial;      // workspace [slots(), dim]
 
-  // Blocks over all chunks, or segments, known without reading where they are.
-  int64_t slots() const { return rows.batch + (chunked ? rows.positions / kChunkRows : 0); }
+  // Blocks, one for each chunk or segment.
+  int64_t slots() const { return chunked ? chunk_slots(rows.batch, rows.positions) : rows.batch; }
 };
 
 // out is stored as T or, with `wide`, as the accumulator; so are its gradients.

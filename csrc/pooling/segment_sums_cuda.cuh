@@ -8,11 +8,8 @@
 // once, plus 2 / kChunkRows of it (in accumulators) for the partial sums; bound by memory
 // bandwidth.
 //
-// Where segments come as offsets a block takes one chunk: long and short segments give blocks of
-// equal work. Which chunk? Segment b starts at slot begin_b / kChunkRows + b. It needs
-// ceil(length / kChunkRows) slots at most and the next segment starts no earlier, so slots are
-// unique and their number, positions / kChunkRows + batch, follows from shapes: the host knows the
-// grid without reading offsets. A block finds its segment by binary search; a few slots stay idle.
+// Where segments come as offsets a block takes one chunk (segments_cuda.cuh): long and short
+// segments give blocks of equal work.
 // Spans may overlap, so nobody knows how many chunks they have: a block takes a whole segment, and
 // gets the same bits.
 //
@@ -27,33 +24,9 @@ inline constexpr int kWarps = 8;
 inline constexpr int kThreads = 32 * kWarps;
 
 template <class T>
-__device__ inline int64_t first_slot(const SegmentRows<T>& rows, int64_t b) {
-  const int64_t begin = rows.segments.begins[b];
-  return min(max(begin, int64_t(0)), rows.positions) / kChunkRows + b;
-}
-
-struct Chunk {
-  int64_t segment;
-  Positions range;  // empty in an idle slot
-};
-template <class T>
-__device__ Chunk chunk_of_slot(const SegmentSums<T>& sums, int64_t slot) {
-  if (!sums.chunked) return {slot, pooled_range(sums.rows, slot, sums.mode)};
-  int64_t low = 0, high = sums.rows.batch - 1;  // the last segment that starts at or before it
-  while (low < high) {
-    const int64_t middle = (low + high + 1) / 2;
-    if (first_slot(sums.rows, middle) <= slot) {
-      low = middle;
-    } else {
-      high = middle - 1;
-    }
-  }
-  Positions range = pooled_range(sums.rows, low, sums.mode);
-  const int64_t skipped = (slot - first_slot(sums.rows, low)) * kChunkRows;
-  if (skipped < 0) return {low, {0, 0, 0}};  // before the first segment
-  range.begin = min(range.begin + skipped, range.end);
-  range.end = min(range.begin + kChunkRows, range.end);
-  return {low, range};
+__device__ Chunk chunk_of_block(const SegmentSums<T>& sums) {
+  if (sums.chunked) return chunk_of_slot(sums.rows, blockIdx.x, sums.mode);
+  return {blockIdx.x, pooled_range(sums.rows, blockIdx.x, sums.mode)};
 }
 
 // Sum of a segment's partial sums of a column.
@@ -88,7 +61,7 @@ __global__ void __launch_bounds__(kThreads, 3) sum_chunks(SegmentSums<T> sums) {
   constexpr int vector = simt::kVector<T>;
   SIMT_SHARED(A, of_warp, [kWarps][kTileColumns<T>]);
   const SegmentRows<T>& rows = sums.rows;
-  const Chunk chunk = chunk_of_slot(sums, blockIdx.x);
+  const Chunk chunk = chunk_of_block(sums);
   if (chunk.range.begin == chunk.range.end) return;  // the whole block
 
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;

@@ -56,6 +56,40 @@ __device__ inline Positions pooled_range(const SegmentRows<T>& rows, int64_t b, 
   return range;
 }
 
+// Segments that come as offsets are cut into chunks of kChunkRows positions, counted from the first
+// one that is pooled, for blocks to take. Which chunk has a block? Segment b starts at slot
+// begin_b / kChunkRows + b. It needs ceil(length / kChunkRows) slots at most and the next segment
+// starts no earlier, so slots are unique, and the host knows their number (chunk_slots) without
+// reading offsets. A block finds its segment by binary search; a few slots stay idle.
+template <class T>
+__device__ inline int64_t first_slot(const SegmentRows<T>& rows, int64_t b) {
+  const int64_t begin = rows.segments.begins[b];
+  return min(max(begin, int64_t(0)), rows.positions) / kChunkRows + b;
+}
+
+struct Chunk {
+  int64_t segment;
+  Positions range;  // empty in an idle slot
+};
+template <class T>
+__device__ Chunk chunk_of_slot(const SegmentRows<T>& rows, int64_t slot, PoolMode mode) {
+  int64_t low = 0, high = rows.batch - 1;  // the last segment that starts at or before it
+  while (low < high) {
+    const int64_t middle = (low + high + 1) / 2;
+    if (first_slot(rows, middle) <= slot) {
+      low = middle;
+    } else {
+      high = middle - 1;
+    }
+  }
+  Positions range = pooled_range(rows, low, mode);
+  const int64_t skipped = (slot - first_slot(rows, low)) * kChunkRows;
+  if (skipped < 0) return {low, {0, 0, 0}};  // before the first segment
+  range.begin = min(range.begin + skipped, range.end);
+  range.end = min(range.begin + kChunkRows, range.end);
+  return {low, range};
+}
+
 // Derivative of the weight of a position by the caller's weight; positions count from `origin`.
 template <class T>
 __device__ inline Accumulator<T> steps_at(int64_t origin, int64_t p, PoolMode mode) {
