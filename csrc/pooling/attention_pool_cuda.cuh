@@ -25,31 +25,6 @@ namespace emblas::cuda {
 inline constexpr int kAttendWarps = 8;
 inline constexpr int kAttendThreads = 32 * kAttendWarps;
 
-// `count` values, 16 bytes at a time unless it is one.
-template <int count, class T>
-__device__ inline void load_values(const T* from, Accumulator<T> (&to)[count]) {
-  if constexpr (count == 1) {
-    to[0] = simt::to_accumulator(*from);
-  } else {
-    for (int i = 0; i < count; i += simt::kVector<T>) {
-      const simt::Vector<T> values = simt::load_vector(from + i);
-      for (int j = 0; j < simt::kVector<T>; ++j) to[i + j] = simt::to_accumulator(values.at[j]);
-    }
-  }
-}
-template <int count, class T>
-__device__ inline void store_values(T* to, const Accumulator<T> (&from)[count]) {
-  if constexpr (count == 1) {
-    simt::from_accumulator(from[0], to);
-  } else {
-    for (int i = 0; i < count; i += simt::kVector<T>) {
-      simt::Vector<T> values;
-      for (int j = 0; j < simt::kVector<T>; ++j) simt::from_accumulator(from[i + j], &values.at[j]);
-      simt::store_vector(to + i, values);
-    }
-  }
-}
-
 // Columns that a thread takes at once. `aligned`: every row starts at a multiple of 16 bytes and
 // consists of whole vectors.
 template <class T, bool aligned>

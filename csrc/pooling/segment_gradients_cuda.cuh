@@ -102,29 +102,6 @@ __device__ inline void for_reached(const Contributions<T>& parts, int64_t low, i
   }
 }
 
-// sum += factor * row of accumulators
-template <bool aligned, int vector, class A>
-__device__ inline void add_contribution(A (&sum)[vector], A factor, const A* row) {
-  if constexpr (aligned) {
-    for (int i = 0; i < vector; i += simt::kVector<A>) {
-      const simt::Vector<A> part = simt::load_vector(row + i);
-      for (int j = 0; j < simt::kVector<A>; ++j) sum[i + j] += factor * part.at[j];
-    }
-  } else {
-    for (int i = 0; i < vector; ++i) sum[i] += factor * row[i];
-  }
-}
-
-template <bool aligned, int vector, class T>
-__device__ inline void load_values(T (&to)[vector], const T* from) {
-  if constexpr (aligned) {
-    const simt::Vector<T> value = simt::load_vector(from);
-    for (int i = 0; i < vector; ++i) to[i] = value.at[i];
-  } else {
-    for (int i = 0; i < vector; ++i) to[i] = from[i];
-  }
-}
-
 // Grid (blocks of kWarps * kWarpRows rows). `aligned`: rows of grad_x, and of x where it is read,
 // start at multiples of 16 bytes. `power`: of the generalized mean, or null.
 template <class T, bool aligned>
@@ -148,28 +125,24 @@ __global__ void __launch_bounds__(kThreads, 4)
     };
     for (int64_t tile = 0; tile < dim; tile += 32 * vector) {
       const int64_t c = tile + lane * vector;
-      A sum[vector] = {};
+      A sum[vector] = {}, part[vector];
       bool reached = false;
       for_reached(parts, low, high, false, entry, [&](int64_t segment, A weight) {
         reached = true;
-        if (c < dim) add_contribution<aligned>(sum, weight, parts.shared + segment * dim + c);
+        if (c >= dim) return;
+        load_values(parts.shared + segment * dim + c, part);
+        for (int i = 0; i < vector; ++i) sum[i] += weight * part[i];
       });
       if (c >= dim) continue;
       if (power && reached) {  // f'(x)
-        T x[vector];
-        load_values<aligned>(x, row_start(rows.segments, row) + c);
+        A x[vector];
+        load_values(row_start(rows.segments, row) + c, x);
         for (int i = 0; i < vector; ++i) {
-          const A value = simt::to_accumulator(x[i]), p = *power;
-          sum[i] = value < epsilon ? A(0) : sum[i] * (p * exp2((p - 1) * log2(value)));
+          const A p = *power;
+          sum[i] = x[i] < epsilon ? A(0) : sum[i] * (p * exp2((p - 1) * log2(x[i])));
         }
       }
-      if constexpr (aligned) {
-        simt::Vector<T> values;
-        for (int i = 0; i < vector; ++i) simt::from_accumulator(sum[i], &values.at[i]);
-        simt::store_vector(grad_x + row * dim + c, values);
-      } else {
-        simt::from_accumulator(sum[0], grad_x + row * dim + c);
-      }
+      store_values(grad_x + row * dim + c, sum);
     }
   }
 }
@@ -194,16 +167,18 @@ __global__ void __launch_bounds__(kThreads, 4)
                 [&](int64_t segment, A steps) { removed += steps * parts.along[segment]; });
     for (int64_t tile = 0; tile < dim; tile += 32 * vector) {
       const int64_t c = tile + lane * vector;
-      A sum[vector] = {};
+      A sum[vector] = {}, part[vector];
       bool reached = false;
       for_reached(parts, low, high, true, entry, [&](int64_t segment, A steps) {
         reached = true;
-        if (c < dim) add_contribution<aligned>(sum, steps, parts.shared + segment * dim + c);
+        if (c >= dim) return;
+        load_values(parts.shared + segment * dim + c, part);
+        for (int i = 0; i < vector; ++i) sum[i] += steps * part[i];
       });
       if (!reached || c >= dim) continue;
-      T x[vector];
-      load_values<aligned>(x, row_start(rows.segments, row_of(rows, p)) + c);
-      for (int i = 0; i < vector; ++i) slope += simt::to_accumulator(x[i]) * sum[i];
+      A x[vector];
+      load_values(row_start(rows.segments, row_of(rows, p)) + c, x);
+      for (int i = 0; i < vector; ++i) slope += x[i] * sum[i];
     }
     slope = simt::warp_sum(slope);
     if (lane == 0) grad_weights[p] = slope - removed;

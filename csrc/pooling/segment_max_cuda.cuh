@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(kMaxThreads, 3)
   const bool whole = aligned && first + vector <= columns;
   const Positions range = positions_of(rows, blockIdx.x);
   Largest<A> largest[vector];
-  for (int i = 0; i < vector; ++i) largest[i] = {0, -1};
+  for (Largest<A>& none : largest) none = {0, -1};
 #pragma unroll 2  // more than that spills registers on sm_120
   for (int64_t p = range.begin + warp; p < range.end; p += kMaxWarps) {
     if (segments.weights && segments.weights[p] == 0) continue;

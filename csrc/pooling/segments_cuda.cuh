@@ -141,6 +141,31 @@ __device__ inline const T* row_start(const Segments<T>& segments, int64_t row) {
          row % segments.plane_rows * segments.row_stride;
 }
 
+// `count` values, 16 bytes at a time unless it is one.
+template <int count, class T>
+__device__ inline void load_values(const T* from, Accumulator<T> (&to)[count]) {
+  if constexpr (count == 1) {
+    to[0] = simt::to_accumulator(*from);
+  } else {
+    for (int i = 0; i < count; i += simt::kVector<T>) {
+      const simt::Vector<T> values = simt::load_vector(from + i);
+      for (int j = 0; j < simt::kVector<T>; ++j) to[i + j] = simt::to_accumulator(values.at[j]);
+    }
+  }
+}
+template <int count, class T>
+__device__ inline void store_values(T* to, const Accumulator<T> (&from)[count]) {
+  if constexpr (count == 1) {
+    simt::from_accumulator(from[0], to);
+  } else {
+    for (int i = 0; i < count; i += simt::kVector<T>) {
+      simt::Vector<T> values;
+      for (int j = 0; j < simt::kVector<T>; ++j) simt::from_accumulator(from[i + j], &values.at[j]);
+      simt::store_vector(to + i, values);
+    }
+  }
+}
+
 // Whether rows start at multiples of 16 bytes.
 template <class T>
 bool aligned_rows(const Segments<T>& segments) {

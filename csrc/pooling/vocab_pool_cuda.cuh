@@ -39,7 +39,7 @@ __global__ void __launch_bounds__(kVocabThreads, 3)
   const int first = aligned ? lane * vector : lane, step = aligned ? 1 : 32;
   const bool whole = aligned && first + vector <= columns;
   Largest<A> largest[vector];
-  for (int i = 0; i < vector; ++i) largest[i] = {0, -1};
+  for (Largest<A>& none : largest) none = {0, -1};
 #pragma unroll 2  // more than that spills registers on sm_120
   for (int64_t p = begin + warp; p < end; p += kVocabWarps) {
     if (segments.weights && segments.weights[p] == 0) continue;
@@ -148,27 +148,15 @@ __global__ void __launch_bounds__(kVocabThreads)
   const int64_t word = int64_t(blockIdx.x) * kVocabWarps + threadIdx.x / 32;
   if (word >= args.vocab) return;
   for (int64_t c = threadIdx.x % 32 * vector; c < args.dim; c += 32 * vector) {
-    A sum[vector] = {};
+    A sum[vector] = {}, row[vector];
     for (int64_t b = 0; b < args.batch; ++b) {
       const int64_t pair = b * args.vocab + word, token = args.argmax[pair];
       const A gradient = args.grad_out[pair];
       if (gradient == 0 || token < 0 || token >= args.tokens) continue;
-      const T* row = x + token * args.dim + c;
-      if constexpr (aligned) {
-        const simt::Vector<T> values = simt::load_vector(row);
-        for (int i = 0; i < vector; ++i) sum[i] += gradient * simt::to_accumulator(values.at[i]);
-      } else {
-        sum[0] += gradient * simt::to_accumulator(*row);
-      }
+      load_values(x + token * args.dim + c, row);
+      for (int i = 0; i < vector; ++i) sum[i] += gradient * row[i];
     }
-    T* to = grad_weight + word * args.dim + c;
-    if constexpr (aligned) {
-      simt::Vector<T> values;
-      for (int i = 0; i < vector; ++i) simt::from_accumulator(sum[i], &values.at[i]);
-      simt::store_vector(to, values);
-    } else {
-      simt::from_accumulator(sum[0], to);
-    }
+    store_values(grad_weight + word * args.dim + c, sum);
   }
 }
 

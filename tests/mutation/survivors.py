@@ -1,5 +1,6 @@
 """Mutants that no test can tell from the original, and why."""
 
+# ruff: noqa: E501 (kernels are quoted line by line)
 from __future__ import annotations
 
 # (kernel, mutated line): why no call can tell it from the original. The lines of CUDA C++ are those
@@ -12,6 +13,10 @@ _HIDDEN = "hidden lanes read what exists, and their gradients are 0"
 _NOT_OWN = "no part is an absent id's own"
 _NO_ROW = "the interpreter's garbage, -1 or huge, is no row; a GPU's may be one"
 _IDLE = "writes to idle slots, which nobody reads"
+_HASH = "another hash of the row; any that tells rows apart will do"
+_SAME = "both ways give the same where the two are equal"
+_NOBODY = "the loop ends, or does nothing, at the last query"
+_NO_COLUMN = "beyond the tile there is no column"
 SURVIVORS: dict[tuple[str, str], str] = {
     ("_turn", "c = tl.load(cos + table, mask=paired)"): _UNUSED,
     ("_turn", "row = tl.load(position_ids + t, mask=here)"): _UNUSED,
@@ -227,19 +232,120 @@ SURVIVORS: dict[tuple[str, str], str] = {
         "highest = tl.minimum(first + BLOCK_M - 1 + (keys + queries) + right, keys - 1)",
     ): _MORE_WORK,
     ("_grad_weights", "bag = tl.load(bag_of + i, mask=i < count)"): _UNUSED,
-    ("sum_chunks", "for (int i = 0; i «<» vector; ++i) {"): "beyond the tile there is no column",
-    ("find_maxima", "for (int i = 0; i «<» vector; ++i) {"): "beyond the tile there is no column",
+    ("sum_chunks", "for (int i = 0; i «<» vector; ++i) {"): _NO_COLUMN,
+    ("find_maxima", "for (int i = 0; i «<» vector; ++i) {"): _NO_COLUMN,
+    ("dot_products", "for (int h = 0; h «<» heads; ++h) {"): _NOBODY,
+    ("add_rows", "for (int h = 0; h «<» heads; ++h) {"): _NOBODY,
     (
-        "find_maxima",
-        "for (int i = 0; i «<» vector; ++i) largest[i] = {0, -1};",
-    ): "a write past the array that rewriting hides from the check of bounds",
+        "attend",
+        "for (int64_t p = part.range.begin; p «<» part.range.end; p += kAttendWarps) {",
+    ): _MORE_WORK,
+    ("attend", "A most = there && score «>» largest ? score : largest;"): _SAME,
+    ("attend", "for (int flip = heads; flip «<» heads * kAttendWarps; flip *= 2) {"): _MORE_WORK,
+    ("attend", "most = other «>» most ? other : most;"): _SAME,
+    (
+        "slopes",
+        "for (int64_t p = part.range.begin; p «<» part.range.end; p += kAttendWarps) {",
+    ): _MORE_WORK,
+    ("hash_of", "return bits * (2654435761u «*» uint64_t(column) + 1);"): _HASH,
+    ("hash_of", "return bits «*» (2654435761u * uint64_t(column) + 1);"): _HASH,
+    ("hash_of", "return bits * (2654435761u * uint64_t(column) «+» 1);"): _HASH,
+    (
+        "divisor_of",
+        "return length «<» A(kNormalizeEpsilon) ? A(kNormalizeEpsilon) : length;",
+    ): _EDGE,
+    (
+        "sum_of_squares",
+        "for (int64_t c = threadIdx.x * vector; c «<» dim; c += kFinishThreads * vector) {",
+    ): _MORE_WORK,
+    ("sum_of_squares", "if (aligned && c + vector «<=» dim) {"): _MORE_WORK,
+    (
+        "keep_fingerprint",
+        "parts.fingerprint[b] = int64_t(hash) «-» parts.rows.segments.begins[b];",
+    ): _HASH,
+    (
+        "finish_rows",
+        "for (int64_t first = 0; first «<» prefix.dim; first += kFinishThreads) {",
+    ): _MORE_WORK,
+    (
+        "finish_rows",
+        "out[row * width + at] = int8_t((level «>» 0 ? level < 255 ? int(level) : 255 : 0) - 128);",
+    ): _SAME,
+    (
+        "finish_rows",
+        "out[row * width + at] = int8_t((level > 0 ? level «<» 255 ? int(level) : 255 : 0) - 128);",
+    ): _SAME,
+    (
+        "finish_rows",
+        "out[row * width + at] = int8_t((level > 0 ? level < 255 ? int(level) : 255 : 0) «-» 128);",
+    ): "the low byte of a sum of 128 and of a difference is one",
+    (
+        "finish_gradients",
+        "sqrt(square) «<=» A(kNormalizeEpsilon) ? A(0) : along / length / length / length;",
+    ): _EDGE,
+    (
+        "normal_at",
+        "random_words({{uint32_t(column / 4), stream, uint32_t(row), uint32_t(row «>>» 32)}}, seed);",
+    ): "rows beyond 2^32 are not tested",
+    (
+        "gem_contributions",
+        "for (int64_t tile = 0; tile «<» dim; tile += kTileColumns<T>) {",
+    ): _MORE_WORK,
+    ("gem_contributions", "const bool whole = aligned && first + vector «<=» columns;"): _MORE_WORK,
+    ("gem_contributions", "hash «+=» hash_of(shared[i], tile + c);"): _HASH,
+    ("gem_contributions", "hash += hash_of(shared[i], tile «+» c);"): _HASH,
+    (
+        "gem_contributions",
+        "const A log = log2(wide «<» args.epsilon ? args.epsilon : wide);",
+    ): _SAME,
+    ("gem_contributions", "for (int i = 0; i «<» vector; ++i) {"): _NO_COLUMN,
+    ("rank_spans", "bool before = begin «<» first;"): "what is equal is decided by the next line",
+    (
+        "rank_spans",
+        "if (begin == first) before = end «<» last;",
+    ): "what is equal is decided by the next line",
+    (
+        "rank_spans",
+        "before = parts.fingerprint[other] «<» fingerprint;",
+    ): "what is equal is decided by the next line",
+    ("for_reached", "for (int64_t first = low; first «<» high; first += 32) {"): _MORE_WORK,
+    (
+        "write_row_gradients",
+        "for (int64_t tile = 0; tile «<» dim; tile += 32 * vector) {",
+    ): _MORE_WORK,
+    (
+        "write_weight_gradients",
+        "for (int64_t tile = 0; tile «<» dim; tile += 32 * vector) {",
+    ): _MORE_WORK,
+    ("raise", "return exp2(power * log2(x «<» epsilon ? epsilon : x));"): _SAME,
+    ("pool_contributions", "hash «+=» hash_of(shared, c);"): _HASH,
+    (
+        "sum_chunks",
+        "for (int64_t begin = chunk.range.begin; begin «<» chunk.range.end; begin += kChunkRows) {",
+    ): _MORE_WORK,
+    (
+        "pooled_range",
+        "for (; weights && range.begin «<» range.end; range.begin += 32) {",
+    ): _MORE_WORK,
+    ("pooled_range", "for (; weights && range.begin «<» range.end; range.end -= 32) {"): _MORE_WORK,
+    ("fold_tile", "const bool whole = aligned && first + vector «<=» columns;"): _MORE_WORK,
+    ("fold_tile", "for (int i = 0; i «<» vector; ++i) {"): _NO_COLUMN,
+    (
+        "name_winners",
+        "const bool wins = args.grad_out[pair] != 0 && token >= 0 && token «<» args.tokens;",
+    ): "the number of tokens says that nobody wins",
+    (
+        "token_gradients_of_words",
+        "const bool whole = aligned && first + vector «<=» columns;",
+    ): _MORE_WORK,
+    ("token_gradients_of_words", "for (int j = 0; j «<» vector; ++j) {"): _NO_COLUMN,
     ("Largest", "if (other.position «<» 0) return;"): "position 0 is the first warp's, into which "
     "the others are merged",
     (
         "Largest",
         "if (equal && other.position «<» position) position = other.position;",
     ): "two warps never hold the same position",
-    ("sum_winners", "for (int i = 0; i «<» vector; ++i) {"): "beyond the tile there is no column",
+    ("sum_winners", "for (int i = 0; i «<» vector; ++i) {"): _NO_COLUMN,
     (
         "score_pairs",
         "if (other > best[r] || (other == best[r] && there «<» where[r])) {",

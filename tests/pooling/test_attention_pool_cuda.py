@@ -134,6 +134,18 @@ def test_large_scores(ops):
         torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-5, atol=1e-3)
 
 
+def test_scores_of_different_queries(ops):
+    """Exponentials of a query underflow where its scores are compared with another one's."""
+    x = torch.rand(PART + 9, 4) + 0.5
+    queries = torch.tensor([-300.0, 300.0, 0.0, -9.0, 80.0])[:, None].repeat(1, 4)
+    out, lse = ops.attention_pool_cuda(x, queries, packed((len(x),)), 1.0)
+    expected, expected_lse = op_attention._reference(
+        x.double(), queries.double(), packed((len(x),)), 1.0
+    )
+    torch.testing.assert_close(out.double(), expected, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-5, atol=1e-3)
+
+
 def test_missing_values(ops):
     x = torch.randn(20, 4)
     x[3] = torch.nan
