@@ -7,6 +7,8 @@ import torch
 from cases import CASES
 from contract import tolerance
 from emblas import _op
+from emblas.pooling import reference
+from emblas.pooling.reference import Mode
 from executors import executors
 
 EXECUTORS = {(name, executor): run for name in CASES for executor, run in executors(name).items()}
@@ -53,3 +55,88 @@ def test_wrong_positions_stay_in_bounds(executor, interleaved):
     run = EXECUTORS["rotary", executor]
     expected = run(x, cos, sin, clamped, interleaved)
     assert torch.equal(run(x, cos, sin, wrong, interleaved), expected)
+
+
+def _pool_wrongly(run, name, starts, ends=None, skip=None):
+    """Call an operator of pooling, and its backward, whatever its arguments hold."""
+    x, weights, backward = torch.rand(140, 5), torch.rand(140), run.get(f"{name}_backward")
+    if name == "attention_pool":
+        queries, rest = torch.randn(2, 5), (starts, 0.6, weights, ends)
+        out, lse = run[name](x, queries, *rest)
+        backward(out, x, queries, out, lse, *rest)
+    elif name == "vocab_max":
+        words = torch.randn(6, 5)
+        out, argmax = run[name](x, words, None, starts, weights, ends)
+        argmax = torch.randint(-2, 143, argmax.shape, dtype=torch.int32)
+        backward(out, x, words, argmax, starts, ends, True, True)
+    elif name == "lexical_index":
+        run[name](torch.arange(140) % 9, weights, starts, [])
+    else:
+        index = torch.randint(-2, 143, (140,), dtype=torch.int32)
+        for rest in ((ends, skip, None), (None, None, index)):  # lists share no position
+            if name == "segment_max":
+                run[name](x, starts, weights, *rest)
+            elif name == "segment_gem":
+                options = starts, weights, torch.tensor([3.0]), 0.25, *rest
+                out = run[name](x, *options)
+                backward(out, x, out, *options)
+            else:
+                for mode in Mode:
+                    out, norm = run[name](x, starts, weights, True, mode, *rest)
+                    options = starts, weights, True, True, rest[2] is None, mode, *rest
+                    backward(out, x, out, norm, *options)
+
+
+_POOLING = (
+    "attention_pool", "lexical_index", "segment_gem", "segment_max", "segment_pool", "vocab_max",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("executor", [e for n, e in EXECUTORS if n == "segment_pool" and e in GPU])
+@pytest.mark.parametrize("name", _POOLING)
+def test_wrong_segments_stay_in_bounds(executor, name):
+    """Results mean nothing then, but no byte outside the arguments is touched."""
+    run = {n: function for (n, e), function in EXECUTORS.items() if e == executor}
+    for wrong in ([-3, 2, 9, 200], [150, 160, 2**31 - 1], [9, 4, 140], [-(2**31), -5, 0]):
+        starts = torch.tensor(wrong, dtype=torch.int32)
+        _pool_wrongly(run, name, starts)
+        if name != "lexical_index":
+            _pool_wrongly(run, name, starts, starts + 3)
+        if name not in ("lexical_index", "attention_pool"):  # they know no spans that overlap
+            _pool_wrongly(run, name, starts, starts.flip(0), -starts)
+
+
+@pytest.mark.parametrize(
+    "executor", [e for n, e in EXECUTORS if n == "finish" and e != "reference"]
+)
+def test_noise_to_the_last_bits(executor):
+    """Doubles that are right to their last bits round to the same float."""
+    run = EXECUTORS["finish", executor]
+    noise = run(torch.zeros(300, 40), [40], False, 1.0, 11, 0, torch.float32, None)
+    assert torch.equal(noise, reference.normal_noise(300, 40, 0, 11).float())
+
+
+@pytest.mark.parametrize(
+    "executor", [e for n, e in EXECUTORS if n == "segment_pool_backward" and e != "reference"]
+)
+def test_gradients_of_spans_in_any_order(executor):
+    """The same bits, though spans of one range differ in what they contribute, or in origin."""
+    x, weights, spans = torch.rand(9, 300), torch.rand(9), 12
+    starts = torch.tensor([0, 2] * 6, dtype=torch.int32)
+    skip = torch.tensor([3, 1] * 3 + [2, 0] * 3, dtype=torch.int32)  # two origins of one range
+    ends, grad = torch.full_like(starts, 8), torch.randn(spans, 300)
+    grad[::3, :299] = 0  # these differ in one column
+    power = torch.tensor([2.5])
+    pool, gem = (EXECUTORS[f"segment_{name}_backward", executor] for name in ("pool", "gem"))
+    reversed_order = torch.arange(spans).flip(0)
+    results = []
+    for order in (torch.arange(spans), reversed_order, torch.arange(spans).roll(5)):
+        g, s, e, k = grad[order], starts[order], ends[order], skip[order]
+        out, norm = g.cos(), torch.ones(spans)
+        grads = [
+            *pool(g, x, out, norm, s, weights, False, True, True, Mode.weighted_mean, e, k),
+            gem(g, x, out.abs() + 0.1, s, weights, power, 0.25, e, k)[0],
+        ]
+        results.append(grads)
+    for result in results[1:]:
+        assert all(map(torch.equal, result, results[0]))

@@ -43,6 +43,8 @@ __global__ void __launch_bounds__(kLexicalThreads) choose_best(LexicalArgs args,
   for (int i = 0; i < args.ignored_count; ++i) best &= id != args.ignored[i];
   if (best) {
     const Sequence sequence = sequence_of(args, token);
+    // A token that no sequence holds has no place among the chosen.
+    best = token >= sequence.begin && token < sequence.end;
     for (int64_t t = sequence.begin; t < sequence.end; ++t) {
       const float other = args.weights[t];
       const bool better = other > weight || (other == weight && t < token);

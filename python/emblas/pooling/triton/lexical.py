@@ -48,7 +48,8 @@ def _choose(
         same = (later >= begin[:, None]) & (later < end[:, None]) & (other_id == id[:, None])
         better = (other > weight[:, None]) | ((other == weight[:, None]) & (later < t[:, None]))
         beaten = tl.maximum(beaten, tl.max((same & better).to(tl.int32), 1))
-    wanted = tl.load(allowed + t, mask=t < tokens, other=0) != 0
+    # A token that no sequence holds has no place among the chosen.
+    wanted = (t >= begin) & (t < end) & (tl.load(allowed + t, mask=t < tokens, other=0) != 0)
     best = wanted & (weight > 0) & (beaten == 0)
     tl.store(chosen + t, best.to(tl.int64), mask=t < tokens)
 
