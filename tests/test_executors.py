@@ -57,6 +57,9 @@ def test_wrong_positions_stay_in_bounds(executor, interleaved):
     assert torch.equal(run(x, cos, sin, wrong, interleaved), expected)
 
 
+POOLING = [e for n, e in EXECUTORS if n == "segment_pool_backward"]
+
+
 def _pool_wrongly(run, name, starts, ends=None, skip=None):
     """Call an operator of pooling, and its backward, whatever its arguments hold."""
     x, weights, backward = torch.rand(140, 5), torch.rand(140), run.get(f"{name}_backward")
@@ -92,7 +95,7 @@ _POOLING = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("executor", [e for n, e in EXECUTORS if n == "segment_pool" and e in GPU])
+@pytest.mark.parametrize("executor", [e for e in POOLING if e in GPU])
 @pytest.mark.parametrize("name", _POOLING)
 def test_wrong_segments_stay_in_bounds(executor, name):
     """Results mean nothing then, but no byte outside the arguments is touched."""
@@ -106,9 +109,19 @@ def test_wrong_segments_stay_in_bounds(executor, name):
             _pool_wrongly(run, name, starts, starts.flip(0), -starts)
 
 
-@pytest.mark.parametrize(
-    "executor", [e for n, e in EXECUTORS if n == "finish" and e != "reference"]
-)
+@pytest.mark.parametrize("executor", [e for n, e in EXECUTORS if n == "attention_pool"])
+@pytest.mark.parametrize("score", [-300.0, 300.0])
+def test_scores_beyond_exponentials(executor, score):
+    x, queries, starts = torch.rand(270, 3) + 0.5, torch.full((2, 3), score), torch.tensor([0, 270])
+    out, lse = EXECUTORS["attention_pool", executor](x, queries, starts.int(), 1.0, None, None)
+    expected, expected_lse = _op.ops()["attention_pool"].reference(
+        x.double(), queries.double(), starts.int(), 1.0, None, None
+    )
+    torch.testing.assert_close(out.double(), expected, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.parametrize("executor", [e for n, e in EXECUTORS if n == "finish"])
 def test_noise_to_the_last_bits(executor):
     """Doubles that are right to their last bits round to the same float."""
     run = EXECUTORS["finish", executor]
@@ -116,9 +129,23 @@ def test_noise_to_the_last_bits(executor):
     assert torch.equal(noise, reference.normal_noise(300, 40, 0, 11).float())
 
 
-@pytest.mark.parametrize(
-    "executor", [e for n, e in EXECUTORS if n == "segment_pool_backward" and e != "reference"]
-)
+@pytest.mark.parametrize("executor", POOLING)
+def test_rows_outside_of_segments(executor):
+    """They may hold anything, and so may weights of tokens that are not the first one."""
+    run, backward = (EXECUTORS[f"segment_pool{name}", executor] for name in ("", "_backward"))
+    x, starts, ends = torch.rand(6, 40), torch.tensor([1, 3]).int(), torch.tensor([3, 5]).int()
+    x[[0, 5]] = torch.nan
+    options = starts, torch.full((6,), 49.0)  # 49 / 49 is less than 1 when made by a reciprocal
+    out, _ = run(x, *options, False, Mode.cls, ends)
+    assert torch.equal(out, x[starts])
+    out, norm = run(x, *options, False, Mode.mean, ends)
+    grads = backward(out, x, out, norm, *options, False, True, True, Mode.mean, ends)
+    for grad in grads:
+        assert not grad.isnan().any()
+        assert not grad[[0, 5]].any()
+
+
+@pytest.mark.parametrize("executor", [e for e in POOLING if e != "reference"])
 def test_gradients_of_spans_in_any_order(executor):
     """The same bits, though spans of one range differ in what they contribute, or in origin."""
     x, weights, spans = torch.rand(9, 300), torch.rand(9), 12
@@ -134,7 +161,7 @@ def test_gradients_of_spans_in_any_order(executor):
         g, s, e, k = grad[order], starts[order], ends[order], skip[order]
         out, norm = g.cos(), torch.ones(spans)
         grads = [
-            *pool(g, x, out, norm, s, weights, False, True, True, Mode.weighted_mean, e, k),
+            *pool(g, x, out, norm, s, weights, True, True, True, Mode.weighted_mean, e, k),
             gem(g, x, out.abs() + 0.1, s, weights, power, 0.25, e, k)[0],
         ]
         results.append(grads)

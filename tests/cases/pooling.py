@@ -180,6 +180,7 @@ def _gem() -> Iterator[tuple[str, Callable[[], Case]]]:
             if others[-1] is not None:
                 x.nan_to_num_(0.0)  # weights are of positions
             epsilon = 0.25  # many values are below
+            x[..., 1:2] = epsilon
             return Case((x, starts, weights, torch.tensor([power]), epsilon, *others), 70)
 
         yield name, gem
@@ -362,7 +363,7 @@ def _vocabularies() -> Iterator[tuple[str, Callable[[], Case]]]:
 
     def special() -> Case:
         x, weight, *others = _vocab((5, 70, 3), 9, 4, bias=True).args
-        x[[1, 8, 50]] = torch.nan
+        x[[1, 50, 74]] = torch.nan  # two tiles of the second sequence, not its first one
         return Case((x, weight, *others), 4)
 
     yield "missing values", special
@@ -393,6 +394,7 @@ def _lexical() -> Iterator[tuple[str, Callable[[], Case]]]:
     yield "ignored", lambda: make((30, 100), 12, (-3, 5, 0))
     yield "distinct", lambda: make((40, 3), 10**6)
     yield "one id", lambda: make((65, 3), 1)
+    yield "few ids", lambda: make((3,) * 40, 2)
     for name, lengths in (("no sequence", ()), ("empty sequences", (0, 0)), ("one token", (1,))):
         yield name, lambda a=lengths: make(a, 3)
 

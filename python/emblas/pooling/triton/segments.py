@@ -84,7 +84,7 @@ def share_of(total, MODE: tl.constexpr):
     """1 / d_b, from the total weight; 0 where empty means zero."""
     divisor = total
     if MODE == SUM:
-        divisor = tl.where(total == total, 1.0, 1.0)
+        divisor = tl.zeros_like(total) + 1.0
     if MODE == SQRT:
         divisor = tl.sqrt(tl.abs(total))
     return tl.where(divisor == 0, 0.0, 1.0 / tl.where(divisor == 0, 1.0, divisor))
