@@ -109,6 +109,17 @@ def test_wrong_segments_stay_in_bounds(executor, name):
             _pool_wrongly(run, name, starts, starts.flip(0), -starts)
 
 
+@pytest.mark.parametrize("executor", [e for n, e in EXECUTORS if n == "lexical_index"])
+def test_tokens_outside_of_sequences(executor):
+    ids, weights = torch.tensor([3, 1, 1, 2, 4, 0, 3]), torch.ones(7)
+    for first, last in ((2, 7), (0, 5), (1, 4), (3, 3)):
+        starts = torch.tensor([first, last], dtype=torch.int32)
+        crow, columns, at = EXECUTORS["lexical_index", executor](ids, weights, starts, [])
+        count = int(crow[-1])
+        assert columns[:count].tolist() == sorted(set(ids[first:last].tolist()))
+        assert ((at[:count] >= first) & (at[:count] < last)).all()
+
+
 @pytest.mark.parametrize("executor", [e for n, e in EXECUTORS if n == "attention_pool"])
 @pytest.mark.parametrize("score", [-300.0, 300.0])
 def test_scores_beyond_exponentials(executor, score):

@@ -115,7 +115,10 @@ SURVIVORS: dict[tuple[str, str], str] = {
     ("sequences_of", "end = tl.load(cu_seqlens + sequence + 1, mask=inside).to(tl.int64)"): _UNUSED,
     ("_choose", "id = tl.load(ids + t, mask=t < tokens)"): _UNUSED,
     ("_choose", "weight = tl.load(weights + t, mask=t < tokens)"): _UNUSED,
-    ("_choose", "wanted = tl.load(allowed + t, mask=t < tokens) != 0"): _UNUSED,
+    (
+        "_choose",
+        "wanted = (t >= begin) & (t < end) & (tl.load(allowed + t, mask=t < tokens) != 0)",
+    ): _UNUSED,
     ("_choose", "other_id = tl.load(ids + s, mask=s < last)[None, :]"): _UNUSED,
     ("_choose", "other = tl.load(weights + s, mask=s < last)[None, :]"): _UNUSED,
     ("_place", "id = tl.load(ids + t, mask=t < tokens)"): _UNUSED,
