@@ -4,7 +4,7 @@
 #include <vector>
 
 #include "pooling/lexical_cuda.h"
-#include "pooling/segments_door_cuda.h"
+#include "pooling/vocab_door_cuda.h"
 #include "pooling/vocab_pool_cuda.h"
 
 namespace emblas {
@@ -13,13 +13,6 @@ namespace {
 using OptionalTensor = std::optional<Tensor>;
 using torch::stable::detail::from;
 using torch::stable::detail::to;
-
-// out = a b
-void matmul_out(const Tensor& a, const Tensor& b, Tensor& out) {
-  std::array<StableIValue, 3> stack{from(a), from(b), from(out)};
-  check_torch(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
-  out = to<Tensor>(stack[0]);
-}
 
 // The values of a vector in rising order, equal ones in theirs, and where each one was (int64).
 std::array<Tensor, 2> sort_stable(const Tensor& vector) {
@@ -35,13 +28,6 @@ Tensor cumulative_sum(const Tensor& vector) {
   std::array<StableIValue, 3> stack{from(vector), from(int64_t(0)), from(same)};
   check_torch(torch_call_dispatcher("aten::cumsum", "", stack.data(), TORCH_ABI_VERSION));
   return to<Tensor>(stack[0]);
-}
-
-void check_projection(const DeviceCall& call, const Tensor& x, const Tensor& weight) {
-  check(call.holds(x) && x.dim() == 2 && x.is_contiguous(), "x must be contiguous (tokens, dim)");
-  check(call.holds(weight) && weight.scalar_type() == x.scalar_type() && weight.dim() == 2 &&
-            weight.size(1) == x.size(1) && weight.is_contiguous(),
-        "weight must be a contiguous tensor (vocabulary, dim) of the dtype and device of x");
 }
 
 std::tuple<Tensor, Tensor> vocab_max_cuda(const Tensor& x, const Tensor& weight,

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from contract import packed
-from emblas.pooling.reference import Mode
+from emblas.pooling.reference import Mode, owners
 
 from cases.case import HALVES, Case, short, unaligned
 
@@ -382,6 +382,57 @@ def _vocabularies_backward() -> Iterator[tuple[str, Callable[[], Case]]]:
         yield f"needs {needs}", lambda a=needs: backward(_vocab((3, 9), 70, 8), a)
 
 
+def _vocabulary_sums() -> Iterator[tuple[str, Callable[[], Case]]]:
+    """Tokens of no sequence hold NaN; some logits are exactly 0."""
+
+    def case(
+        lengths: tuple[int, ...], vocab: int, dim: int, activation: int = 2, **options: Any
+    ) -> Case:
+        x, weight, bias, starts, weights, ends = _vocab(lengths, vocab, dim, **options).args
+        x[owners(len(x), starts, weights, ends) < 0] = torch.nan
+        return Case(
+            (x, weight, bias, starts, activation, weights, ends), dim * max(lengths, default=1)
+        )
+
+    mixed = (3, 0, 130, 5, 0)
+    dtypes = (torch.float32, *HALVES)
+    for activation, dtype in itertools.product(range(4), dtypes):
+        a = {"activation": activation, "dtype": dtype, "bias": activation % 2 == 0}
+        yield f"activation {activation}, {short(dtype)}", lambda a=a: case(mixed, 67, 37, **a)
+    for name, options in {
+        "weights": {"weighted": True, "bias": True},
+        "spans": {"spans": True, "bias": True},
+        "spans, weights": {"spans": True, "weighted": True},
+    }.items():
+        yield name, lambda o=options: case(mixed, 67, 37, **o)
+    yield "aligned", lambda: case((2, 9), 72, 16, bias=True)
+    for name, lengths, vocab, dim in (
+        ("no sequence", (), 5, 3),
+        ("empty sequences", (0, 0), 5, 3),
+        ("no word", (3,), 0, 3),
+        ("one of each", (1,), 1, 1),
+        ("wide", (3,), 3, 300),
+        ("tiles of tokens", (4000, 200, 9), 3, 2),  # of 4096 tokens
+        ("tiles of words", (2, 1), 2050, 3),  # of 2048 words
+    ):
+        yield name, lambda a=(lengths, vocab, dim): case(*a, activation=1, bias=True)
+
+
+def _vocabulary_sums_backward() -> Iterator[tuple[str, Callable[[], Case]]]:
+    def backward(case: Case, needs: tuple[bool, ...] = (True, True, True)) -> Case:
+        x, weight, _, starts, *_, ends = case.args
+        batch = len(starts) - (ends is None)
+        grad = torch.randint(-2, 3, (batch, len(weight))).float()
+        return Case((grad, *case.args, *needs), max(len(x), len(weight)))
+
+    for name, make in _vocabulary_sums():
+        yield name, lambda make=make: backward(make())
+    some = dict(_vocabulary_sums())["aligned"]
+    for need in range(3):
+        needs = tuple(i == need for i in range(3))
+        yield f"needs {needs}", lambda a=needs: backward(some(), a)
+
+
 def _lexical() -> Iterator[tuple[str, Callable[[], Case]]]:
     def make(lengths: tuple[int, ...], words: int, ignored: tuple[int, ...] = ()) -> Case:
         tokens = sum(lengths)
@@ -410,6 +461,8 @@ CASES: dict[str, dict[str, Callable[[], Case]]] = {
     "attention_pool_backward": dict(_attention_backward()),
     "vocab_max": dict(_vocabularies()),
     "vocab_max_backward": dict(_vocabularies_backward()),
+    "vocab_sum": dict(_vocabulary_sums()),
+    "vocab_sum_backward": dict(_vocabulary_sums_backward()),
     "lexical_index": dict(_lexical()),
     "finish": dict(_finishing()),
     "finish_backward": dict(_finishing_backward()),

@@ -14,11 +14,11 @@ import dataclasses
 import math
 from pathlib import Path
 
-from costs import attention, binary, pooling, pooling_heads, tables
+from costs import attention, binary, pooling, pooling_heads, pooling_vocab_sum, tables
 from costs.work import Work
 
 FILE = Path(__file__).parents[2] / "docs" / "gpu_bounds.md"
-_FAMILIES = (pooling, pooling_heads, tables, binary, attention)
+_FAMILIES = (pooling, pooling_heads, pooling_vocab_sum, tables, binary, attention)
 MODELS = {key: model for family in _FAMILIES for key, model in family.MODELS.items()}
 SMALL = {key: shapes for family in _FAMILIES for key, shapes in family.SMALL.items()}
 LARGE = {key: shapes for family in _FAMILIES for key, shapes in family.LARGE.items()}

@@ -135,6 +135,21 @@ def _vocabulary_pooling() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
     yield "lexical_index", "", (ids, torch.empty(512), starts, [0])
 
 
+def _vocabulary_sums() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
+    starts, bias, grad = torch.zeros(5, dtype=torch.int32), torch.empty(1024), torch.empty(4, 1024)
+    # The activation is applied to logits in float32: it makes no difference to another dtype.
+    for dtype in DTYPES:
+        for activation in range(4) if dtype == DTYPES[0] else (2,):
+            x, weight = torch.empty(512, 384, dtype=dtype), torch.empty(1024, 384, dtype=dtype)
+            args = (x, weight, bias, starts, activation, None, None)
+            words = f"{_short(dtype)}, activation {activation}"
+            yield "vocab_sum", words, args
+            yield "vocab_sum_backward", words, (grad, *args, True, True, True)
+    args = (x, weight, None, starts, 2, torch.empty(512), None)
+    yield "vocab_sum", "float16, weights", args
+    yield "vocab_sum_backward", "float16, weights", (grad, *args, True, True, False)
+
+
 def _tables() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
     ids, offsets, weights = torch.zeros(64, dtype=torch.int64), torch.zeros(9).int(), torch.ones(64)
     for family, name in enumerate(("murmur3", "splitmix64")):
@@ -277,8 +292,8 @@ def calls() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
     """Operator, words and arguments of calls that take every configuration of every kernel."""
     families = (
         _pooling, _linear_modes, _generalized_means, _maxima, _finish, _attention_pooling,
-        _vocabulary_pooling, _tables, _compositions, _binary, _scores, _late_interaction,
-        _attention, _rotary,
+        _vocabulary_pooling, _vocabulary_sums, _tables, _compositions, _binary, _scores,
+        _late_interaction, _attention, _rotary,
     )  # fmt: skip
     for family in families:
         yield from family()

@@ -44,6 +44,8 @@ add_library(
   csrc/pooling/segment_pool_cuda.cu
   csrc/pooling/vocab_pool_cuda.cu
   csrc/pooling/vocab_pool_ops_cuda.cpp
+  csrc/pooling/vocab_sum_cuda.cu
+  csrc/pooling/vocab_sum_ops_cuda.cpp
   csrc/tables/tables_ops_cuda.cpp
   csrc/tables/hash_bag_cuda.cu
   csrc/tables/compose_ops_cuda.cpp

@@ -9,8 +9,9 @@ maxima only, ``csrc/pooling/vocab_pool.h``): every logit counts, and backward ne
 
 so both directions make the logits a tile at a time, in the accumulator's dtype, and never a tensor
 of tokens times vocabulary. The products are the limit: 2 flops per token, word and dimension
-forward, 6 backward. All else is torch's, element by element over a tile, so the loop is in Python;
-to torch.compile it is as opaque as the operators in C++.
+forward, 6 backward. All else is torch's on a CPU, element by element over a tile, so the loop is in
+Python; to torch.compile it is as opaque as the operators in C++. GPUs have kernels of their own
+(``csrc/pooling/vocab_sum_cuda.cuh``, ``triton/vocab_sum.py``).
 """
 
 from __future__ import annotations
@@ -89,15 +90,9 @@ class _Tokens:
         self.first = starts[:-1] if ends is None else starts
         self.last = starts[1:] if ends is None else ends
         self.batch = self.first.shape[0]
-        position = torch.arange(x.shape[0], dtype=torch.int32, device=x.device)
-        # The last sequence that starts here or before: others are over, or empty.
-        owner = torch.searchsorted(self.first, position, right=True) - 1
+        owner = reference.owners(x.shape[0], starts, weights, ends)
         self.owner = owner.clamp_min(0)
         self.present = owner >= 0
-        if self.batch:
-            self.present &= position < self.last[self.owner]
-        if weights is not None:
-            self.present &= weights != 0
 
     def tiles(self, weight: Tensor, bias: Tensor | None) -> Iterator[_Tile]:
         """Yield the logits tile by tile, in a buffer that is used again."""
@@ -191,11 +186,12 @@ def _reference(
 ) -> Tensor:
     """Sum the activated logits; materializes all of them."""
     dtype = accumulator(x.dtype)
-    present = None if weights is None else (weights != 0).to(dtype)
-    rows = x.to(dtype) if present is None else torch.where(present[:, None] != 0, x.to(dtype), 0)
+    owned = reference.owners(x.shape[0], cu_seqlens, weights, ends) >= 0
+    rows = torch.where(owned[:, None], x.to(dtype), 0)  # others may hold anything
     logits = rows @ weight.to(dtype).T
     logits = logits if bias is None else logits + bias
     values = activate(logits, activation)
+    present = None if weights is None else owned.to(dtype)
     return reference.segment_pool(values, cu_seqlens, present, False, Mode.sum, ends)[0]
 
 
@@ -278,8 +274,14 @@ _vocab_sum = Op(
     fake=_fake,
     backward="vocab_sum_backward",
     check_values=_check_values,
+    triton="emblas.pooling.triton",
 )
-_vocab_sum_backward = Op("vocab_sum_backward", reference=_backward_reference, fake=_backward_fake)
+_vocab_sum_backward = Op(
+    "vocab_sum_backward",
+    reference=_backward_reference,
+    fake=_backward_fake,
+    triton="emblas.pooling.triton",
+)
 
 
 class _VocabSum(torch.autograd.Function):

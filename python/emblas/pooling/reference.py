@@ -92,6 +92,20 @@ def _batch(starts: Tensor, ends: Tensor | None) -> int:
     return starts.shape[0] - 1 if ends is None else ends.shape[0]
 
 
+def owners(tokens: int, starts: Tensor, weights: Tensor | None, ends: Tensor | None) -> Tensor:
+    """Segment of each token (int32), -1 where none; segments are in order and disjoint."""
+    begins, ends = (starts[:-1], starts[1:]) if ends is None else (starts, ends)
+    position = torch.arange(tokens, dtype=torch.int32, device=starts.device)
+    # The last segment that starts here or before: others are over, or empty.
+    owner = torch.searchsorted(begins, position, right=True, out_int32=True) - 1
+    present = owner >= 0
+    if begins.shape[0]:
+        present &= position < ends[owner.clamp_min(0)]
+    if weights is not None:
+        present &= weights != 0
+    return owner.where(present, -1)
+
+
 def _divisor(total: Tensor, mode: int) -> Tensor:
     if mode == Mode.sum:
         return torch.ones_like(total)

@@ -7,6 +7,7 @@ from emblas.pooling.triton.lexical import lexical_index
 from emblas.pooling.triton.linear import segment_pool, segment_pool_backward
 from emblas.pooling.triton.maximum import segment_max, segment_max_backward
 from emblas.pooling.triton.vocab import vocab_max, vocab_max_backward
+from emblas.pooling.triton.vocab_sum import vocab_sum, vocab_sum_backward
 
 __all__ = [
     "attention_pool",
@@ -22,4 +23,6 @@ __all__ = [
     "segment_pool_backward",
     "vocab_max",
     "vocab_max_backward",
+    "vocab_sum",
+    "vocab_sum_backward",
 ]
