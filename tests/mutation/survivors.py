@@ -37,6 +37,7 @@ SURVIVORS: dict[tuple[str, str], str] = {
     ("_pool_parts", "tl.store(total + to, tl.sum(share, 0), mask=first <= end)"): _IDLE,
     ("_pool_parts", "inside = (d < dim) & (first <= end)"): _IDLE,
     ("_normalize", "values = tl.load(mean + row * dim + d, mask=d < dim)"): _UNUSED,
+    ("activate", "x = tl.where(x <= 0, 0.0, x)"): "0 becomes 0",
     ("_hash_keys", "id = tl.load(ids + i * stride, mask=i < count).to(tl.uint64)"): _UNUSED,
     ("_load_ids", "id = tl.load(ids + i * stride, mask=inside)"): _UNUSED,
     ("_grad_rows", "i = tl.load(sources + position, mask=inside)"): _UNUSED,
