@@ -142,6 +142,7 @@ SURVIVORS: dict[tuple[str, str], str] = {
     ("_gradients_of_words", "gradient = tl.load(grad_out + pair, mask=v < vocab)"): _UNUSED,
     ("_gradients_of_words", "token = tl.load(argmax + pair, mask=v < vocab).to(tl.int64)"): _UNUSED,
     ("_normalize", "values = tl.load(mean + row * dim + d, mask=d < dim)"): _UNUSED,
+    ("activate", "x = tl.where(x <= 0, 0.0, x)"): "0 becomes 0",
     ("_hash_keys", "id = tl.load(ids + i * stride, mask=i < count).to(tl.uint64)"): _UNUSED,
     ("_load_ids", "id = tl.load(ids + i * stride, mask=inside)"): _UNUSED,
     ("_grad_rows", "i = tl.load(sources + position, mask=inside)"): _UNUSED,
