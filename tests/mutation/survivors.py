@@ -432,6 +432,10 @@ SURVIVORS: dict[tuple[str, str], str] = {
     ("fold_tile", "const bool whole = aligned && first + vector «<=» columns;"): _MORE_WORK,
     ("fold_tile", "for (int i = 0; i «<» vector; ++i) {"): _NO_COLUMN,
     (
+        "place_chosen",
+        "if (i «>=» before(args.tokens)) columns[i] = at[i] = -1;",
+    ): "the emulator's fresh memory holds -1",
+    (
         "name_winners",
         "const bool wins = args.grad_out[pair] != 0 && token >= 0 && token «<» args.tokens;",
     ): "the number of tokens says that nobody wins",
