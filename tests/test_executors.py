@@ -71,6 +71,7 @@ def _pool_wrongly(run, name, starts, ends=None, skip=None):
         words = torch.randn(6, 5)
         out, argmax = run[name](x, words, None, starts, weights, ends)
         argmax = torch.randint(-2, 143, argmax.shape, dtype=torch.int32)
+        argmax[:, :4] = torch.tensor([139, 140, -1, 2**31 - 1])
         backward(out, x, words, argmax, starts, ends, True, True)
     elif name == "lexical_index":
         run[name](torch.arange(140) % 9, weights, starts, [])
@@ -118,6 +119,18 @@ def test_tokens_outside_of_sequences(executor):
         count = int(crow[-1])
         assert columns[:count].tolist() == sorted(set(ids[first:last].tolist()))
         assert ((at[:count] >= first) & (at[:count] < last)).all()
+
+
+@pytest.mark.parametrize("executor", [e for n, e in EXECUTORS if n == "vocab_max"])
+def test_largest_logit_of_the_first_token(executor):
+    """Nothing later replaces it."""
+    x, weight = torch.rand(200, 3), torch.rand(5, 3)
+    x[0] = 2
+    out, argmax = EXECUTORS["vocab_max", executor](
+        x, weight, None, torch.tensor([0, 200]).int(), None, None
+    )
+    assert not argmax.any()
+    torch.testing.assert_close(out[0], weight @ x[0], **tolerance(torch.float32, 3))
 
 
 @pytest.mark.parametrize("executor", [e for n, e in EXECUTORS if n == "attention_pool"])

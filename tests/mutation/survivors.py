@@ -141,6 +141,11 @@ SURVIVORS: dict[tuple[str, str], str] = {
     ("_gradients_of_tokens", "inside = (i <= end)[:, None] & (d < dim)[None, :]"): _HIDDEN,
     ("_gradients_of_words", "gradient = tl.load(grad_out + pair, mask=v < vocab)"): _UNUSED,
     ("_gradients_of_words", "token = tl.load(argmax + pair, mask=v < vocab).to(tl.int64)"): _UNUSED,
+    ("_vocab_max", "best += tl.load(bias + v, mask=v < vocab)"): _UNUSED,
+    (
+        "_vocab_max",
+        "there = present[:, None] & (v <= vocab)[None, :]",
+    ): "the word after the last is not stored",
     ("_normalize", "values = tl.load(mean + row * dim + d, mask=d < dim)"): _UNUSED,
     ("activate", "x = tl.where(x <= 0, 0.0, x)"): "0 becomes 0",
     ("_hash_keys", "id = tl.load(ids + i * stride, mask=i < count).to(tl.uint64)"): _UNUSED,
