@@ -35,7 +35,7 @@ from emblas.encoder.tokens import (
     prompt_tokens,
     tokenize,
 )
-from emblas.integrations import last_layer
+from emblas.integrations import last_layer, versions
 from emblas.integrations import transformers as hf
 from emblas.integrations.optimize import optimize
 from emblas.losses import gather_rows
@@ -111,7 +111,7 @@ class Encoder:
             raise ValueError(f"max_length must be at least 1 token, got {max_length}")
         if token_budget < 1:
             raise ValueError(f"token_budget must be at least 1 token, got {token_budget}")
-        if getattr(model.config, "_attn_implementation", None) != hf.NAME:
+        if hf.implementation(model.config) != hf.NAME:
             optimize(model)
         self.model = model.eval()
         self.tokenizer = tokenizer
@@ -149,9 +149,7 @@ class Encoder:
         try:
             from sentence_transformers import SentenceTransformer
         except ImportError as error:
-            raise ImportError(
-                "models of sentence-transformers need that package: pip install 'emblas[hf]'"
-            ) from error
+            raise versions.import_error("Encoder.load", "sentence-transformers", error) from error
         loaded = SentenceTransformer(str(folder), device=device)
         return cls.from_sentence_transformer(loaded, **options)
 
