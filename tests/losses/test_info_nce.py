@@ -421,7 +421,7 @@ Q, D = torch.ones(2, 3), torch.ones(4, 3)
         (ValueError, "temperature must have one element", lambda: info_nce(Q, D, temperature=Q)),
         (ValueError, "targets must lie between -1 and 3", lambda: info_nce(
             Q, D, targets=torch.tensor([0, 4]))),
-        (ValueError, "targets must name a document once", lambda: info_nce(
+        (ValueError, "targets must name a row once", lambda: info_nce(
             Q, D, targets=torch.tensor([[0, 1], [2, 2]]))),
         (ValueError, r"targets must have shape \(2,\)", lambda: info_nce(
             Q, D, targets=torch.tensor([0]))),

@@ -72,6 +72,10 @@ CALLS = {
     "distill, distributions over a vocabulary": lambda: losses.distill(
         rows(), torch.randn(N, DIM), "anchor", anchors=vocabulary(), temperature=1.0,
         similarity="dot"),
+    "token_log_probs": lambda: losses.token_log_probs(
+        rows(), rows(), torch.randint(N, (N,))).sum(),
+    "likelihood_alignment": lambda: losses.likelihood_alignment(
+        rows(dim=1)[:, 0], torch.randn(N), torch.randn(N, 4)),
     "self_distill": lambda: losses.self_distill([rows(64, N // 8) for _ in range(3)]),
 }  # fmt: skip
 

@@ -77,13 +77,14 @@ def distill(
 
     ``cosine``, ``similarity`` and ``relative`` follow Zhang et al. 2024, arXiv 2412.19048 (Jasper,
     eq. 1 to 3), whose third compares any two pairs of a batch, this one pairs with a common text.
-    ``euclidean`` is the alignment objective of HARNESS-LM (arXiv 2605.23572).
+    ``euclidean`` is the alignment objective of HARNESS-LM (arXiv 2605.23572) and, of unit vectors,
+    of LEAF (arXiv 2509.12539); D2S-VSE (arXiv 2503.14953) uses ``cosine`` or ``euclidean``.
     ``similarity`` with a temperature is the contrastive distillation of KaLM-Embedding-V2.5, arXiv
     2506.20923.
 
     With the rows of both models' vocabularies as ``anchors``, ``similarity="dot"`` and a
-    ``temperature``, ``anchor`` is the divergence of their distributions over the next token
-    (AutoRegEmbed's alignment, arXiv 2502.11401), without logits of ``n x vocabulary``.
+    ``temperature``, ``anchor`` is the divergence of their distributions over the next token,
+    without logits of ``n x vocabulary``.
     """
     _op.check_choice("method", method, METHODS)
     _op.check_choice("similarity", similarity, ("cosine", "dot"))
