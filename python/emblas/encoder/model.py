@@ -471,8 +471,8 @@ class Encoder:
             if "dense" in outputs:
                 kept.put("dense", batch, dense)
             if dims is not None:
-                prefixes = Epilogue(dims=tuple(dims), normalize=self.normalize)(dense)
-                for k, prefix in zip(dims, prefixes, strict=True):
+                shortened = Epilogue(dims=tuple(dims), normalize=self.normalize)(dense)
+                for k, prefix in zip(dims, shortened, strict=True):
                     kept.put(f"matryoshka {k}", batch, prefix)
             if "int8" in outputs and quantizer is not None:
                 kept.put("int8", batch, quantizer.quantize(dense))
