@@ -29,6 +29,12 @@ CALLS = {
     "distill, relative": (lambda s, t: losses.distill(s, t, "relative"), (X, Y)),
     "distill, anchor": (
         lambda s, t, a, b: losses.distill(s, t, "anchor", anchors=(a, b)), (X, Y, Z, -Z)),
+    "token_log_probs": (
+        lambda x, v: losses.token_log_probs(x, v, torch.tensor([0, 1, 2, -1])), (X, Y)),
+    "likelihood_alignment": (losses.likelihood_alignment, (LABELS, LABELS / 2, -Y)),
+    "likelihood_alignment, reference": (
+        lambda p, i, n, a, b: losses.likelihood_alignment(p, i, n, reference=(a, b)),
+        (LABELS, LABELS / 2, -Y, -LABELS, Z)),
     "self_distill": (lambda a, b: losses.self_distill([a, b]), (X, Y)),
     "InfoNCE": (losses.InfoNCE(0.1, symmetric=True), (X, Y)),
     "MatryoshkaLoss": (losses.MatryoshkaLoss(losses.InfoNCE(), [2, 3]), (X, Y)),

@@ -91,6 +91,13 @@ def pair_loss(name):
     return oracle, lambda a, b, y: function(a, b, y, **options), options
 
 
+@pytest.fixture(params=[1, 8 << 20], ids=["rows by themselves", "one block"])
+def blocks(request, monkeypatch):
+    """Losses over all pairs by blocks of this many bytes."""
+    monkeypatch.setattr("emblas.losses.blocks.BLOCK_BYTES", request.param)
+
+
+@pytest.mark.usefixtures("blocks")
 @pytest.mark.parametrize("name", PAIRS)
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_pairs_equal_oracle(name, dtype):
@@ -107,6 +114,7 @@ def test_pairs_equal_oracle(name, dtype):
         assert torch.equal(function(a, b, labels), actual)
 
 
+@pytest.mark.usefixtures("blocks")
 @pytest.mark.parametrize("name", PAIRS)
 def test_pairs_gradients(name):
     _, function, _ = pair_loss(name)
@@ -115,6 +123,7 @@ def test_pairs_gradients(name):
     assert torch.autograd.gradcheck(lambda a, b: function(a, b, labels), inputs)
 
 
+@pytest.mark.usefixtures("blocks")
 @pytest.mark.parametrize("name", PAIRS)
 def test_pairs_degenerate(name):
     """No pairs, one pair, equal labels, zero vectors: finite, with finite gradients."""
@@ -165,6 +174,7 @@ def list_oracle(scores, relevance, mask, method):
     return mean(found)
 
 
+@pytest.mark.usefixtures("blocks")
 @pytest.mark.parametrize("method", ["ranknet", "listmle", "listnet"])
 def test_listwise_rank(method):
     relevance = torch.randint(0, 4, (5, 6)).float()
@@ -225,10 +235,9 @@ DISTILL = [
 ]
 
 
+@pytest.mark.usefixtures("blocks")
 @pytest.mark.parametrize(("method", "anchored", "options"), DISTILL)
-@pytest.mark.parametrize("block_bytes", [1, 1 << 20])
-def test_distill(monkeypatch, method, anchored, options, block_bytes):
-    monkeypatch.setattr("emblas.losses.distillation.BLOCK_BYTES", block_bytes)
+def test_distill(method, anchored, options):
     d = torch.float64
     teacher_dim = 4 if method in ("cosine", "euclidean") else 5
     s, t = torch.randn(6, 4, dtype=d), torch.randn(6, teacher_dim, dtype=d)

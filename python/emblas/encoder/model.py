@@ -8,7 +8,6 @@ import itertools
 import json
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from emblas.encoder.outputs import (
     concatenate,
     to_numpy,
 )
+from emblas.encoder.prefixes import ParallelPrefixes
 from emblas.encoder.tokens import (
     TRUNCATION,
     Branches,
@@ -35,7 +35,7 @@ from emblas.encoder.tokens import (
     prompt_tokens,
     tokenize,
 )
-from emblas.integrations import last_layer
+from emblas.integrations import last_layer, versions
 from emblas.integrations import transformers as hf
 from emblas.integrations.optimize import optimize
 from emblas.losses import gather_rows
@@ -72,6 +72,8 @@ class Encoder:
         The sparse head, for the output "lexical".
     token_head : callable, optional
         Turns hidden states ``(tokens, hidden)`` into the vectors of the output "tokens".
+    prefixes : ParallelPrefixes, optional
+        Learned prefixes, for the output "prefixes".
     token_budget : int, default 2048
         Most tokens in a batch; a GPU wants more.
 
@@ -104,6 +106,7 @@ class Encoder:
         max_length: int | None = None,
         lexical: LexicalWeights | None = None,
         token_head: Callable[[Tensor], Tensor] | None = None,
+        prefixes: ParallelPrefixes | None = None,
         token_budget: int = 2048,
     ) -> None:
         self.modes = check_modes(pooling)
@@ -111,7 +114,7 @@ class Encoder:
             raise ValueError(f"max_length must be at least 1 token, got {max_length}")
         if token_budget < 1:
             raise ValueError(f"token_budget must be at least 1 token, got {token_budget}")
-        if getattr(model.config, "_attn_implementation", None) != hf.NAME:
+        if hf.implementation(model.config) != hf.NAME:
             optimize(model)
         self.model = model.eval()
         self.tokenizer = tokenizer
@@ -122,6 +125,7 @@ class Encoder:
         self.max_length = max_length or longest(model, tokenizer)
         self.lexical = lexical
         self.token_head = token_head
+        self.prefixes = prefixes
         self.token_budget = token_budget
         with torch.no_grad():
             zeros = torch.zeros(1, model.config.hidden_size, dtype=model.dtype, device=model.device)
@@ -149,9 +153,7 @@ class Encoder:
         try:
             from sentence_transformers import SentenceTransformer
         except ImportError as error:
-            raise ImportError(
-                "models of sentence-transformers need that package: pip install 'emblas[hf]'"
-            ) from error
+            raise versions.import_error("Encoder.load", "sentence-transformers", error) from error
         loaded = SentenceTransformer(str(folder), device=device)
         return cls.from_sentence_transformer(loaded, **options)
 
@@ -263,9 +265,11 @@ class Encoder:
             Of "dense", "matryoshka" (``dims``), "int8", "bits", "lexical" (the encoder needs that
             head), "tokens" (one vector per token), "chunks" (late chunking, arXiv 2409.04701:
             one vector per ``chunk_size`` tokens, pooled after the model has read all of the text)
-            and "branches" (causal models pooled by the last token: one vector per text and text of
+            "branches" (causal models pooled by the last token: one vector per text and text of
             ``branches``, such as an instruction, behind it; the text itself is read once, in a pass
-            of its own beside that of the other outputs, and cut so that the longest one fits).
+            of its own beside that of the other outputs, and cut so that the longest one fits) and
+            "prefixes" (one vector per text and learned prefix in front of it, in a pass of their
+            own; texts are cut so that the prefix fits).
         **options
             ``prompt``, ``truncation``, ``progress``, ``as_numpy`` as in :meth:`encode`; ``dims``
             (sequence of int); ``quantizer`` (:class:`emblas.binary.Int8Quantizer`, without which
@@ -379,7 +383,8 @@ class Encoder:
             "max_length": self.max_length,
         }
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
-        for name, value in sorted(self.model.state_dict().items()):
+        learned = {} if self.prefixes is None else self.prefixes.state_dict(prefix="prefixes.")
+        for name, value in sorted({**self.model.state_dict(), **learned}.items()):
             digest.update(name.encode())
             data = value.detach().cpu().contiguous().reshape(-1)
             digest.update(data.view(torch.uint8).numpy())
@@ -410,6 +415,8 @@ class Encoder:
             raise ValueError("the output 'int8' of a stream needs a quantizer")
         if "lexical" in outputs and self.lexical is None:
             raise ValueError("the output 'lexical' needs an Encoder with a lexical head")
+        if "prefixes" in outputs and self.prefixes is None:
+            raise ValueError("the output 'prefixes' needs an Encoder with prefixes")
         if not 0 <= chunk_overlap < chunk_size:
             raise ValueError(
                 f"chunk_overlap must lie between 0 and chunk_size - 1, got {chunk_overlap} of "
@@ -432,9 +439,14 @@ class Encoder:
         bar: Any = None,
     ) -> Embeddings:
         tails = None if branches is None else branch_tokens(self.tokenizer, branches)
-        room = self.max_length - (0 if tails is None else tails.longest)
+        prefixes = self.prefixes if "prefixes" in outputs else None
+        added = 0 if tails is None else tails.longest
+        added = max(added, 0 if prefixes is None else prefixes.length)
+        room = self.max_length - added
         if room < 1:
-            raise ValueError(f"branches leave no token to a text of max_length = {self.max_length}")
+            raise ValueError(
+                f"branches and prefixes leave no token to a text of max_length = {self.max_length}"
+            )
         tokens = tokenize(self.tokenizer, texts, prompt, room, truncation)
         skip = 0 if self.include_prompt else prompt_tokens(self.tokenizer, prompt)
         whole = (
@@ -445,14 +457,13 @@ class Encoder:
         )
         lengths = [len(ids) for ids in tokens.ids]
         kept = Collector(len(texts))
-        device = self.model.device
         if tails is not None:
             self._put_branches(kept, tokens.ids, tails)
+        if prefixes is not None:
+            self._put_prefixes(kept, tokens.ids, prefixes, skip)
         batches = packed.token_budget_batches(lengths, self.token_budget) if texts else [[]]
-        for batch in batches if set(outputs) != {"branches"} else []:
-            flat = list(itertools.chain.from_iterable(tokens.ids[i] for i in batch))
-            token_ids = torch.tensor(flat, dtype=torch.int64, device=device)
-            cu_seqlens = packed.offsets([lengths[i] for i in batch]).to(device)
+        for batch in batches if not {"branches", "prefixes"}.issuperset(outputs) else []:
+            token_ids, cu_seqlens = self._packed([tokens.ids[i] for i in batch])
             rows = None if whole else last_layer.pooled_rows(cu_seqlens, self.modes)
             options = {} if rows is None else {last_layer.KEY: rows.rows}
             hidden = self._hidden(token_ids, cu_seqlens, **options)
@@ -460,8 +471,8 @@ class Encoder:
             if "dense" in outputs:
                 kept.put("dense", batch, dense)
             if dims is not None:
-                prefixes = Epilogue(dims=tuple(dims), normalize=self.normalize)(dense)
-                for k, prefix in zip(dims, prefixes, strict=True):
+                shortened = Epilogue(dims=tuple(dims), normalize=self.normalize)(dense)
+                for k, prefix in zip(dims, shortened, strict=True):
                     kept.put(f"matryoshka {k}", batch, prefix)
             if "int8" in outputs and quantizer is not None:
                 kept.put("int8", batch, quantizer.quantize(dense))
@@ -502,6 +513,7 @@ class Encoder:
             chunks=kept.ragged("chunks"),
             chunk_spans=kept.ragged("chunk spans"),
             branches=kept.rows("branches"),
+            prefixes=kept.rows("prefixes"),
         )
 
     def _put_branches(self, kept: Collector, texts: Sequence[list[int]], tails: Branches) -> None:
@@ -520,6 +532,26 @@ class Encoder:
             )
             vectors = self._headed(hidden[at.last.flatten()])
             kept.put("branches", batch, vectors.unflatten(0, at.last.shape))
+
+    def _put_prefixes(
+        self, kept: Collector, texts: Sequence[list[int]], prefixes: ParallelPrefixes, skip: int
+    ) -> None:
+        """Vectors of every text behind every prefix, from a pass of their own."""
+        lengths = [prefixes.count * (prefixes.length + len(ids)) for ids in texts]
+        skip = 0 if self.include_prompt else prefixes.length + skip
+        batches = packed.token_budget_batches(lengths, self.token_budget) if texts else [[]]
+        for batch in batches:
+            hidden, offsets = prefixes(
+                self.model.base_model, *self._packed([texts[i] for i in batch])
+            )
+            vectors = self._pool(hidden, offsets, skip)
+            kept.put("prefixes", batch, vectors.unflatten(0, (len(batch), prefixes.count)))
+
+    def _packed(self, texts: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
+        """Token ids and offsets of a packed batch, on the device of the model."""
+        flat = list(itertools.chain.from_iterable(texts))
+        ids = torch.tensor(flat, dtype=torch.int64, device=self.model.device)
+        return ids, packed.offsets([len(text) for text in texts]).to(ids.device)
 
     def _hidden(self, token_ids: Tensor, cu_seqlens: Tensor, **options: Any) -> Tensor:
         """Last hidden states, of all tokens or of those that are pooled."""
@@ -541,35 +573,6 @@ class Encoder:
         finished = Epilogue(normalize=True)(vectors)
         assert isinstance(finished, Tensor)
         return finished
-
-
-@dataclass(frozen=True)
-class EncoderPair:
-    """Different models for queries and for documents, whose vectors are compared.
-
-    Raises
-    ------
-    ValueError
-        If their vectors differ in length.
-    """
-
-    query: Encoder
-    document: Encoder
-
-    def __post_init__(self) -> None:
-        if self.query.dim != self.document.dim:
-            raise ValueError(
-                f"both encoders must have vectors of one length, got {self.query.dim} for queries "
-                f"and {self.document.dim} for documents"
-            )
-
-    def encode_query(self, texts: str | Iterable[str], **options: Any) -> Any:
-        """Embed queries; see :meth:`Encoder.encode`."""
-        return self.query.encode_query(texts, **options)
-
-    def encode_document(self, texts: str | Iterable[str], **options: Any) -> Any:
-        """Embed documents; see :meth:`Encoder.encode`."""
-        return self.document.encode_document(texts, **options)
 
 
 def _check_names(outputs: Sequence[str]) -> None:

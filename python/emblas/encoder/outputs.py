@@ -13,7 +13,17 @@ from torch import Tensor
 from emblas import packed
 from emblas.binary import Int8Quantizer
 
-OUTPUTS = ("dense", "matryoshka", "int8", "bits", "lexical", "tokens", "chunks", "branches")
+OUTPUTS = (
+    "dense",
+    "matryoshka",
+    "int8",
+    "bits",
+    "lexical",
+    "tokens",
+    "chunks",
+    "branches",
+    "prefixes",
+)
 
 
 class TruncationWarning(UserWarning):
@@ -62,6 +72,8 @@ class Embeddings:
     """
     branches: Any = None
     """float32 ``(texts, branches, dim)``."""
+    prefixes: Any = None
+    """float32 ``(texts, prefixes, dim)``."""
 
     def __len__(self) -> int:
         return len(self.num_tokens)

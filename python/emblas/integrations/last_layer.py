@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from emblas import packed
 from emblas.attention import attend_rows, rotary
 from emblas.integrations import transformers as hf
+from emblas.integrations import versions
 
 try:
     from transformers.models.bert.modeling_bert import BertLayer
@@ -35,9 +36,7 @@ try:
     from transformers.models.roberta.modeling_roberta import RobertaLayer
     from transformers.models.xlm_roberta.modeling_xlm_roberta import XLMRobertaLayer
 except ImportError as error:
-    raise ImportError(
-        "emblas.integrations.last_layer needs transformers >= 5: pip install 'emblas[hf]'"
-    ) from error
+    raise versions.import_error(__name__, "transformers", error) from error
 
 
 # The tokens ``(pooled,)``, int64, in a model's keyword arguments, like cu_seq_lens_q.

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from emblas import packed
-from emblas.integrations import last_layer
+from emblas.integrations import last_layer, versions
 from emblas.integrations import transformers as hf
 from emblas.integrations.transformers_modules import replace_modules, replaceable
 
@@ -35,9 +35,7 @@ try:
     from transformers import PreTrainedModel, __version__
     from transformers.utils.generic import ModelOutput
 except ImportError as error:
-    raise ImportError(
-        "emblas.optimize needs transformers >= 5: pip install 'emblas[hf]'"
-    ) from error
+    raise versions.import_error(__name__, "transformers", error) from error
 
 # How tokens are pooled whose hidden states nobody sees; () where they are wanted themselves.
 _POOLED: ContextVar[tuple[str, ...]] = ContextVar("emblas_pooled", default=())
@@ -107,10 +105,10 @@ class Optimized:
             if any(isinstance(module, hf.PackedEncoder) for module in model.modules()):
                 return  # which packs what comes to it
         else:
-            before = model.config._attn_implementation
+            before = hf.implementation(model.config)
             model.set_attn_implementation(hf.NAME)
             self._undo.callback(model.set_attn_implementation, before)
-        if base.config._attn_implementation != hf.NAME:
+        if hf.implementation(base.config) != hf.NAME:
             raise UnsupportedModelError(
                 "attention_interface",
                 f"{type(model).__name__} does not take its attention from transformers' interface",
@@ -128,7 +126,7 @@ class Optimized:
         for module in model.modules():
             config: Any = getattr(module, "config", None)
             if config is not None:
-                before = config._attn_implementation
+                before = hf.implementation(config)
                 self._undo.callback(setattr, config, "_attn_implementation", before)
         replace_modules(model)
         self.changes.append(f"{type(model.base_model).__name__} runs packed with {hf.NAME} modules")
@@ -212,6 +210,10 @@ def optimize(model: nn.Module) -> Optimized:
                 f"the forward of {type(transformer.base_model).__name__} has been replaced by "
                 "another library; restore it first (Accelerator.unwrap_model does)",
             )
+        try:
+            hf.implementation(transformer.config)
+        except versions.UnsupportedVersionError as error:
+            raise UnsupportedModelError("transformers_version", str(error)) from error
     hf.register()
     expected = [_probe(transformer) for transformer in found]
     optimized = Optimized(model)
@@ -497,8 +499,9 @@ def _probe_inputs(model: Any) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def _probe(model: Any) -> Tensor:
-    """Last hidden states ``(tokens, hidden)`` of the inputs that a model is compared on."""
+def _probe(model: Any, pooled: tuple[str, ...] = ()) -> Tensor:
+    """Last hidden states ``(texts, length, hidden)`` of the inputs that a model is compared on."""
+    token = _POOLED.set(pooled)
     with _evaluating(model):
         try:
             ids, mask = _probe_inputs(model)
@@ -507,11 +510,22 @@ def _probe(model: Any) -> Tensor:
             raise UnsupportedModelError(
                 "forward", f"{type(model).__name__} raised {type(error).__name__}: {error}"
             ) from error
-    return hidden[mask.bool()].float()
+        finally:
+            _POOLED.reset(token)
+    return hidden.float()
 
 
 def _compare(model: Any, expected: Tensor) -> None:
-    actual = _probe(model)
+    """Raise if an optimized model doesn't give the hidden states of the untouched one."""
+    mask = _probe_inputs(model)[1].bool()
+    _compare_rows(model, _probe(model)[mask], expected[mask])
+    if last_layer.is_patched(model):
+        last = torch.zeros_like(mask)
+        last[torch.arange(len(mask), device=mask.device), mask.sum(1) - 1] = True
+        _compare_rows(model, _probe(model, ("last",))[last], expected[last])
+
+
+def _compare_rows(model: Any, actual: Tensor, expected: Tensor) -> None:
     eps = torch.finfo(next(model.parameters()).dtype).eps
     tolerance = max(1e-4, 16 * eps)
     difference = float((actual - expected).abs().max() / expected.abs().max().clamp_min(1e-30))

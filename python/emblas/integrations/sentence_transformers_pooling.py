@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from emblas.integrations import versions
 from emblas.pooling import Epilogue, segment_pool
 
 try:
@@ -22,10 +23,7 @@ try:
     from sentence_transformers.sentence_transformer.modules import Pooling as _Pooling
     from sentence_transformers.sparse_encoder.modules import SpladePooling as _SpladePooling
 except ImportError as error:
-    raise ImportError(
-        "emblas.integrations.sentence_transformers_pooling needs sentence-transformers >= 6: "
-        "pip install 'emblas[hf]'"
-    ) from error
+    raise versions.import_error(__name__, "sentence-transformers", error) from error
 
 MODES = {
     "cls": "cls",

@@ -15,13 +15,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from emblas.integrations import versions
 from emblas.tables import TableSpec, arrays, hash_bag
 
 try:
     from thinc.api import NumpyOps, concatenate, registry
     from thinc.layers import hashembed as _thinc
 except ImportError as error:
-    raise ImportError("emblas.integrations.spacy needs thinc >= 8.3: pip install thinc") from error
+    raise versions.import_error(__name__, "thinc", error) from error
 
 
 @registry.layers("emblas.HashEmbed.v1")
@@ -107,13 +108,12 @@ def accelerate(model: Any) -> int:
 
     Raises
     ------
-    RuntimeError
+    UnsupportedVersionError
         If this version of thinc keeps a layer's function somewhere else.
     """
     layers = [node for node in model.walk() if node.name == "hashembed"]
     for layer in layers:
-        if not hasattr(layer, "_func"):
-            raise RuntimeError("thinc >= 8.3, < 10 is needed: its models have changed")
+        versions.private("thinc", layer, "_func")
         layer._func = _forward
     return len(layers)
 

@@ -17,13 +17,12 @@ from torch import Tensor, nn
 
 from emblas import packed
 from emblas.attention import varlen_attention
+from emblas.integrations import versions
 
 try:
     from transformers import AttentionInterface, AttentionMaskInterface
 except ImportError as error:
-    raise ImportError(
-        "emblas.integrations.transformers needs transformers >= 5: pip install 'emblas[hf]'"
-    ) from error
+    raise versions.import_error(__name__, "transformers", error) from error
 
 # transformers reads "flash", "sdpa" and "/" in a name as requests of its own.
 NAME = "emblas"
@@ -180,6 +179,12 @@ def attend(
     return out.unflatten(0, (batch_size, length)), None
 
 
+def implementation(config: Any) -> str:
+    """Return the name of the attention that a model with this configuration uses."""
+    name: str = versions.private("transformers", config, "_attn_implementation")
+    return name
+
+
 def position_start(model: nn.Module) -> int:
     """Return the position of a sequence's first token.
 
@@ -234,10 +239,10 @@ def forward_packed(
         sequences attend to each other. If both or neither of ``input_ids`` and ``inputs_embeds``
         are given.
     """
-    implementation: str = getattr(model.config, "_attn_implementation")  # noqa: B009
-    if implementation != NAME:
+    used = implementation(model.config)
+    if used != NAME:
         raise ValueError(
-            f"model must use attn_implementation={NAME!r}, got {implementation!r}, which lets "
+            f"model must use attn_implementation={NAME!r}, got {used!r}, which lets "
             f"packed sequences attend to each other; call model.set_attn_implementation({NAME!r})"
         )
     if (input_ids is None) == (inputs_embeds is None):
@@ -315,7 +320,7 @@ def routers(model: nn.Module) -> list[nn.Module]:
     ValueError
         If the model names no routers.
     """
-    recorded = getattr(model, "_can_record_outputs", None) or {}
+    recorded = versions.private("transformers", model, "_can_record_outputs") or {}
     recorder = recorded.get("router_logits")
     kind = getattr(recorder, "target_class", recorder)
     found = [m for m in model.modules() if kind is not None and isinstance(m, kind)]

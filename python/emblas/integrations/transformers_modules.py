@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from emblas.attention import deberta_buckets, t5_buckets
 from emblas.integrations import transformers as hf
+from emblas.integrations import versions
 
 try:
     from transformers.modeling_outputs import BaseModelOutput
@@ -24,9 +25,7 @@ try:
     from transformers.models.t5 import modeling_t5
     from transformers.utils.generic import ModelOutput
 except ImportError as error:
-    raise ImportError(
-        "emblas.integrations.transformers_modules needs transformers >= 5: pip install 'emblas[hf]'"
-    ) from error
+    raise versions.import_error(__name__, "transformers", error) from error
 
 
 class MPNetSelfAttention(modeling_mpnet.MPNetSelfAttention):
@@ -285,6 +284,6 @@ def replace_modules(model: nn.Module) -> nn.Module:
         module.__class__ = _REPLACEMENTS[type(module)]
     for module in model.modules():
         config = getattr(module, "config", None)
-        if config is not None:
+        if config is not None and hf.implementation(config) != hf.NAME:
             config._attn_implementation = hf.NAME
     return model

@@ -3,6 +3,7 @@
 from emblas.losses.distillation import distill, self_distill
 from emblas.losses.functions import info_nce, mix_negatives, spread_out
 from emblas.losses.gather import gather_rows
+from emblas.losses.generative import likelihood_alignment, token_log_probs
 from emblas.losses.modules import CachedLoss, InfoNCE, MatryoshkaLoss
 from emblas.losses.pairs import (
     contrastive_loss,
@@ -25,6 +26,7 @@ __all__ = [
     "distill",
     "gather_rows",
     "info_nce",
+    "likelihood_alignment",
     "listwise_rank",
     "mix_negatives",
     "pearson_loss",
@@ -32,5 +34,6 @@ __all__ = [
     "rank_kl_loss",
     "self_distill",
     "spread_out",
+    "token_log_probs",
     "triplet_loss",
 ]

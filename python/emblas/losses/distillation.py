@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from emblas import _op
 from emblas.losses import checks
-from emblas.losses.op import BLOCK_BYTES
+from emblas.losses.blocks import by_blocks
 
 METHODS = ("cosine", "euclidean", "similarity", "relative", "anchor")
 
@@ -74,17 +73,18 @@ def distill(
     Notes
     -----
     Similarities are taken by blocks of rows and computed again for the gradient: memory is linear
-    in ``n`` (for ``relative``, one row at a time of ``n x n``, and time ``n^3``).
+    in ``n``. The time of ``relative`` is ``n^3``.
 
     ``cosine``, ``similarity`` and ``relative`` follow Zhang et al. 2024, arXiv 2412.19048 (Jasper,
     eq. 1 to 3), whose third compares any two pairs of a batch, this one pairs with a common text.
-    ``euclidean`` is the alignment objective of HARNESS-LM (arXiv 2605.23572).
+    ``euclidean`` is the alignment objective of HARNESS-LM (arXiv 2605.23572) and, of unit vectors,
+    of LEAF (arXiv 2509.12539); D2S-VSE (arXiv 2503.14953) uses ``cosine`` or ``euclidean``.
     ``similarity`` with a temperature is the contrastive distillation of KaLM-Embedding-V2.5, arXiv
     2506.20923.
 
     With the rows of both models' vocabularies as ``anchors``, ``similarity="dot"`` and a
-    ``temperature``, ``anchor`` is the divergence of their distributions over the next token
-    (AutoRegEmbed's alignment, arXiv 2502.11401), without logits of ``n x vocabulary``.
+    ``temperature``, ``anchor`` is the divergence of their distributions over the next token,
+    without logits of ``n x vocabulary``.
     """
     _op.check_choice("method", method, METHODS)
     _op.check_choice("similarity", similarity, ("cosine", "dot"))
@@ -120,24 +120,11 @@ def distill(
         k = own.shape[0]
         same = anchors is None  # leave out what compares a text with itself
         if method == "relative":
-            total = _by_blocks(_relative, n, n * n, s, t, margin)
+            total = torch.stack(by_blocks(_relative, n * n, n, s, t, margin)).sum(0)
             return total[0] / total[1].clamp_min(1)
-        total = _by_blocks(_difference, n, k, s, t, own, others, same, temperature)
+        parts = by_blocks(_difference, n, k, s, t, own, others, same, temperature)
         pairs = n * (k - 1 if same else k) if temperature is None else n
-        return total / max(pairs, 1)
-
-
-def _by_blocks(function: Callable[..., Tensor], n: int, width: int, *arguments: object) -> Tensor:
-    """Sum of ``function(begin, end, *arguments)`` over blocks of rows that keep nothing."""
-    tensor = next(a for a in arguments if isinstance(a, Tensor))
-    rows = max(1, BLOCK_BYTES // (max(width, 1) * tensor.dtype.itemsize))
-    total = function(0, min(rows, n), *arguments) if n <= rows else tensor.new_zeros(())
-    if n > rows:
-        for begin in range(0, n, rows):
-            end = min(begin + rows, n)
-            part = checkpoint(function, begin, end, *arguments, use_reentrant=False)
-            total = total + part
-    return total
+        return torch.stack(parts).sum() / max(pairs, 1)
 
 
 def _difference(
@@ -162,12 +149,16 @@ def _difference(
 
 
 def _relative(begin: int, end: int, student: Tensor, teacher: Tensor, margin: float) -> Tensor:
-    """Sum over the triplets, and their number."""
-    s, t = student[begin:end] @ student.t(), teacher[begin:end] @ teacher.t()
-    rows = torch.arange(begin, end, device=s.device)[:, None]
-    itself = rows == torch.arange(student.shape[0], device=s.device)
-    ordered = (t[:, :, None] > t[:, None]) & ~itself[:, :, None] & ~itself[:, None]
-    hinge = (s[:, None] - s[:, :, None] + margin).clamp_min(0)
+    """Sum over the triplets of the pairs ``begin`` to ``end`` (of n x n), and their number."""
+    n = student.shape[0]
+    pairs = torch.arange(begin, end, device=student.device)
+    i, j = pairs // max(n, 1), pairs % max(n, 1)
+    texts = slice(begin // max(n, 1), (end - 1) // max(n, 1) + 1)
+    s, t = student[texts] @ student.t(), teacher[texts] @ teacher.t()
+    row = i - texts.start
+    others = i[:, None] != torch.arange(n, device=s.device)
+    ordered = (t[row, j][:, None] > t[row]) & others & (i != j)[:, None]
+    hinge = (s[row] - s[row, j][:, None] + margin).clamp_min(0)
     return torch.stack([torch.where(ordered, hinge, 0).sum(), ordered.sum().to(s.dtype)])
 
 

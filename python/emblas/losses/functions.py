@@ -123,7 +123,8 @@ def info_nce(
 
     With the rows of a vocabulary's output layer as documents, ``similarity="dot"``,
     ``temperature=1`` and ``positives="mean"``, this is the cross-entropy of a bag of words
-    (``targets``: the token ids of each text), without logits of ``n x vocabulary``.
+    (``targets``: the token ids of each text), without logits of ``n x vocabulary``; with weights
+    for the words: :func:`emblas.losses.token_log_probs`.
 
     References
     ----------
@@ -228,34 +229,34 @@ def _problem(
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1 query, got {chunk_size}")
     return op.Problem(
-        queries, documents, negatives, scale, _targets(targets, queries, m), query_ids,
-        document_ids, mask, None if margin is None else number(fill_value=margin), *guides,
-        cosine, symmetric, chunk_size or 0,
+        queries, documents, negatives, scale, legal_targets("targets", targets, queries, m),
+        query_ids, document_ids, mask, None if margin is None else number(fill_value=margin),
+        *guides, cosine, symmetric, chunk_size or 0,
     )  # fmt: skip
 
 
-def _targets(targets: Tensor | None, queries: Tensor, m: int) -> Tensor:
-    """Return targets as ``(n, p)`` int64."""
+def legal_targets(name: str, targets: Tensor | None, queries: Tensor, m: int) -> Tensor:
+    """Return ``targets``, rows of ``m``, as ``(n, p)`` int64."""
     n = queries.shape[0]
     if targets is None:
         if m < n:
             raise ValueError(f"documents must have at least {n} rows, one per query, got {m}")
         return torch.arange(n, device=queries.device)[:, None]
-    _op.check_tensor("targets", targets, dtypes=(torch.int64,), device=queries.device)
+    _op.check_tensor(name, targets, dtypes=(torch.int64,), device=queries.device)
     if targets.dim() not in (1, 2) or targets.shape[0] != n or targets.shape[-1] == 0:
         raise ValueError(
-            f"targets must have shape ({n},) or ({n}, positives), got {tuple(targets.shape)}"
+            f"{name} must have shape ({n},) or ({n}, positives), got {tuple(targets.shape)}"
         )
     known = not torch.compiler.is_compiling() and targets.device.type == "cpu" and n > 0
     if known and (int(targets.min()) < -1 or int(targets.max()) >= m):
         raise ValueError(
-            f"targets must lie between -1 and {m - 1} (documents), "
+            f"{name} must lie between -1 and {m - 1} (rows to choose from), "
             f"got {int(targets.min())} to {int(targets.max())}"
         )
     if known and targets.dim() == 2 and targets.shape[1] > 1:
         ordered = targets.sort(1).values
         if ((ordered.diff(dim=1) == 0) & (ordered[:, 1:] >= 0)).any():
-            raise ValueError("targets must name a document once per query, got one twice")
+            raise ValueError(f"{name} must name a row once per query, got one twice")
     return targets if targets.dim() == 2 else targets[:, None]
 
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from emblas import _op
 from emblas.losses import checks
+from emblas.losses.blocks import by_blocks
 
 
 def _cosines(a: Tensor, b: Tensor) -> Tensor:
@@ -174,7 +175,7 @@ def cosent_loss(
     Returns
     -------
     Tensor
-        Scalar; 0 if no two labels differ. Memory is ``n x n``.
+        Scalar; 0 if no two labels differ. Time is ``n x n``, memory linear.
 
     Notes
     -----
@@ -182,15 +183,32 @@ def cosent_loss(
     """
     checks.positive("temperature", temperature)
     cosines, labels = _labelled(a, b, labels)
-    gap = labels[:, None] - labels
-    ordered = gap > 0
-    terms = (cosines - cosines[:, None]) / temperature
+    n, mean = len(cosines), None
     if weighted:
-        mean = gap.clamp_min(0).sum() / ordered.sum().clamp_min(1)
-        weight = (gap / torch.where(mean == 0, 1, mean)).clamp(max=5)
-        terms = terms + torch.where(ordered, weight, 1).log()
-    terms = terms.masked_fill(~ordered, -torch.inf).flatten()
-    return torch.cat([terms.new_zeros(1), terms]).logsumexp(0)
+        total, pairs = torch.stack(by_blocks(_gaps, n, n, labels)).sum(0)
+        mean = torch.where(total == 0, 1, total / pairs.clamp_min(1))
+    terms = by_blocks(_misordered, n, n, cosines / temperature, labels, mean)
+    return torch.stack([cosines.new_zeros(()), *terms]).logsumexp(0)
+
+
+def _gaps(begin: int, end: int, labels: Tensor) -> Tensor:
+    """Sum of the differences of ordered pairs, and their number."""
+    gap = labels[begin:end, None] - labels
+    return torch.stack([gap.clamp_min(0).sum(), (gap > 0).sum().to(gap.dtype)])
+
+
+def _misordered(
+    begin: int, end: int, scores: Tensor, labels: Tensor, mean: Tensor | None
+) -> Tensor:
+    """Log-sum-exp of the differences of scores over ordered pairs."""
+    gap = labels[begin:end, None] - labels
+    ordered = gap > 0
+    terms = scores - scores[begin:end, None]
+    if mean is not None:
+        terms = terms + torch.where(ordered, (gap / mean).clamp(max=5), 1).log()
+    # Finite, so that a block without an ordered pair has a gradient, of 0.
+    absent = torch.finfo(terms.dtype).min / 4
+    return terms.masked_fill(~ordered, absent).flatten().logsumexp(0)
 
 
 def rank_kl_loss(a: Tensor, b: Tensor, labels: Tensor, *, temperature: float = 0.05) -> Tensor:
@@ -224,9 +242,9 @@ def rank_kl_loss(a: Tensor, b: Tensor, labels: Tensor, *, temperature: float = 0
     n = len(cosines)
     if not n:
         return cosines.sum()
-    below = (labels[:, None] > labels).sum(1)
-    tied = (labels[:, None] == labels).sum(1)
-    ranks = (below + (tied - 1) / 2).to(cosines.dtype) / max(n - 1, 1)
+    ordered = labels.detach().sort().values
+    below, up_to = (torch.searchsorted(ordered, labels, right=right) for right in (False, True))
+    ranks = ((below + up_to - 1) / 2).to(cosines.dtype) / max(n - 1, 1)
     expected = (ranks / temperature).log_softmax(0)
     actual = (cosines / temperature).log_softmax(0)
     return (expected.exp() * (expected - actual)).sum()
@@ -251,7 +269,7 @@ def preference_loss(a: Tensor, b: Tensor, labels: Tensor, *, temperature: float 
     Returns
     -------
     Tensor
-        Scalar; 0 if no two labels differ. Memory is ``n x n``.
+        Scalar; 0 if no two labels differ. Time is ``n x n``, memory linear.
 
     Notes
     -----
@@ -262,10 +280,16 @@ def preference_loss(a: Tensor, b: Tensor, labels: Tensor, *, temperature: float 
     cosines, labels = _labelled(a, b, labels)
     if not len(cosines):
         return cosines.sum()
-    cosines = cosines / temperature
-    gap = labels[:, None] - labels
+    n = len(cosines)
+    losses, counted = torch.cat(by_blocks(_preferred, n, n, cosines / temperature, labels), 1)
+    return checks.weighted_mean(losses, counted)
+
+
+def _preferred(begin: int, end: int, scores: Tensor, labels: Tensor) -> Tensor:
+    """Loss of each pair, and 1 where it has a pair of a lower label."""
+    gap = labels[begin:end, None] - labels
     ordered = gap > 0
-    terms = torch.where(ordered, gap * cosines, -torch.inf)
-    own = gap.amax(1).clamp_min(0) * cosines
+    terms = torch.where(ordered, gap * scores, -torch.inf)
+    own = gap.amax(1).clamp_min(0) * scores[begin:end]
     losses = torch.cat([own[:, None], terms], 1).logsumexp(1) - own
-    return checks.weighted_mean(losses, ordered.any(1))
+    return torch.stack([losses, ordered.any(1).to(losses.dtype)])

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from emblas import _op
 from emblas.losses import checks
+from emblas.losses.blocks import by_blocks
 
 METHODS = ("ranknet", "listmle", "listnet")
 
@@ -77,11 +78,19 @@ def listwise_rank(
 
 
 def _ranknet(s: Tensor, y: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    ordered = (y[:, :, None] > y[:, None]) & mask[:, :, None] & mask[:, None]
-    pairs = torch.nn.functional.softplus(s[:, None] - s[:, :, None])
-    count = ordered.sum((1, 2))
-    losses = torch.where(ordered, pairs, 0).sum((1, 2)) / count.clamp_min(1)
-    return losses, count > 0
+    n, k = s.shape
+    parts = by_blocks(_better, n * k, k, s, y, mask)
+    losses, count = torch.cat(parts, 1).view(2, n, k).sum(2)
+    return losses / count.clamp_min(1), count > 0
+
+
+def _better(begin: int, end: int, s: Tensor, y: Tensor, mask: Tensor) -> Tensor:
+    """Losses of candidates ``begin`` to ``end`` (of n k) against worse ones, and their number."""
+    lists = torch.arange(begin, end, device=s.device) // max(s.shape[1], 1)
+    own, label, there = (x.flatten()[begin:end, None] for x in (s, y, mask))
+    worse = (label > y[lists]) & there & mask[lists]
+    losses = torch.where(worse, torch.nn.functional.softplus(s[lists] - own), 0).sum(1)
+    return torch.stack([losses, worse.sum(1).to(s.dtype)])
 
 
 def _listmle(s: Tensor, y: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
