@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from cases import CASES
 from contract import packed, tolerance
-from emblas import _op
+from emblas import _op, use_backend
+from emblas.attention import varlen_attention
+from executors import EXECUTORS as IMPLEMENTATIONS
 from executors import executors
 
 EXECUTORS = {(name, executor): run for name in CASES for executor, run in executors(name).items()}
@@ -53,6 +57,22 @@ def test_wrong_positions_stay_in_bounds(executor, interleaved):
     run = EXECUTORS["rotary", executor]
     expected = run(x, cos, sin, clamped, interleaved)
     assert torch.equal(run(x, cos, sin, wrong, interleaved), expected)
+
+
+@pytest.mark.parametrize("executor", [e for n, e in EXECUTORS if n == "varlen_attention_backward"])
+def test_attention_trains(executor):
+    """The public function reaches the kernels of an executor, forward and backward."""
+    x, cu = torch.randn(43, 3, 2, 16), packed((3, 0, 40))
+    names = ("varlen_attention", "varlen_attention_backward")
+    grads = []
+    for run, leaf in ((executor, x.clone()), ("reference", x.double())):
+        with IMPLEMENTATIONS[run](names) if run in IMPLEMENTATIONS else use_backend(run):
+            leaf.requires_grad_()
+            attend = partial(varlen_attention, *leaf.unbind(1), cu, cu, 40, 40)
+            out, lse = attend(window_size=(9, 30), return_lse=True)
+            (out.square().sum() + lse.sum()).backward()
+        grads.append(leaf.grad.double())
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)
 
 
 def attention_gradients(executor):

@@ -205,12 +205,18 @@ def _tiles(dtype: torch.dtype, head_dim: int) -> tuple[_Tile, _Tile]:
     (docs/gpu_kernels.md).
     """
     if dtype == torch.float32:
+        if head_dim <= 32:
+            return (32, 16, 4, 1), (16, 32, 4, 1)
         if head_dim <= 64:
             return (32, 32, 4, 1), (32, 32, 4, 1)
-        return (32, 16, 8, 1), (16, 32, 8, 1)
-    if head_dim <= 64:
+        return ((16, 32, 8, 1), (32, 16, 8, 1)) if head_dim <= 128 else ((16, 16, 8, 1),) * 2
+    if head_dim <= 32:
         return (64, 64, 4, 2), (64, 64, 4, 2)
-    return (64, 32, 8, 1), (32, 64, 8, 1)
+    if head_dim <= 64:
+        return (128, 64, 8, 2), (64, 128, 8, 2)
+    if head_dim <= 128:
+        return (64, 32, 8, 2), (32, 64, 8, 2)
+    return (32, 32, 8, 2), (32, 32, 8, 1)
 
 
 def _supports(
