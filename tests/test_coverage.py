@@ -113,7 +113,7 @@ NO_GRADIENT = {
 # Operators whose GPU tensors take the reference, with a warning: no GPU kernels yet.
 NO_TRITON = (
     "compose_bag_backward_rows", "compose_bag_update_", "rotary_", "row_dots", "row_outer",
-    "row_sums", "varlen_attention_backward", "varlen_attention_biases_backward",
+    "row_sums", "varlen_attention_biases_backward",
 )  # fmt: skip
 
 

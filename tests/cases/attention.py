@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from contract import packed
+from emblas.attention import reference
 
 from cases.case import HALVES, Case, short
 
@@ -74,6 +75,22 @@ def _attention_halves() -> Iterator[tuple[str, Callable[[], Case]]]:
         )
 
 
+def _gradients(attention: Case) -> Case:
+    """The call of the gradient that belongs to a call of attention."""
+    q, k, v, *offsets, scale, left, right, lse = attention.args
+    wide = [x.double() for x in (q, k, v)]
+    out, logarithms = reference.varlen_attention(*wide, *offsets, scale, left, right, True)
+    grad_out = torch.randn_like(out).to(q.dtype)
+    grad_lse = torch.randn_like(logarithms).float() if lse else None
+    given = (grad_out, grad_lse, q, k, v, out.to(q.dtype), logarithms.float())
+    return Case((*given, *offsets, scale, left, right), attention.length)
+
+
+def _attention_backward() -> Iterator[tuple[str, Callable[[], Case]]]:
+    for name, case in (*_attention(), *_attention_halves()):
+        yield name, lambda a=case: _gradients(a())
+
+
 def _rotary() -> Iterator[tuple[str, Callable[[], Case]]]:
     def case(
         tokens: int = 9,
@@ -113,4 +130,5 @@ CASES: dict[str, dict[str, Callable[[], Case]]] = {
     "rotary": dict(_rotary()),
     "rotary_backward": dict(_rotary()),
     "varlen_attention": {**dict(_attention()), **dict(_attention_halves())},
+    "varlen_attention_backward": dict(_attention_backward()),
 }

@@ -271,8 +271,13 @@ def _attention() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
     for dtype in DTYPES:
         for head_dim in (32, 64, 128, 256):
             x = torch.empty(1024, 3, 4, head_dim, dtype=dtype)
-            args = (*x.unbind(1), cu_seqlens, cu_seqlens, 512, 512, None, -1, -1, True)
-            yield "varlen_attention", f"{_short(dtype)}, head_dim {head_dim}", args
+            q, k, v = x.unbind(1)
+            words, numbers = f"{_short(dtype)}, head_dim {head_dim}", (512, 512, None, -1, -1)
+            args = (q, k, v, cu_seqlens, cu_seqlens, *numbers)
+            yield "varlen_attention", words, (*args, True)
+            lse = torch.empty(4, 1024)
+            out = torch.empty(1024, 4, head_dim, dtype=dtype)
+            yield "varlen_attention_backward", words, (out, None, q, k, v, out, lse, *args[3:])
 
 
 def _rotary() -> Iterator[tuple[str, str, tuple[Any, ...]]]:

@@ -128,6 +128,7 @@ _varlen_attention_backward = Op(
     "varlen_attention_backward",
     reference=reference.varlen_attention_backward,
     fake=_backward_fake,
+    triton="emblas.attention.triton",
 )
 # The gradient where the biases beyond those of distance, or dropout, are in use.
 _varlen_attention_biases_backward = Op(

@@ -34,6 +34,23 @@ class Attention:
         longest = max(self.lengths)
         return q, k, v, offsets, offsets, longest, longest, None, -1, -1, False
 
+    @property
+    def per_query(self) -> int:
+        return 4 * sum(self.lengths) * self.heads
+
+    @property
+    def pairs(self) -> int:
+        return sum(length**2 for length in self.lengths) * self.heads
+
+
+class AttentionBackward(Attention):
+    """Its gradients."""
+
+    def arguments(self) -> tuple[Any, ...]:
+        q, k, v, *others, _ = super().arguments()
+        grad_out, out, lse = q.clone(), q.clone(), torch.zeros(self.heads, q.shape[0])
+        return grad_out, None, q, k, v, out, lse, *others
+
 
 @dataclasses.dataclass(frozen=True)
 class Rotary:
@@ -61,9 +78,18 @@ def _rotary(kernel: str, r: Rotary) -> dict[str, Work]:
 
 
 def _attend(a: Attention) -> dict[str, Work]:
-    pairs = sum(length**2 for length in a.lengths) * a.heads
     read = 3 * a.matrix + 4 * (len(a.lengths) + 1)
-    return {"_attend": Work(read, a.matrix, 0, 4 * pairs * a.head_dim)}
+    return {"_attend": Work(read, a.matrix, 0, 4 * a.pairs * a.head_dim)}
+
+
+def _attend_backward(a: AttentionBackward) -> dict[str, Work]:
+    offsets, flops = 4 * (len(a.lengths) + 1), 2 * a.pairs * a.head_dim
+    for_queries = 5 * a.matrix + a.per_query + offsets
+    for_keys = 4 * a.matrix + 2 * a.per_query + offsets
+    return {
+        "_grad_queries": Work(for_queries, a.matrix + a.per_query, 0, 3 * flops),
+        "_grad_keys": Work(for_keys, 2 * a.matrix, 0, 4 * flops),
+    }
 
 
 _BF16, _F32 = torch.bfloat16, torch.float32
@@ -73,6 +99,7 @@ MODELS: dict[tuple[str, str], Callable[[Any], dict[str, Work]]] = {
     ("rotary_backward", "CUDA C++"): partial(_rotary, "turn_pairs"),
     ("rotary_backward", "Triton"): partial(_rotary, "_turn"),
     ("varlen_attention", "Triton"): _attend,
+    ("varlen_attention_backward", "Triton"): _attend_backward,
 }
 _SMALL_ROTARY = (Rotary(20, 3, 64, _F32), Rotary(7, 2, 24, _BF16))
 _LARGE_ROTARY = (Rotary(32768, 24, 64, _BF16),)
@@ -80,9 +107,17 @@ SMALL: dict[str, tuple[Any, ...]] = {
     "rotary": _SMALL_ROTARY,
     "rotary_backward": _SMALL_ROTARY,
     "varlen_attention": (Attention((128, 256), 2, 64, _BF16), Attention((64, 32), 1, 64, _F32)),
+    "varlen_attention_backward": (
+        AttentionBackward((128, 64), 2, 64, _BF16),
+        AttentionBackward((64, 32), 1, 32, _F32),
+    ),
 }
 LARGE: dict[str, tuple[Any, ...]] = {
     "rotary": _LARGE_ROTARY,
     "rotary_backward": _LARGE_ROTARY,
     "varlen_attention": (Attention((512,) * 64, 12, 64, _BF16), Attention((8192,), 16, 128, _BF16)),
+    "varlen_attention_backward": (
+        AttentionBackward((512,) * 64, 12, 64, _BF16),
+        AttentionBackward((8192,), 16, 128, _BF16),
+    ),
 }

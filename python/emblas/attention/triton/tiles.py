@@ -1,0 +1,60 @@
+"""What the kernels of packed attention share: sequences, tiles of vectors, who sees whom."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from emblas._triton import FLOATS, segment_bounds
+
+LOG2_E, LN_2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
+_FAR = 2**30  # a window that hides nothing
+
+
+@triton.jit
+def sequence_bounds(cu_seqlens_q, cu_seqlens_k, sequence, q_tokens, k_tokens):
+    """First query and first key of a sequence, and how many it has of each."""
+    q_begin, q_end = segment_bounds(cu_seqlens_q, sequence, q_tokens)
+    k_begin, k_end = segment_bounds(cu_seqlens_k, sequence, k_tokens)
+    return q_begin, k_begin, (q_end - q_begin).to(tl.int32), (k_end - k_begin).to(tl.int32)
+
+
+@triton.jit
+def load_vectors(vectors, i, count, stride, dim, BLOCK: tl.constexpr):
+    """Rows i, so far apart, of which there are ``count``; zeros elsewhere."""
+    d = tl.arange(0, BLOCK)
+    inside = (i < count)[:, None] & (d < dim)[None, :]
+    return tl.load(vectors + i.to(tl.int64)[:, None] * stride + d[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def sees(position, j, keys, left, right):
+    """Which queries, by their positions, see which of the keys j."""
+    return (j < keys) & (j >= position - left) & (j <= position + right)
+
+
+def serves(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Tell whether the kernels take these queries, keys and values."""
+    return (
+        q.dtype in FLOATS
+        and q.dtype == k.dtype == v.dtype
+        and 1 <= q.shape[2] <= 256
+        and q.shape[2] == v.shape[2]
+        and k.shape[1] == v.shape[1] > 0
+        and max(q.shape[0], k.shape[0]) < _FAR
+    )
+
+
+def radius(window: int) -> int:
+    """Return the keys that a query sees on one side; all of them for a negative window."""
+    return _FAR if window < 0 else min(window, _FAR)
+
+
+def block(dim: int) -> int:
+    """Return the elements of a tile's vectors."""
+    return max(16, triton.next_power_of_2(dim))
+
+
+def precision(dtype: torch.dtype) -> str:
+    """Return how products are made: float32 as three of TF32, whose error is that of float32."""
+    return "tf32x3" if dtype == torch.float32 else "ieee"
