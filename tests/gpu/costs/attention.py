@@ -60,10 +60,10 @@ def _rotary(kernel: str, r: Rotary) -> dict[str, Work]:
     return {kernel: Work(size + tables, size, 3 * elements)}
 
 
-def _attend(a: Attention) -> dict[str, Work]:
+def _attend(kernel: str, a: Attention) -> dict[str, Work]:
     pairs = sum(length**2 for length in a.lengths) * a.heads
     read = 3 * a.matrix + 4 * (len(a.lengths) + 1)
-    return {"_attend": Work(read, a.matrix, 0, 4 * pairs * a.head_dim)}
+    return {kernel: Work(read, a.matrix, 0, 4 * pairs * a.head_dim)}
 
 
 _BF16, _F32 = torch.bfloat16, torch.float32
@@ -72,7 +72,8 @@ MODELS: dict[tuple[str, str], Callable[[Any], dict[str, Work]]] = {
     ("rotary", "Triton"): partial(_rotary, "_turn"),
     ("rotary_backward", "CUDA C++"): partial(_rotary, "turn_pairs"),
     ("rotary_backward", "Triton"): partial(_rotary, "_turn"),
-    ("varlen_attention", "Triton"): _attend,
+    ("varlen_attention", "CUDA C++"): partial(_attend, "attend_tile"),
+    ("varlen_attention", "Triton"): partial(_attend, "_attend"),
 }
 _SMALL_ROTARY = (Rotary(20, 3, 64, _F32), Rotary(7, 2, 24, _BF16))
 _LARGE_ROTARY = (Rotary(32768, 24, 64, _BF16),)
