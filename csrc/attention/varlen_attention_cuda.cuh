@@ -69,33 +69,35 @@ template <class T, int dim, int rows>
 __device__ inline void load_rows(const T* from, int64_t stride, int count, int width, bool aligned,
                                  uint4* to) {
   constexpr int pieces = dim / 8;
-#pragma unroll(dim < 256 ? 8 : 1)  // registers
-  for (int step = 0; step < rows * pieces; step += kAttentionThreads) {
-    const int at = step + int(threadIdx.x), row = at / pieces, first = at % pieces * 8;
-    const int valid = row < count ? min(max(width - first, 0), 8) : 0;
-    const T* const source = from + (valid ? row * stride + first : 0);
-    uint4* const target = to + place_of_piece<dim>(row, at % pieces);
-    if (aligned) {
-      simt::cp_async_16(target, source, valid * int(sizeof(T)));
-    } else {
-      simt::Vector<T> values{};
-      for (int i = 0; i < 8; ++i) {
-        if (i < valid) values.at[i] = source[i];
-      }
-      simt::store_vector(reinterpret_cast<T*>(target), values);
+  const int piece = threadIdx.x % pieces, first_row = threadIdx.x / pieces;
+  constexpr int step = kAttentionThreads / pieces;
+  const int of_row = min(max(width - 8 * piece, 0), 8);  // values
+  from += 8 * piece;
+  if (aligned) {
+#pragma unroll(dim < 256 ? 8 : 2)  // registers
+    for (int row = first_row; row < rows; row += step) {
+      simt::cp_async_16(to + place_of_piece<dim>(row, piece), from + row * stride,
+                        row < count ? of_row * int(sizeof(T)) : 0);
+    }
+    return;
+  }
+#pragma unroll 1  // registers
+  for (int row = first_row; row < rows; row += step) {
+    T* const target = reinterpret_cast<T*>(to + place_of_piece<dim>(row, piece));
+    for (int i = 0; i < 8; ++i) {
+      target[i] = row < count && i < of_row ? from[row * stride + i] : T{};
     }
   }
 }
 
 // The way back.
-template <class T, int dim, int rows>
+template <class T, int dim>
 __device__ inline void store_rows(const uint4* from, T* to, int64_t stride, int count, int width) {
   constexpr int pieces = dim / 8;
-  for (int at = threadIdx.x; at < rows * pieces; at += kAttentionThreads) {
-    const int row = at / pieces, first = at % pieces * 8;
-    const uint4* const source = from + place_of_piece<dim>(row, at % pieces);
+  const int piece = threadIdx.x % pieces, first = 8 * piece;
+  for (int row = threadIdx.x / pieces; row < count; row += kAttentionThreads / pieces) {
+    const uint4* const source = from + place_of_piece<dim>(row, piece);
     const simt::Vector<T> values = simt::load_vector(reinterpret_cast<const T*>(source));
-    if (row >= count) return;
     T* const target = to + row * stride + first;
     if (width % 8 == 0) {
       if (first < width) simt::store_vector(target, values);
@@ -304,8 +306,8 @@ __global__ void __launch_bounds__(kAttentionThreads, 2)
     }
   }
   __syncthreads();
-  store_rows<T, dim, kTileQueries>(memory, args.out.at(queries.begin + first, head),
-                                   args.out.token_stride, tile_queries, int(args.value_dim));
+  store_rows<T, dim>(memory, args.out.at(queries.begin + first, head), args.out.token_stride,
+                     tile_queries, int(args.value_dim));
 #endif
 }
 
