@@ -68,11 +68,20 @@ def _attention() -> Iterator[tuple[str, Callable[[], Case]]]:
 
 
 def _attention_halves() -> Iterator[tuple[str, Callable[[], Case]]]:
+    """What kernels for tensor cores distinguish too."""
     for dtype in HALVES:
-        yield (
-            short(dtype),
-            lambda a=dtype: Case(_attention_arguments((70, 0, 9), dtype=a, window=(20, 9)), 70),
-        )
+        for name, lengths, options in (
+            ("window", (70, 0, 9), {"window": (20, 9)}),
+            ("causal", (3, 40), {"window": (-1, 0), "dim": 40}),
+            ("grouped heads, wide", (20, 1), {"heads": 4, "key_heads": 2, "dim": 136}),
+            ("fused", (5, 30), {"fused": True, "dim": 15}),
+        ):
+            yield (
+                f"{name}, {short(dtype)}",
+                lambda a=lengths, d=dtype, o=options: Case(
+                    _attention_arguments(a, dtype=d, **o), max(a)
+                ),
+            )
 
 
 def _gradients(attention: Case) -> Case:

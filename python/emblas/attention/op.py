@@ -116,11 +116,33 @@ def _check_values(
     check_offsets("cu_seqlens_k", cu_seqlens_k, k.shape[0], "tokens of k")
 
 
+def _cuda_supports(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    *others: Any,
+) -> bool:
+    """Tell whether tensor cores multiply these, as mma has it from sm_80 on."""
+    slots = q.shape[0] // 64 + cu_seqlens_q.shape[0] - 1
+    return (
+        q.dtype in (torch.bfloat16, torch.float16)
+        and q.dtype == k.dtype == v.dtype
+        and 1 <= q.shape[2] <= 256
+        and 1 <= v.shape[2] <= 256
+        and max(q.shape[0], k.shape[0]) < 2**30
+        and slots * q.shape[1] < 2**31
+        and (not q.is_cuda or torch.cuda.get_device_capability(q.device) >= (8, 0))
+    )
+
+
 _varlen_attention = Op(
     "varlen_attention",
     reference=reference.varlen_attention,
     fake=_fake,
     triton="emblas.attention.triton",
+    cuda_supports=_cuda_supports,
     check_values=_check_values,
     backward="varlen_attention_backward",
 )

@@ -77,9 +77,9 @@ def _rotary(kernel: str, r: Rotary) -> dict[str, Work]:
     return {kernel: Work(size + tables, size, 3 * elements)}
 
 
-def _attend(a: Attention) -> dict[str, Work]:
+def _attend(kernel: str, a: Attention) -> dict[str, Work]:
     read = 3 * a.matrix + 4 * (len(a.lengths) + 1)
-    return {"_attend": Work(read, a.matrix, 0, 4 * a.pairs * a.head_dim)}
+    return {kernel: Work(read, a.matrix, 0, 4 * a.pairs * a.head_dim)}
 
 
 def _attend_backward(a: AttentionBackward) -> dict[str, Work]:
@@ -98,7 +98,8 @@ MODELS: dict[tuple[str, str], Callable[[Any], dict[str, Work]]] = {
     ("rotary", "Triton"): partial(_rotary, "_turn"),
     ("rotary_backward", "CUDA C++"): partial(_rotary, "turn_pairs"),
     ("rotary_backward", "Triton"): partial(_rotary, "_turn"),
-    ("varlen_attention", "Triton"): _attend,
+    ("varlen_attention", "CUDA C++"): partial(_attend, "attend_tile"),
+    ("varlen_attention", "Triton"): partial(_attend, "_attend"),
     ("varlen_attention_backward", "Triton"): _attend_backward,
 }
 _SMALL_ROTARY = (Rotary(20, 3, 64, _F32), Rotary(7, 2, 24, _BF16))
