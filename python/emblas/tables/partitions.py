@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from emblas.tables.base import ComposedEmbedding, TableModule, check_at_least, largest
 from emblas.tables.compose import compose_bag
 from emblas.tables.composition import Composition, Part
+from emblas.tables.ids import checked_ids
 
 
 class QuotientRemainderEmbedding(ComposedEmbedding):
@@ -316,15 +317,11 @@ class TensorTrainEmbedding(TableModule):
 
     def forward(self, ids: Tensor) -> Tensor:
         """Embed ids of any shape; each distinct id is computed once."""
-        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.num_embeddings:
-            raise ValueError(
-                f"ids must be 0 to {self.num_embeddings - 1}, got {int(ids.min())} to "
-                f"{int(ids.max())}"
-            )
-        distinct, where = ids.unique(return_inverse=True)
+        pattern = checked_ids(ids, self.num_embeddings)
+        distinct, where = pattern.unique(return_inverse=True)
         step, out = self.num_embeddings, self.cores[0].new_ones(len(distinct), 1, 1)
         for core, radix in zip(self.cores, self.row_factors, strict=True):
             step //= radix
             # (q_1 .. q_{k-1}, r_{k-1}) x (r_{k-1}, q_k r_k), then the next core's rank last.
             out = out.reshape(len(distinct), -1, core.shape[1]) @ core[distinct // step % radix]
-        return out.reshape(len(distinct), self.embedding_dim)[where]
+        return out.reshape(len(distinct), self.embedding_dim)[where.reshape(ids.shape)]
