@@ -17,11 +17,13 @@ import torch
 from conftest import rotate
 from emblas.tables import (
     HashEmbedding,
+    QuantizedEmbedding,
     QuotientRemainderEmbedding,
     TableSpec,
     hash_bag,
     hash_keys,
     optim,
+    quantized_bag,
 )
 from torch import Tensor
 
@@ -273,4 +275,48 @@ def bench_quotient_remainder(row: Any, training: bool, who: str) -> None:
         shape=f"{vocabulary} ids x {dim}, {count} lookups", dtype="float32",
         call=train if training else call, inputs=rotate(make, count * (8 + dim * 4)),
         bytes=count * (8 + dim * 4 * (2 if training else 1)),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("who", ["emblas", "torch quantized", "torch gather, scale and sum"])
+@pytest.mark.parametrize("bits", [8, 4], ids=["int8", "int4"])
+@pytest.mark.parametrize("rows", [1_000_000, 5000])
+def bench_quantized_bag(row: Any, rows: int, bits: int, who: str) -> None:
+    """Bags of ids on a table of integers with a scale for each row, in memory and in cache.
+
+    torch's own rows carry an offset beside the scale; its kernels are FBGEMM's.
+    """
+    dim, bags, per_bag = 128, 2048, 20
+    offsets = torch.arange(0, bags * per_bag + 1, per_bag, dtype=torch.int32)
+    with torch.inference_mode(False), torch.no_grad():
+        table = torch.empty(rows, dim).uniform_(-1, 1)
+        module = QuantizedEmbedding.from_table(table[:5000], bits)
+        packed, scale = (x.repeat(rows // 5000, 1) for x in (module.packed, module.scale))
+        prepack = {8: "embedding_bag_byte_prepack", 4: "embedding_bag_4bit_prepack"}[bits]
+        theirs = getattr(torch.ops.quantized, prepack)(table)
+    lookup = {8: "byte", 4: "4bit"}[bits]
+    bag = getattr(torch.ops.quantized, f"embedding_bag_{lookup}_rowwise_offsets")
+    half = 2 ** (bits - 1)
+
+    def gather(ids: Tensor) -> Tensor:
+        chosen = packed[ids]
+        if bits == 4:
+            chosen = torch.stack([chosen & 15, chosen >> 4], 2).flatten(1)
+        return ((chosen.float() - half) * scale[ids]).view(bags, per_bag, dim).sum(1)
+
+    calls: dict[str, Callable[[Tensor], Tensor]] = {
+        "emblas": lambda ids: quantized_bag(ids, packed, scale, bits, dim, offsets),
+        "torch quantized": lambda ids: bag(theirs, ids, offsets.long(), include_last_offset=True),
+        "torch gather, scale and sum": gather,
+    }
+
+    def make(seed: int) -> tuple[Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        return (torch.randint(0, rows, (bags * per_bag,), generator=generator),)
+
+    row(
+        "tables", f"bags of ids, int{bits}", who, call=calls[who],
+        shape=f"{rows} x {dim}, {bags} bags of {per_bag}", dtype="float32",
+        inputs=rotate(make, bags * per_bag * 8),
+        bytes=bags * (per_bag * (8 + dim * bits // 8 + 4) + dim * 4),
     )  # fmt: skip

@@ -11,6 +11,7 @@
 #include "binary/binary_numpy.h"
 #include "common/isa.h"
 #include "pooling/pooling_numpy.h"
+#include "tables/quantized_numpy.h"
 #include "tables/tables_numpy.h"
 #include "tables/text_numpy.h"
 
@@ -52,6 +53,7 @@ PYBIND11_MODULE(_C, module) {
   emblas::bind_attention(module);
   emblas::bind_binary(module);
   emblas::bind_pooling(module);
+  emblas::bind_quantized(module);
   emblas::bind_tables(module);
   emblas::bind_text(module);
 }

@@ -27,7 +27,7 @@ from emblas.pooling import (
     segment_pool,
     vocab_pool,
 )
-from emblas.tables import HashEmbedding, TableSpec, hash_bag, hash_keys, optim
+from emblas.tables import HashEmbedding, TableSpec, hash_bag, hash_keys, optim, quantized_bag
 
 CU = packed((3, 5))
 CODES = torch.zeros(2, 3, dtype=torch.uint8)
@@ -93,6 +93,9 @@ CALLS = {
     "compose_bag_update_": fused_step,
     "hash_bag": lambda: HashEmbedding(10, 4, seed=1)(torch.arange(5)),
     "hash_keys": lambda: hash_keys(torch.arange(5), TableSpec(10, seed=1)),
+    "quantized_bag": lambda: quantized_bag(
+        torch.arange(2), CODES, torch.ones(2), 8, 3, None, torch.ones(2, requires_grad=True)
+    ),
 }
 # Cells of the table that may be empty, and why.
 NO_GRADIENT = {
@@ -112,8 +115,8 @@ NO_GRADIENT = {
 }
 # Operators whose GPU tensors take the reference, with a warning: no GPU kernels yet.
 NO_TRITON = (
-    "compose_bag_backward_rows", "compose_bag_update_", "rotary_", "row_dots", "row_outer",
-    "row_sums", "varlen_attention_biases_backward",
+    "compose_bag_backward_rows", "compose_bag_update_", "quantized_bag", "quantized_bag_backward",
+    "rotary_", "row_dots", "row_outer", "row_sums", "varlen_attention_biases_backward",
 )  # fmt: skip
 
 

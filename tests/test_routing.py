@@ -98,6 +98,7 @@ def test_value_checks_agree_with_the_cpu_kernels(name):
     q, ids = torch.zeros(4, 1, 16), torch.arange(4)
     parts = Composition((Part(*X.shape),)).fields
     angles, queries = torch.zeros(3, 8), torch.zeros(2, 1, 16)
+    codes = torch.zeros(4, 3, dtype=torch.uint8)
     calls = {
         "rotary": lambda at: (q, angles, angles, at, False),
         "rotary_": lambda at: (q, angles, angles, at, False),
@@ -113,6 +114,7 @@ def test_value_checks_agree_with_the_cpu_kernels(name):
         "lexical_index": lambda cu: (ids, X[:, 0].contiguous(), cu, []),
         "hash_bag": lambda cu: (ids, X, cu, None, 0, 0, 4, None),
         "compose_bag": lambda cu: (ids, X.flatten(), cu, None, parts, 0, 0, None),
+        "quantized_bag": lambda cu: (ids, codes, torch.ones(len(codes)), cu, None, 8, 3, 0, None),
         "varlen_attention": lambda cu: (q, q, q, CU, cu, 4, 4, None, -1, -1, False),
     }
     offsets = [torch.tensor(x).int() for x in ([1, 1, 4], [0, 5, 4], [0, 1, 3])]

@@ -5,8 +5,7 @@
 #include <tuple>
 
 #include "common/isa.h"
-#include "common/packed.h"
-#include "common/tensor.h"
+#include "tables/bags.h"
 #include "tables/tables.h"
 
 namespace emblas {
@@ -36,32 +35,8 @@ HashedIds hashed_ids(const Tensor& ids, int64_t family, int64_t seed, int64_t nu
 int64_t check_bags(const Tensor& ids, const Tensor& table, const std::optional<Tensor>& offsets,
                    const std::optional<Tensor>& weights) {
   check_rows(table, "table must be a CPU tensor (rows, dim) with a contiguous last dimension");
-  const char* message =
-      "weights must be a contiguous CPU vector of one weight per id, float64 where the table is "
-      "float64 and float32 otherwise";
-  if (weights && has_dtype<double>(table)) check_vector<double>(*weights, ids.size(0), message);
-  if (weights && !has_dtype<double>(table)) check_vector<float>(*weights, ids.size(0), message);
-  if (!offsets) return ids.size(0);
-  check_vector<int32_t>(*offsets, -1, "offsets must be a contiguous int32 CPU vector");
-  check(offsets->size(0) >= 1, "offsets must have at least one element");
-  const int64_t bags = offsets->size(0) - 1;
-  check(valid_cu_seqlens(read<int32_t>(*offsets), bags, ids.size(0)),
-        "offsets must start at 0, never decrease and end at the number of ids");
-  return bags;
-}
-
-template <class T>
-const T* read_optional(const std::optional<Tensor>& tensor) {
-  return tensor ? read<T>(*tensor) : nullptr;
-}
-
-// body(first, last) over the bags, tasks balanced by ids.
-template <class Body>
-void for_bags(const int32_t* offsets, int64_t bags, int64_t bytes_per_id, const Body& body) {
-  if (!offsets) return parallel_for(bags, bytes_per_id, body);
-  parallel_for(offsets[bags] + bags, bytes_per_id, [&](int64_t low, int64_t high) {
-    body(first_sequence_from(offsets, bags, low), first_sequence_from(offsets, bags, high));
-  });
+  check_id_weights(weights, ids.size(0), has_dtype<double>(table));
+  return check_offsets(offsets, ids.size(0));
 }
 
 Tensor hash_keys(const Tensor& ids, int64_t family, int64_t seed, int64_t num_hashes,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy
 import numpy.typing
 import typing
-__all__: list[str] = ['asymmetric_topk', 'build_info', 'compiled_isas', 'hamming_distance', 'hamming_topk', 'hash_bag', 'hash_keys', 'isa', 'murmur3_x64_128', 'murmur64a', 'pack_sign', 'range_search_csr', 'segment_pool', 'set_isa', 'supported_isas', 'text_ids_of_bytes', 'text_ids_of_strings', 'varlen_attention']
+__all__: list[str] = ['asymmetric_topk', 'build_info', 'compiled_isas', 'hamming_distance', 'hamming_topk', 'hash_bag', 'hash_keys', 'isa', 'murmur3_x64_128', 'murmur64a', 'pack_sign', 'quantized_bag', 'range_search_csr', 'segment_pool', 'set_isa', 'supported_isas', 'text_ids_of_bytes', 'text_ids_of_strings', 'varlen_attention']
 def asymmetric_topk(queries: numpy.ndarray, codes: numpy.ndarray, k: typing.SupportsInt | typing.SupportsIndex, scale: numpy.ndarray | None) -> tuple[numpy.ndarray, numpy.ndarray]:
     ...
 def build_info() -> dict[str, str]:
@@ -37,6 +37,8 @@ def murmur64a(data: bytes, seed: typing.SupportsInt | typing.SupportsIndex) -> i
     Return MurmurHash64A, with seed 1 spaCy's id of a string.
     """
 def pack_sign(x: numpy.ndarray, threshold: numpy.ndarray | None) -> numpy.ndarray:
+    ...
+def quantized_bag(ids: numpy.ndarray, packed: numpy.ndarray, scale: numpy.ndarray, offsets: numpy.ndarray | None, weights: numpy.ndarray | None, bits: typing.SupportsInt | typing.SupportsIndex, dim: typing.SupportsInt | typing.SupportsIndex, mode: typing.SupportsInt | typing.SupportsIndex, padding_id: typing.SupportsInt | typing.SupportsIndex | None) -> numpy.ndarray:
     ...
 def range_search_csr(queries: numpy.ndarray, codes: numpy.ndarray, radius: typing.SupportsInt | typing.SupportsIndex) -> tuple[numpy.ndarray, numpy.ndarray, numpy.ndarray]:
     ...

@@ -10,8 +10,10 @@ import torch
 from emblas.tables import (
     GradientDisentangledEmbedding,
     HashEmbedding,
+    MemComEmbedding,
     MultiHashEmbedding,
     QuotientRemainderEmbedding,
+    RobeEmbedding,
     UnifiedEmbedding,
     WeightedHashEmbedding,
     fit_rows,
@@ -37,6 +39,59 @@ def test_resize_is_exact(factor):
     for module in (multi, unified, weighted):
         with pytest.raises(ValueError, match="factor must be at least 1"):
             module.resize(0)
+
+
+@pytest.mark.parametrize("factor", [1, 2, 3])
+@pytest.mark.parametrize("combine", ["product", "sum", "concat"])
+@pytest.mark.parametrize("moduli", [None, 7, (3, 5, 8)])
+def test_larger_vocabulary(factor, combine, moduli):
+    """Old ids keep their vectors; new ones can be told apart by training."""
+    module = QuotientRemainderEmbedding(101, 6, moduli, combine=combine, padding_id=4)
+    grown = module.resize(factor)
+    ids = torch.arange(101)
+    assert torch.equal(grown(ids), module(ids))
+    assert grown.num_embeddings == 101 * factor
+    with torch.no_grad():
+        grown.weight.copy_(torch.randn_like(grown.weight))
+    assert len(grown(torch.arange(101 * factor)).unique(dim=0)) == 101 * factor
+    with pytest.raises(ValueError, match="factor must be at least 1"):
+        module.resize(0)
+
+
+def test_larger_vocabulary_of_coprime_moduli():
+    module = QuotientRemainderEmbedding(101, 6, (3, 5, 8), combine="sum", coprime=True)
+    ids = torch.arange(101)
+    for factor, moduli in ((2, (3, 5, 16)), (5, (3, 25, 8)), (7, (21, 5, 8))):
+        grown = module.resize(factor)
+        assert grown.moduli == moduli
+        assert torch.equal(grown(ids), module(ids))
+    with pytest.raises(ValueError, match="common factors with at most one of the moduli"):
+        module.resize(6)
+
+
+def test_larger_memory():
+    """Of single numbers; longer chunks overlap, which an error says."""
+    ids = torch.randint(-(2**62), 2**62, (50,))
+    module = RobeEmbedding(37, 5, 1, offset=3, padding_id=int(ids[0]))
+    grown = module.resize(4)
+    assert grown.weight.numel() == 4 * 37
+    assert torch.equal(grown(ids), module(ids))
+    chunks = RobeEmbedding(37, 6, 3)
+    assert torch.equal(chunks.resize(1)(ids), chunks(ids))
+    with pytest.raises(ValueError, match="chunk_size must be 1 for an exact resize, got 3"):
+        chunks.resize(2)
+    larger = RobeEmbedding(100_000, 6, 3)
+    assert fit_rows(larger, ids[:10], chunks(ids[:10]).detach()) < 1e-4
+
+
+def test_more_shared_rows():
+    module = MemComEmbedding(100, 3, 7, bias=True)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(torch.randn_like(parameter))
+    ids = torch.arange(100)
+    assert torch.equal(module.resize(3)(ids), module(ids))
+    assert module.resize(3).num_rows == 21
 
 
 def test_match_tokens():

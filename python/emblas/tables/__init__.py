@@ -31,6 +31,7 @@ from emblas.tables.product_quantized import (
 )
 from emblas.tables.pruned import AutoSrhEmbedding, DeepLightEmbedding, PepEmbedding
 from emblas.tables.quantized import ALPT, LearnedStepEmbedding, QuantizedEmbedding
+from emblas.tables.quantized_lookup import quantized_bag
 from emblas.tables.sharded import ShardedEmbedding
 from emblas.tables.sparse import SparseEmbedding
 from emblas.tables.spec import TableSpec
@@ -86,6 +87,7 @@ __all__ = [
     "matching_pursuit",
     "optim",
     "popularity_dims",
+    "quantized_bag",
     "random_codes",
     "text_ids",
     "transfer_rows",

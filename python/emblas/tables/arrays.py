@@ -1,4 +1,4 @@
-"""Hashed tables as numpy arrays, without torch at the call."""
+"""Hashed and quantized tables as numpy arrays, without torch at the call."""
 
 from __future__ import annotations
 
@@ -8,8 +8,12 @@ import numpy as np
 import numpy.typing as npt
 
 from emblas._load import _C
+from emblas._op import check_choice
+from emblas.tables.compose_op import MODES
 from emblas.tables.functions import _check_spec
 from emblas.tables.ids import padding_pattern
+from emblas.tables.packed_codes import row_bytes
+from emblas.tables.quantized_lookup import check_bits
 from emblas.tables.spec import TableSpec
 
 Ids = npt.NDArray[np.int64] | npt.NDArray[np.uint64]
@@ -115,3 +119,85 @@ def hash_bag(
         padding_pattern(padding_id),
     )  # fmt: skip
     return out if offsets is not None else out.reshape(*ids.shape, table.shape[1])
+
+
+def quantized_bag(
+    ids: Ids,
+    packed: npt.NDArray[np.uint8],
+    scale: npt.NDArray[Any],
+    bits: int,
+    embedding_dim: int,
+    offsets: npt.NDArray[np.int32] | None = None,
+    per_sample_weights: npt.NDArray[Any] | None = None,
+    *,
+    mode: str = "sum",
+    padding_id: int | None = None,
+) -> npt.NDArray[Any]:
+    """Look up rows of integers, multiply them by their scales and pool them in bags.
+
+    The numpy door to :func:`emblas.tables.quantized_bag`: same kernel, same bits. It runs on the
+    calling thread with the GIL released, so threads of the caller run side by side; ``packed`` may
+    be a mapped file.
+
+    Parameters
+    ----------
+    ids : ndarray
+        int64, C-contiguous: of any shape without ``offsets``, ``(ids,)`` with them.
+    packed : ndarray
+        uint8 ``(rows, ceil(embedding_dim * bits / 8))``, C-contiguous.
+    scale : ndarray
+        ``(rows,)`` or ``(rows, 1)``, float32 or float64.
+    bits : {2, 4, 8, 16}
+        Of an integer.
+    embedding_dim : int
+        Integers of a row.
+    offsets : ndarray, optional
+        int32 ``(bags + 1,)``.
+    per_sample_weights : ndarray, optional
+        Of the shape of ``ids`` and the dtype of ``scale``, with mode "sum".
+    mode : {"sum", "mean", "max"}, default "sum"
+        The others need ``offsets``.
+    padding_id : int, optional
+        An id that contributes nothing.
+
+    Returns
+    -------
+    ndarray
+        ``(*ids.shape, embedding_dim)``, or ``(bags, embedding_dim)`` with ``offsets``, of the dtype
+        of ``scale``.
+
+    Raises
+    ------
+    TypeError
+        If a dtype or memory layout is another one: arrays are never copied silently.
+    ValueError
+        If shapes, offsets or values of ids don't fit.
+    """
+    check_choice("mode", mode, MODES)
+    check_bits(bits)
+    size = row_bytes(embedding_dim, bits)
+    if packed.shape[1:] != (size,):
+        raise ValueError(
+            f"packed must have {size} bytes a row, for {embedding_dim} integers of {bits} bits, "
+            f"got shape {packed.shape}"
+        )
+    if scale.shape not in ((len(packed),), (len(packed), 1)):
+        raise ValueError(f"scale must hold {len(packed)} scales, got shape {scale.shape}")
+    if offsets is None and mode != "sum":
+        raise ValueError(f"mode {mode!r} needs offsets: without them each id is on its own")
+    if offsets is not None and ids.ndim != 1:
+        raise ValueError(f"ids must have 1 dimensions, got shape {ids.shape}")
+    weights = per_sample_weights
+    if weights is not None:
+        if mode != "sum":
+            raise ValueError(f"per_sample_weights need mode 'sum', got {mode!r}")
+        if weights.shape != ids.shape:
+            raise ValueError(
+                f"per_sample_weights must have the shape of ids, {ids.shape}, got {weights.shape}"
+            )
+        weights = weights.reshape(-1)
+    out = _C.quantized_bag(
+        _id_pattern(ids), packed, scale.reshape(-1), offsets, weights, bits, embedding_dim,
+        MODES.index(mode), padding_pattern(padding_id),
+    )  # fmt: skip
+    return out if offsets is not None else out.reshape(*ids.shape, embedding_dim)

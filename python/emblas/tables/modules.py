@@ -489,6 +489,41 @@ class RobeEmbedding(ComposedEmbedding):
             for chunk in range(embedding_dim // chunk_size)
         )  # fmt: skip
         super().__init__(Composition(parts), padding_id=padding_id, device=device, dtype=dtype)
+        self.chunk_size, self.offset, self.constants = chunk_size, offset, constants
+
+    @torch.no_grad()
+    def resize(self, factor: int) -> RobeEmbedding:
+        """Return a copy with ``factor`` times the numbers that gives the same vectors.
+
+        As :meth:`HashEmbedding.resize`, but only chunks of one number can do it. Longer ones
+        overlap: in a repeated array, a chunk that starts near the end of one copy would have to
+        run on in its own copy and the next chunk to start anew at the same place.
+
+        Parameters
+        ----------
+        factor : int
+            1 or more.
+
+        Raises
+        ------
+        ValueError
+            If ``factor`` is below 1, or above it with a ``chunk_size`` above 1.
+        """
+        check_at_least(1, factor=factor)
+        size = self.weight.numel()
+        if factor > 1 and self.chunk_size > 1:
+            raise ValueError(
+                f"chunk_size must be 1 for an exact resize, got {self.chunk_size}: chunks overlap "
+                "at the seams of a repeated array. Make a larger RobeEmbedding, and set it by "
+                "fit_rows as near as it can come"
+            )
+        grown = RobeEmbedding(
+            size * factor, self.embedding_dim, self.chunk_size, offset=self.offset,
+            constants=self.constants, padding_id=self.padding_id, device=self.weight.device,
+            dtype=self.weight.dtype,
+        )  # fmt: skip
+        grown.weight.copy_(self.weight.repeat(factor))
+        return grown
 
     @classmethod
     def from_budget(

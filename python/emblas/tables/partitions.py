@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from emblas.tables.base import ComposedEmbedding, TableModule, largest
+from emblas.tables.base import ComposedEmbedding, TableModule, check_at_least, largest
 from emblas.tables.compose import compose_bag
 from emblas.tables.composition import Composition, Part
+from emblas.tables.ids import checked_ids
 
 
 class QuotientRemainderEmbedding(ComposedEmbedding):
@@ -98,6 +99,7 @@ class QuotientRemainderEmbedding(ComposedEmbedding):
             )  # fmt: skip
             base += modulus * width
         self.num_embeddings, self.moduli = num_embeddings, tuple(moduli)
+        self.combine, self.coprime = combine, coprime
         how = "sum" if combine == "concat" else combine
         super().__init__(
             Composition(tuple(parts), how), padding_id=padding_id, device=device, dtype=dtype
@@ -108,6 +110,47 @@ class QuotientRemainderEmbedding(ComposedEmbedding):
         super().reset_parameters()
         if self.composition.combine == "product":
             nn.init.uniform_(self.tables()[0].detach(), 0.9, 1.1)
+
+    @torch.no_grad()
+    def resize(self, factor: int) -> QuotientRemainderEmbedding:
+        """Return a copy for ``factor`` times the vocabulary; ids of before keep their vectors.
+
+        One table is repeated ``factor`` times: that of the most significant digit, or of coprime
+        moduli the first whose multiple has no common factors with the others. A new id starts with
+        the vector of the old one that differs from it by a multiple of the moduli's product. (More
+        rows for the same vocabulary can't keep the vectors: ids of one quotient would be spread
+        over several rows of remainders, each the old one times another quotient's row.)
+
+        Parameters
+        ----------
+        factor : int
+            1 or more.
+
+        Raises
+        ------
+        ValueError
+            If ``factor`` is below 1, or has common factors with several coprime moduli.
+        """
+        check_at_least(1, factor=factor)
+        shared = [math.gcd(factor, modulus) > 1 for modulus in self.moduli]
+        grows = 0
+        if self.coprime and any(shared):
+            if sum(shared) > 1:
+                raise ValueError(
+                    f"factor must have common factors with at most one of the moduli {self.moduli}"
+                    f", got {factor}: no table could be repeated"
+                )
+            grows = shared.index(True)
+        moduli = list(self.moduli)
+        moduli[grows] *= factor
+        grown = QuotientRemainderEmbedding(
+            self.num_embeddings * factor, self.embedding_dim, moduli, combine=self.combine,
+            coprime=self.coprime, padding_id=self.padding_id, device=self.weight.device,
+            dtype=self.weight.dtype,
+        )  # fmt: skip
+        for number, (to, table) in enumerate(zip(grown.tables(), self.tables(), strict=True)):
+            to.copy_(table.repeat(factor if number == grows else 1, 1))
+        return grown
 
     @classmethod
     def from_budget(
@@ -190,6 +233,23 @@ class MemComEmbedding(TableModule):
             else None
         )
 
+    @torch.no_grad()
+    def resize(self, factor: int) -> MemComEmbedding:
+        """Return a copy with ``factor`` times the shared rows that gives the same vectors.
+
+        As :meth:`HashEmbedding.resize`.
+        """
+        check_at_least(1, factor=factor)
+        grown = MemComEmbedding(
+            self.num_embeddings, self.embedding_dim, self.num_rows * factor, bias=self.has_bias,
+            device=self.weight.device, dtype=self.weight.dtype,
+        )  # fmt: skip
+        grown.weight.copy_(self.weight.repeat(factor, 1))
+        grown.scale.copy_(self.scale)
+        if self.bias is not None and grown.bias is not None:
+            grown.bias.copy_(self.bias)
+        return grown
+
     def forward(self, ids: Tensor) -> Tensor:
         """Embed ids of any shape."""
         scale = compose_bag(ids, self.scale, self._own)[..., 0]
@@ -257,15 +317,11 @@ class TensorTrainEmbedding(TableModule):
 
     def forward(self, ids: Tensor) -> Tensor:
         """Embed ids of any shape; each distinct id is computed once."""
-        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.num_embeddings:
-            raise ValueError(
-                f"ids must be 0 to {self.num_embeddings - 1}, got {int(ids.min())} to "
-                f"{int(ids.max())}"
-            )
-        distinct, where = ids.unique(return_inverse=True)
+        pattern = checked_ids(ids, self.num_embeddings)
+        distinct, where = pattern.unique(return_inverse=True)
         step, out = self.num_embeddings, self.cores[0].new_ones(len(distinct), 1, 1)
         for core, radix in zip(self.cores, self.row_factors, strict=True):
             step //= radix
             # (q_1 .. q_{k-1}, r_{k-1}) x (r_{k-1}, q_k r_k), then the next core's rank last.
             out = out.reshape(len(distinct), -1, core.shape[1]) @ core[distinct // step % radix]
-        return out.reshape(len(distinct), self.embedding_dim)[where]
+        return out.reshape(len(distinct), self.embedding_dim)[where.reshape(ids.shape)]

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from emblas._philox import WORD, philox4x32
 from emblas.tables.base import VocabularyEmbedding, check_at_least
 from emblas.tables.packed_codes import pack_codes, row_bytes, unpack_codes
-
-BITS = (2, 4, 8, 16)
+from emblas.tables.quantized_lookup import BITS, check_bits, quantized_bag
 
 
 def stochastic_round(x: Tensor, elements: Tensor, step: int, seed: int) -> Tensor:
@@ -82,8 +81,7 @@ def learned_step(x: Tensor, scale: Tensor, bits: int) -> Tensor:
     bits : int
         Integers are ``-2^(bits-1)`` to ``2^(bits-1) - 1``.
     """
-    if bits not in BITS:
-        raise ValueError(f"bits must be one of {BITS}, got {bits}")
+    check_bits(bits)
     return _LearnedStep.apply(x, scale, -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
 
 
@@ -92,7 +90,7 @@ class QuantizedEmbedding(VocabularyEmbedding):
 
     Rows are taken out of the integers when they are looked up; no table of floats exists, neither
     for inference nor in training, which :class:`ALPT` does. :meth:`from_table` quantizes a trained
-    table.
+    table. In ``eval()`` and without gradients a lookup is one pass, :func:`quantized_bag`.
 
     Parameters
     ----------
@@ -129,8 +127,7 @@ class QuantizedEmbedding(VocabularyEmbedding):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__(num_embeddings, embedding_dim, padding_id=padding_id)
-        if bits not in BITS:
-            raise ValueError(f"bits must be one of {BITS}, got {bits}")
+        check_bits(bits)
         if not scale > 0:
             raise ValueError(f"scale must be above 0, got {scale}")
         self.bits = bits
@@ -231,6 +228,22 @@ class QuantizedEmbedding(VocabularyEmbedding):
         half = 2 ** (self.bits - 1)
         self.packed[ids] = pack_codes(codes.clamp(-half, half - 1).long() + half, self.bits)
 
+    def forward(
+        self,
+        ids: Tensor,
+        offsets: Tensor | None = None,
+        per_sample_weights: Tensor | None = None,
+        *,
+        mode: str = "sum",
+    ) -> Tensor:
+        """Embed ids, or the bags of ids that ``offsets`` delimit; see :func:`quantized_bag`."""
+        if self.training and torch.is_grad_enabled():
+            return super().forward(ids, offsets, per_sample_weights, mode=mode)
+        return quantized_bag(
+            ids, self.packed, self.scale, self.bits, self.embedding_dim, offsets,
+            per_sample_weights, mode=mode, padding_id=self.padding_id,
+        )  # fmt: skip
+
     def vectors(self, ids: Tensor) -> Tensor:
         """Embed distinct ids, int64 ``(ids,)``, as ``(ids, embedding_dim)``."""
         if self._learns_scale:
@@ -240,8 +253,7 @@ class QuantizedEmbedding(VocabularyEmbedding):
             if not torch.equal(ids, self._ids):
                 raise ValueError("closure must look up the ids of the forward pass before the step")
             return learned_step(self._rows, self.scale[ids], self.bits)
-        with torch.no_grad():
-            rows = self.codes(ids) * self.scale[ids]
+        rows = quantized_bag(ids, self.packed, self.scale, self.bits, self.embedding_dim)
         if torch.is_grad_enabled() and self.training:
             if self._rows is not None and self._rows.grad is not None:
                 raise RuntimeError(
@@ -387,8 +399,7 @@ class LearnedStepEmbedding(VocabularyEmbedding):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(num_embeddings, embedding_dim, padding_id=padding_id)
-        if bits not in BITS:
-            raise ValueError(f"bits must be one of {BITS}, got {bits}")
+        check_bits(bits)
         self.bits = bits
         self.weight = nn.Parameter(
             torch.empty(num_embeddings, embedding_dim, device=device, dtype=dtype)

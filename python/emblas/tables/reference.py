@@ -56,7 +56,8 @@ def hash_keys(ids: Tensor, family: int, seed: int, num_hashes: int, num_embeddin
     return torch.stack(keys[:num_hashes], dim=1) % num_embeddings
 
 
-def _bag_of(ids: Tensor, offsets: Tensor | None) -> Tensor:
+def bag_of(ids: Tensor, offsets: Tensor | None) -> Tensor:
+    """Return the bag of each id."""
     if offsets is None:
         return torch.arange(ids.shape[0], device=ids.device)
     bags = torch.arange(offsets.shape[0] - 1, device=ids.device)
@@ -89,7 +90,7 @@ def hash_bag(
         summed = torch.where((ids == padding_id)[:, None], 0, summed)
     if offsets is not None:
         bags = summed.new_zeros(offsets.shape[0] - 1, table.shape[1])
-        summed = bags.index_add(0, _bag_of(ids, offsets), summed)
+        summed = bags.index_add(0, bag_of(ids, offsets), summed)
     return summed.to(table.dtype)
 
 
@@ -109,7 +110,7 @@ def hash_bag_backward(
     """Gradients of :func:`hash_bag` with respect to the table and the weights."""
     dtype = _accumulator(table)
     keys = hash_keys(ids, family, seed, num_hashes, table.shape[0])
-    grad = grad_out.to(dtype)[_bag_of(ids, offsets)]
+    grad = grad_out.to(dtype)[bag_of(ids, offsets)]
     if padding_id is not None:
         grad = torch.where((ids == padding_id)[:, None], 0, grad)
     grad_table = grad.new_zeros(table.shape[0] if need_table else 0, table.shape[1])
