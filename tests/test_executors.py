@@ -64,6 +64,7 @@ def test_wrong_positions_stay_in_bounds(executor, interleaved):
     assert torch.equal(run(x, cos, sin, wrong, interleaved), expected)
 
 
+<<<<<<< HEAD
 POOLING = [e for n, e in EXECUTORS if n == "segment_pool_backward"]
 
 
@@ -253,3 +254,28 @@ def test_attention_gradients_depend_on_the_own_sequence_only(executor):
     for x, y, z in zip(whole, again, alone, strict=True):
         assert torch.equal(x, y)
         assert torch.equal(x[3:], z)
+=======
+@pytest.mark.parametrize(
+    ("name", "executor"),
+    [
+        (n, e)
+        for n, e in EXECUTORS
+        if n.startswith("vocab_sum") and e in GPU
+        and (n, e) != ("vocab_sum", "simt")  # reads what nobody wrote: test_vocab_sum_cuda.py
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize(
+    "wrong", [[2**31 - 1, -5, 3, -(2**31), 9], [0, 90, 2**31 - 1, 5, 30], [-(2**31), 73, 70, 1, 0]]
+)
+def test_wrong_offsets_of_summed_vocabularies_stay_in_bounds(name, executor, wrong):
+    """Emulator and interpreter would notice; results are whatever they are."""
+    x, weight, bias = torch.randn(73, 9), torch.randn(70, 9), torch.randn(70)
+    wrong = torch.tensor(wrong, dtype=torch.int32)
+    for starts, ends, batch in ((wrong, None, 4), (wrong, wrong.flip(0), 5)):
+        args = x, weight, bias, starts, 2, torch.ones(73), ends
+        if name == "vocab_sum":
+            found = (EXECUTORS[name, executor](*args),)
+        else:
+            found = EXECUTORS[name, executor](torch.randn(batch, 70), *args, True, True, True)
+        assert all(result.isfinite().all() for result in found)
+>>>>>>> vocab

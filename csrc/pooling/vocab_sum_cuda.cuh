@@ -58,13 +58,13 @@ __device__ inline void load_each(const T* row, int64_t columns, Accumulator<T> (
     to[i] = c < columns ? simt::to_accumulator(row[c]) : Accumulator<T>(0);
   }
 }
-// The same 16 bytes at a time where all of them are there.
+// The same, 16 bytes at a time where rows are aligned: then they consist of whole vectors.
 template <bool aligned, class T>
 __device__ inline void load_columns(const T* row, int64_t columns,
                                     Accumulator<T> (&to)[simt::kVector<T>]) {
   constexpr int vector = simt::kVector<T>;
   const int first = column_of<aligned, vector>(0);
-  if (aligned && first + vector <= columns) {
+  if (aligned && first < columns) {
     const simt::Vector<T> values = simt::load_vector(row + first);
     for (int i = 0; i < vector; ++i) to[i] = simt::to_accumulator(values.at[i]);
   } else {
@@ -76,7 +76,8 @@ __device__ inline void store_columns(const Accumulator<T> (&from)[simt::kVector<
                                      int64_t columns, T* row) {
   constexpr int vector = simt::kVector<T>;
   const int first = column_of<aligned, vector>(0);
-  if (aligned && first + vector <= columns) {
+  if constexpr (aligned) {
+    if (first >= columns) return;
     simt::Vector<T> values;
     for (int i = 0; i < vector; ++i) simt::from_accumulator(from[i], &values.at[i]);
     simt::store_vector(row + first, values);

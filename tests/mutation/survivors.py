@@ -148,6 +148,14 @@ SURVIVORS: dict[tuple[str, str], str] = {
     ): "the word after the last is not stored",
     ("_normalize", "values = tl.load(mean + row * dim + d, mask=d < dim)"): _UNUSED,
     ("activate", "x = tl.where(x <= 0, 0.0, x)"): "0 becomes 0",
+    (
+        "activate",
+        "if (activation > 0) x = x «<» 0 ? A(0) : x; // NaN stays",
+    ): "0 becomes 0",
+    (
+        "store_columns",
+        "for (int i = 0; i «<» vector; ++i) {",
+    ): "a column behind the last of the block is not stored",
     ("_hash_keys", "id = tl.load(ids + i * stride, mask=i < count).to(tl.uint64)"): _UNUSED,
     ("_load_ids", "id = tl.load(ids + i * stride, mask=inside)"): _UNUSED,
     ("_grad_rows", "i = tl.load(sources + position, mask=inside)"): _UNUSED,

@@ -85,7 +85,7 @@ def test_tiles_of_tokens(ops):
     """Chunks that begin in one tile and end in the next; the last tile has one token."""
     weight, bias = integers(3, 2), integers(3)
     for tokens, edge in ((TOKENS + 1, TOKENS - 1), (TOKENS + 300, TOKENS), (TOKENS, TOKENS)):
-        lengths = (7, edge - 14, 7, 0, tokens - edge)
+        lengths = (7, edge - 14, 7, 0, tokens - edge, 0)
         check(ops, integers(tokens, 2), weight, bias, packed(lengths))
     check(ops, integers(2 * TOKENS + 9, 1), weight[:, :1].clone(), None, packed((2 * TOKENS + 9,)))
 
