@@ -64,7 +64,6 @@ def test_wrong_positions_stay_in_bounds(executor, interleaved):
     assert torch.equal(run(x, cos, sin, wrong, interleaved), expected)
 
 
-<<<<<<< HEAD
 POOLING = [e for n, e in EXECUTORS if n == "segment_pool_backward"]
 
 
@@ -254,7 +253,8 @@ def test_attention_gradients_depend_on_the_own_sequence_only(executor):
     for x, y, z in zip(whole, again, alone, strict=True):
         assert torch.equal(x, y)
         assert torch.equal(x[3:], z)
-=======
+
+
 @pytest.mark.parametrize(
     ("name", "executor"),
     [
@@ -278,4 +278,3 @@ def test_wrong_offsets_of_summed_vocabularies_stay_in_bounds(name, executor, wro
         else:
             found = EXECUTORS[name, executor](torch.randn(batch, 70), *args, True, True, True)
         assert all(result.isfinite().all() for result in found)
->>>>>>> vocab
