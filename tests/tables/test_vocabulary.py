@@ -83,7 +83,7 @@ def test_lookups(name):
     mean = module(flat, offsets, mode="mean")  # the padding id is not counted
     torch.testing.assert_close(mean[0], (table[3] + table[29]) / 2)
     assert module(flat[:0], packed((0, 0))).tolist() == [[0.0] * DIM] * 2
-    with pytest.raises(ValueError, match="ids must be 0 to 29, got 0 to 30"):
+    with pytest.raises(ValueError, match=r"ids must be 0 to 29, got (0 to )?30"):
         module(torch.tensor([0, 30]))
     with pytest.raises(TypeError, match="ids must have dtype"):
         module(torch.tensor([0], dtype=torch.int32))
