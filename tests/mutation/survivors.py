@@ -345,6 +345,31 @@ SURVIVORS: dict[tuple[str, str], str] = {
         "_attend",
         "highest = tl.minimum(first + BLOCK_M - 1 + (keys + queries) + right, keys - 1)",
     ): _MORE_WORK,
+    ("_grad_queries", "if first > queries:"): _MORE_WORK,
+    (
+        "_grad_queries",
+        "highest = tl.minimum(first + BLOCK_M - 1 + (keys - queries) + right, keys + 1)",
+    ): _MORE_WORK,
+    (
+        "_grad_queries",
+        "highest = tl.minimum(first + BLOCK_M + 1 + (keys - queries) + right, keys - 1)",
+    ): _MORE_WORK,
+    (
+        "_grad_queries",
+        "highest = tl.minimum(first + BLOCK_M - 1 + (keys + queries) + right, keys - 1)",
+    ): _MORE_WORK,
+    ("_grad_queries", "delta -= tl.load(grad_lse + row, mask=i < queries)"): _UNUSED,
+    ("_grad_queries", "logarithm = tl.load(lse + row, mask=i < queries) * LOG2_E"): _UNUSED,
+    ("_grad_keys", "if first > keys:"): _MORE_WORK,
+    ("_grad_keys", "lowest = tl.maximum(first - (keys + queries) - right, 0)"): _MORE_WORK,
+    (
+        "_grad_keys",
+        "highest = tl.minimum(first + BLOCK_N - 1 - (keys - queries) + left, queries + 1)",
+    ): _MORE_WORK,
+    (
+        "_grad_keys",
+        "highest = tl.minimum(first + BLOCK_N + 1 - (keys - queries) + left, queries - 1)",
+    ): _MORE_WORK,
     ("_grad_weights", "bag = tl.load(bag_of + i, mask=i < count)"): _UNUSED,
     ("sum_chunks", "for (int i = 0; i «<» vector; ++i) {"): _NO_COLUMN,
     ("find_maxima", "for (int i = 0; i «<» vector; ++i) {"): _NO_COLUMN,
