@@ -229,6 +229,21 @@ def test_tiles_that_nobody_sees_are_skipped(attend, window, steps):
     assert counts["distinct_write"] == 2 * q.numel() + 4 * 130
 
 
+def test_keys_that_nobody_sees_are_not_read(attend):
+    """Of keys and values, so many rows of each: offsets and queries are read in all windows."""
+
+    def read(lengths_q, lengths_k, window):
+        emulator.take_launches()
+        attend(*arguments(lengths_q, lengths_k, dim=72, window=window))
+        ((_, counts),) = emulator.take_launches()
+        return counts["global_read"]
+
+    causal = read((130,), (130,), (-1, 0))
+    assert read((130,), (130,), (-1, -1)) - causal == (3 * 130 - 64 - 128 - 130) * 4 * 72
+    # All queries of the first tile come before the first key.
+    assert read((66,), (2,), (-1, -1)) - read((66,), (2,), (-1, 0)) == 2 * 4 * 72
+
+
 def test_refusals(attend):
     args = arguments((2, 3), heads=4, key_heads=2)
     q, k, v, cu, *_ = args

@@ -33,6 +33,25 @@ SURVIVORS: dict[tuple[str, str], str] = {
         "store_some",
         "if (aligned && count «>=» vector) return simt::store_vector(to, x);",
     ): _MORE_WORK,
+    (
+        "place_of_piece",
+        "return row * pieces + (piece ^ (row «/» rows_of_line % places));",
+    ): "another permutation of the pieces of narrow rows, whose banks the emulator doesn't model",
+    (
+        "attend_tile",
+        "if (first_query < 0 || first_query «>=» queries.count) return;",
+    ): _MORE_WORK,
+    **dict.fromkeys(
+        (
+            ("attend_tile", f"if ({condition}) {{")
+            for condition in (
+                "start «<» first_seen(position[1]) || start + tile_keys - 1 > last_seen(position[0])",
+                "start < first_seen(position[1]) || start + tile_keys «-» 1 > last_seen(position[0])",
+                "start < first_seen(position[1]) || start + tile_keys - 1 «>» last_seen(position[0])",
+            )
+        ),
+        _MORE_WORK,
+    ),
     ("_pool_parts", "tl.store(largest + to, most, mask=(first < end) == (first < end))"): _IDLE,
     (
         "_pool_parts",
