@@ -11,7 +11,8 @@ fails, those that noticed others first. Prints killed/total for each kernel, and
 without a reason in survivors.py.
 
 record.json keeps the results of the last whole run, with a digest of the kernels and tests of each
-family. CI tests the mutants of the families whose digest has changed since.
+family, and of later runs of single kernels while that digest holds. CI tests the mutants of the
+families whose digest has changed since.
 """
 
 from __future__ import annotations
@@ -89,14 +90,19 @@ class Plugin:
         alive = [mutant for mutant in mutants if mutant.number not in dead]
         totals = Counter(mutant.kernel for mutant in mutants)
         survived = Counter(mutant.kernel for mutant in alive)
-        self.record[family] = {
-            "digest": self.digests[family],
-            "kernels": {k: [n - survived[k], n] for k, n in totals.items()},
-            "survivors": [[mutant.kernel, mutant.line] for mutant in alive],
-        }
+        kernels = {k: [n - survived[k], n] for k, n in totals.items()}
+        survivors = [[mutant.kernel, mutant.line] for mutant in alive]
+        digest, old = self.digests[family], self.record.get(family, {})
+        known = old.get("digest") == digest
+        if self.kernels and known:
+            kernels = old["kernels"] | kernels
+            survivors += [entry for entry in old["survivors"] if entry[0] not in totals]
+        found = {"digest": digest, "kernels": kernels, "survivors": survivors}
+        self.record[family] = found
         self._print(family)
-        if not self.kernels:
-            records = _records() | {self.kind: self.record}
+        if known or not self.kernels:
+            records = _records()
+            records[self.kind] = records.get(self.kind, {}) | {family: found}
             RECORD.write_text(json.dumps(records, indent=1, ensure_ascii=False) + "\n")
 
     def _print(self, family: str, remark: str = "") -> None:
