@@ -38,6 +38,9 @@ LOCAL_MEMORY = {
     ),
     ("_maximum", "float32, padded"): (8, "two words on sm_120, to get by with 80 registers"),
     ("_gem_gradients", "float32, lists, weights"): (8, "two words, to get by with 56 registers"),
+    ("_vocab_max", "float32"): (32, "eight words on sm_120, with all of its registers"),
+    ("_weight_gradients", "float32, spans, skip, mean_sqrt_len"): (8, _TWO_WORDS),
+    ("_weight_gradients", "float32, padded, weights, mean_sqrt_len"): (8, _TWO_WORDS),
     ("_maxsim", "float32"): (8, _TWO_WORDS),
     ("_maxsim", "floats and bits"): (8, _TWO_WORDS),
     ("_maxsim", "bits"): (8, _TWO_WORDS),
@@ -64,6 +67,10 @@ NO_PRODUCT = {("_logit_slopes", "float32, activation 0"): "the slope is 1 whatev
 # Fewer warps than the floor.
 FEW_WARPS = {
     ("_rotate", "float32, dim 3072"): (8, "a block of 8 warps holds a row of 16 KiB in registers"),
+    ("_weight_gradients", "float32, lists, weights, weighted_mean"): (
+        12,
+        "156 registers on sm_120, for sums and products of a tile of rows",
+    ),
 }
 
 

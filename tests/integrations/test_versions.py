@@ -73,6 +73,7 @@ def test_attention_of_transformers(monkeypatch):
         emblas.optimize(model)
     assert caught.value.reason == "transformers_version"
     assert "forward" not in vars(model)
+    monkeypatch.setattr(hf, "PreTrainedModel", Lacks)
     with pytest.raises(UnsupportedVersionError, match="_can_record_outputs"):
         hf.routers(Lacks(model, "_can_record_outputs"))
 

@@ -20,7 +20,7 @@ from emblas.attention import varlen_attention
 from emblas.integrations import versions
 
 try:
-    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 except ImportError as error:
     raise versions.import_error(__name__, "transformers", error) from error
 
@@ -320,8 +320,10 @@ def routers(model: nn.Module) -> list[nn.Module]:
     ValueError
         If the model names no routers.
     """
-    recorded = versions.private("transformers", model, "_can_record_outputs") or {}
-    recorder = recorded.get("router_logits")
+    recorded = None
+    if isinstance(model, PreTrainedModel):
+        recorded = versions.private("transformers", model, "_can_record_outputs")
+    recorder = (recorded or {}).get("router_logits")
     kind = getattr(recorder, "target_class", recorder)
     found = [m for m in model.modules() if kind is not None and isinstance(m, kind)]
     if not found or getattr(recorder, "index", 0) != 0:

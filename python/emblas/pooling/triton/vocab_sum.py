@@ -22,14 +22,10 @@ from emblas import _op
 from emblas._triton import FLOATS
 from emblas.pooling.reference import owners
 from emblas.pooling.triton.segments import Places, segment_range
+from emblas.pooling.triton.vocab import warps_for
 
 _TILE_TOKENS, _TILE_WORDS = 4096, 2048
 _BLOCK, _BLOCK_DIM = 64, 32
-
-
-def _warps(dtype: torch.dtype) -> int:
-    """Give a program of float32 more warps: the three products of its parts take registers."""
-    return 8 if dtype == torch.float32 else 4
 
 
 @triton.jit
@@ -230,7 +226,7 @@ def vocab_sum(
     _vocab_sum[(batch * triton.cdiv(vocab, _BLOCK),)](
         x, weight, bias, places.begins, places.ends, weights, tokens, out, vocab, dim,
         ACTIVATION=activation, BLOCK_T=_BLOCK, BLOCK_V=_BLOCK, BLOCK_D=_BLOCK_DIM,
-        num_warps=_warps(x.dtype),
+        num_warps=warps_for(x.dtype),
     )  # fmt: skip
     return out
 
@@ -259,7 +255,7 @@ def vocab_sum_backward(
     partial = None
     if need_bias:
         partial = grad_x.new_empty(triton.cdiv(tokens, _BLOCK) * tile_words)
-    blocks_of_dim, warps = triton.cdiv(dim, _BLOCK), _warps(x.dtype)
+    blocks_of_dim, warps = triton.cdiv(dim, _BLOCK), warps_for(x.dtype)
     for word in range(0, vocab, _TILE_WORDS):
         words = min(vocab - word, _TILE_WORDS)
         blocks_of_words = triton.cdiv(words, _BLOCK)
