@@ -109,7 +109,7 @@ SMALL: dict[str, tuple[Any, ...]] = {
     "rotary_backward": _SMALL_ROTARY,
     "varlen_attention": (Attention((128, 256), 2, 64, _BF16), Attention((64, 32), 1, 64, _F32)),
     "varlen_attention_backward": (
-        AttentionBackward((128, 64), 2, 64, _BF16),
+        AttentionBackward((128, 256), 2, 64, _BF16),
         AttentionBackward((64, 32), 1, 32, _F32),
     ),
 }
