@@ -63,7 +63,10 @@ NO_WIDE_LOADS_IN_FILE = {
     "merge": "lists hold 8 bytes for each lane of a warp",
 }
 # Calls of kernels for tensor cores that need no product.
-NO_PRODUCT = {("_logit_slopes", "float32, activation 0"): "the slope is 1 whatever the logits are"}
+NO_PRODUCT = {
+    ("_grad_queries", ""): "that of late interaction, which adds rows; attention's has variants",
+    ("_logit_slopes", "float32, activation 0"): "the slope is 1 whatever the logits are",
+}
 # Fewer warps than the floor.
 FEW_WARPS = {
     ("_rotate", "float32, dim 3072"): (8, "a block of 8 warps holds a row of 16 KiB in registers"),
