@@ -8,7 +8,7 @@ with tests/ and tests/gpu/ on the PYTHONPATH; `make mutate` does both. The tests
 kernels are collected once and run once unchanged, which tells the mutants that each of them
 reaches. Then every mutant lives in a forked process of its own, where those tests run until one
 fails, those that noticed others first. Prints killed/total for each kernel, and fails on a survivor
-without a reason in survivors.py.
+without a reason in survivors_cuda.py or survivors_triton.py, and on a reason whose mutant is gone.
 
 record.json keeps the results of the last whole run, with a digest of the kernels and tests of each
 family, and of later runs of single kernels while that digest holds. CI tests the mutants of the
@@ -18,6 +18,7 @@ families whose digest has changed since.
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import os
 import select
@@ -31,7 +32,6 @@ from typing import Any
 import pytest
 import torch
 from _pytest.runner import runtestprotocol
-from mutation.survivors import SURVIVORS
 
 TESTS = Path(__file__).parents[1]
 RECORD = Path(__file__).with_name("record.json")
@@ -57,6 +57,8 @@ class Plugin:
 
     def __init__(self, kind: str, mutants: Any, kernels: list[str], changed_only: bool) -> None:
         self.kind, self.mutants, self.kernels = kind, mutants, kernels
+        reasons = importlib.import_module(f"mutation.survivors_{kind}").REASONS
+        self.reasons = {mutant: reason for reason, found in reasons.items() for mutant in found}
         self.record = _records().get(kind, {})
         families = sorted({mutant.family for mutant in mutants.all})
         self.digests = {family: digest(mutants.files(family)) for family in families}
@@ -116,7 +118,11 @@ class Plugin:
         record = self.record
         families = self.known | {mutant.family for mutant in self.wanted}
         survivors = (tuple(s) for family in sorted(families) for s in record[family]["survivors"])
-        return [survivor for survivor in survivors if survivor not in SURVIVORS]
+        return [survivor for survivor in survivors if survivor not in self.reasons]
+
+    def gone(self) -> list[tuple[str, str]]:
+        """Return what has a reason and is no mutant any longer."""
+        return sorted(set(self.reasons) - {(m.kernel, m.line) for m in self.mutants.all})
 
     def _fails(self, index: int) -> bool:
         item = self.items[index]
@@ -152,7 +158,7 @@ class Plugin:
                 if answer or status:  # a crash or a timeout is noticed too
                     dead.add(mutant.number)
                 else:
-                    reason = SURVIVORS.get((mutant.kernel, mutant.line))
+                    reason = self.reasons.get((mutant.kernel, mutant.line))
                     reached = "" if mutant.number in self.reach else " (no test reaches it)"
                     print(f"    survived{reached}: {mutant.kernel}: {mutant.line}"
                           f"{f'  # {reason}' if reason else ''}", flush=True)  # fmt: skip
@@ -180,6 +186,11 @@ class Plugin:
             os._exit(0)
 
 
+def _lines(what: str, mutants: list[tuple[str, str]]) -> str:
+    listed = "".join(f"\n    {kernel}: {line}" for kernel, line in mutants)
+    return f"{len(mutants)} {what}:{listed}"
+
+
 def main() -> None:
     """Test the mutants of one kind of kernels, all or the named ones."""
     kind, *kernels = (argument for argument in sys.argv[1:] if argument != "--changed")
@@ -189,6 +200,8 @@ def main() -> None:
     else:
         from mutation.triton import TritonMutants as Mutants
     plugin = Plugin(kind, Mutants(), kernels, "--changed" in sys.argv)
+    if gone := plugin.gone():
+        sys.exit(_lines("reasons without a mutant", gone))
     if plugin.wanted:
         plugin.mutants.build()
         os.environ["HYPOTHESIS_PROFILE"] = "mutation"
@@ -198,8 +211,7 @@ def main() -> None:
         if code := pytest.main([*options, *tests], plugins=[plugin]):
             sys.exit(code)
     if survivors := plugin.unexplained():
-        lines = "\n".join(f"    {kernel}: {line}" for kernel, line in survivors)
-        sys.exit(f"{len(survivors)} survivors without a reason:\n{lines}")
+        sys.exit(_lines("survivors without a reason", survivors))
 
 
 if __name__ == "__main__":
