@@ -15,6 +15,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from mutation.record import digest
 from simt import emulator
 
 CSRC = emulator.ROOT / "csrc"
@@ -52,6 +53,7 @@ class Mutant:
     family: str
     kernel: str
     line: str  # of the source, the mutated spot between double angles
+    digest: str  # of the kernel and of what stands around it
 
 
 def _closing(text: str, opening: int) -> int:
@@ -99,13 +101,19 @@ def _statement(code: str, place: int) -> str:
 class _Rewriter:
     """Rewrites one source file, numbering its mutants from ``first`` on."""
 
-    def __init__(self, family: str, text: str, first: int) -> None:
+    def __init__(self, family: str, text: str, launch: str, first: int) -> None:
         self.family, self.text, self.code = family, text, _without_comments(text)
+        self.launch = _without_comments(launch)
         self.first, self.mutants = first, list[Mutant]()
         self.changes = list[tuple[int, int, str]]()  # begin, end, replacement
 
     def run(self) -> str:
-        for kernel, begin, end in _functions(self.code):
+        functions = _functions(self.code)
+        rest = self.code
+        for _, begin, end in reversed(functions):
+            rest = rest[:begin] + rest[end:]
+        for kernel, begin, end in functions:
+            self.digest = digest(self.code[begin:end], rest, self.launch)
             for spot in _SPOT.finditer(self.code, begin, end):
                 if not _FIXED.search(_statement(self.code, spot.end())):
                     self._mutate(kernel, spot)
@@ -123,7 +131,9 @@ class _Rewriter:
         right = self.text.find("\n", end)
         line = f"{self.text[left:begin]}«{self.text[begin:end]}»{self.text[end:right]}"
         number = self.first + len(self.mutants)
-        self.mutants.append(Mutant(number, self.family, kernel, " ".join(line.split())))
+        self.mutants.append(
+            Mutant(number, self.family, kernel, " ".join(line.split()), self.digest)
+        )
         return number
 
     def _insert(self, place: int, text: str) -> None:
@@ -170,7 +180,9 @@ class CudaMutants:
         sources |= {path: path.parent.name for path in sorted(CSRC.glob("*/*_cuda.cuh"))}
         for path, family in sources.items():
             above, mark, text = path.read_text().rpartition(_COMMON)
-            rewriter = _Rewriter(family, text, 1 + len(self.all))
+            launch = path.with_suffix(".cu")
+            launched = launch.read_text() if launch.exists() else ""
+            rewriter = _Rewriter(family, text, launched, 1 + len(self.all))
             include = '#include "mutation/mutant.h"\n' if mark else ""
             self._rewritten[path.relative_to(CSRC)] = above + include + mark + rewriter.run()
             self.all += rewriter.mutants
@@ -198,16 +210,13 @@ class CudaMutants:
 
     @staticmethod
     def files(family: str) -> list[Path]:
-        """Return what the results of a family depend on."""
-        csrc = CSRC if family == "common" else CSRC / family
-        tests = emulator.ROOT / "tests"
+        """Return the tests of a family, and what they stand on."""
+        tests, here = emulator.ROOT / "tests", Path(__file__)
+        tools = [CSRC / "common", tests / "simt", tests / "executors.py"]
+        tools += [here, here.with_name("mutant.h"), here.with_name("mutant.cpp")]
         calls = [tests / "cases" / "case.py", tests / "cases" / f"{family}.py"]
-        here = Path(__file__)
-        device = [*csrc.rglob("*_cuda.*"), *(CSRC / "common").rglob("*.h")]
-        device += [here, here.with_name("mutant.h"), here.with_name("mutant.cpp")]
-        device += [tests / "simt", tests / "executors.py"]
         emulated = (f for f in (tests / family).glob("*.py") if "executors" in f.read_text())
-        return [*device, *calls, *emulated, *(tests / family).glob("*_cuda.py")]
+        return [*tools, *calls, *emulated, *(tests / family).glob("*_cuda.py")]
 
     @staticmethod
     def concerns(item: pytest.Item) -> bool:

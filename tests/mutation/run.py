@@ -9,17 +9,12 @@ kernels are collected once and run once unchanged, which tells the mutants that 
 reaches. Then every mutant lives in a forked process of its own, where those tests run until one
 fails, those that noticed others first. Prints killed/total for each kernel, and fails on a survivor
 without a reason in survivors_cuda.py or survivors_triton.py, and on a reason whose mutant is gone.
-
-record.json keeps the results of the last whole run, with a digest of the kernels and tests of each
-family, and of later runs of single kernels while that digest holds. CI tests the mutants of the
-families whose digest has changed since.
+What it finds goes to record.json, kernel by kernel: a run that was ended goes on with --changed.
 """
 
 from __future__ import annotations
 
-import hashlib
 import importlib
-import json
 import os
 import select
 import signal
@@ -32,44 +27,44 @@ from typing import Any
 import pytest
 import torch
 from _pytest.runner import runtestprotocol
+from mutation import record
 
 TESTS = Path(__file__).parents[1]
-RECORD = Path(__file__).with_name("record.json")
-
-
-def digest(files: list[Path]) -> str:
-    """Return a digest of the files that exist, and of folders with all that they hold."""
-    found = {f for file in files for f in (file, *file.rglob("*")) if f.is_file()}
-    hash = hashlib.sha256()
-    for file in sorted(f for f in found if f.suffix in (".py", ".h", ".cpp", ".cu", ".cuh")):
-        hash.update(f"{file.relative_to(TESTS.parent)}\n".encode() + file.read_bytes())
-    return hash.hexdigest()
-
-
-def _records() -> dict[str, Any]:
-    """Return the results of both kinds of kernels."""
-    records: dict[str, Any] = json.loads(RECORD.read_text()) if RECORD.exists() else {}
-    return records
 
 
 class Plugin:
     """Collects like any run of pytest, and tests the mutants instead."""
 
     def __init__(self, kind: str, mutants: Any, kernels: list[str], changed_only: bool) -> None:
-        self.kind, self.mutants, self.kernels = kind, mutants, kernels
+        self.kind, self.mutants = kind, mutants
         reasons = importlib.import_module(f"mutation.survivors_{kind}").REASONS
         self.reasons = {mutant: reason for reason, found in reasons.items() for mutant in found}
-        self.record = _records().get(kind, {})
-        families = sorted({mutant.family for mutant in mutants.all})
-        self.digests = {family: digest(mutants.files(family)) for family in families}
-        old = self.record
-        same = {f for f in families if f in old and old[f]["digest"] == self.digests[f]}
-        self.known = same if changed_only else set()
+        texts: dict[tuple[str, str], set[str]] = defaultdict(set)
+        for mutant in mutants.all:
+            texts[mutant.family, mutant.kernel].add(mutant.digest)
+        self.digests = {kernel: record.digest(*sorted(text)) for kernel, text in texts.items()}
+        self.record = {family: self._recorded(family) for family, _ in texts}
+        known = {(f, k) for f, found in self.record.items() for k in found["kernels"]}
+        self.known = known if changed_only else set()
         wanted = [m for m in mutants.all if not kernels or m.kernel in kernels]
-        self.wanted = [m for m in wanted if m.family not in self.known]
+        self.wanted = [m for m in wanted if (m.family, m.kernel) not in self.known]
         self.kills: Counter[int] = Counter()  # of each test
         self.seconds: list[float] = []
         self.reach: dict[int, list[int]] = defaultdict(list)  # tests that reach a mutant
+
+    def _recorded(self, family: str) -> dict[str, Any]:
+        """Return what is recorded of a family and still holds."""
+        pieces = record.pieces(self.mutants.files(family))
+        kernels, survivors = {}, []
+        old = record.load(self.kind).get(family)
+        if old and pieces.issuperset(old["tests"].split()):
+            kernels = {
+                kernel: found
+                for kernel, found in old["kernels"].items()
+                if found["digest"] == self.digests.get((family, kernel))
+            }
+            survivors = [entry for entry in old["survivors"] if entry[0] in kernels]
+        return {"tests": " ".join(sorted(pieces)), "kernels": kernels, "survivors": survivors}
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         """Keep the tests that run the kernels."""
@@ -82,42 +77,33 @@ class Plugin:
             return False
         self.items = session.items
         self._original()
-        for family in self.digests:
-            mutants = [mutant for mutant in self.wanted if mutant.family == family]
-            if mutants:
-                self._remember(family, mutants, self._dead(mutants))
+        kernels: dict[tuple[str, str], list[Any]] = defaultdict(list)
+        for mutant in self.wanted:
+            kernels[mutant.family, mutant.kernel].append(mutant)
+        for (family, kernel), mutants in kernels.items():
+            self._remember(family, kernel, mutants, self._dead(mutants))
         return True
 
-    def _remember(self, family: str, mutants: list[Any], dead: set[int]) -> None:
-        alive = [mutant for mutant in mutants if mutant.number not in dead]
-        totals = Counter(mutant.kernel for mutant in mutants)
-        survived = Counter(mutant.kernel for mutant in alive)
-        kernels = {k: [n - survived[k], n] for k, n in totals.items()}
-        survivors = [[mutant.kernel, mutant.line] for mutant in alive]
-        digest, old = self.digests[family], self.record.get(family, {})
-        known = old.get("digest") == digest
-        if self.kernels and known:
-            kernels = old["kernels"] | kernels
-            survivors += [entry for entry in old["survivors"] if entry[0] not in totals]
-        found = {"digest": digest, "kernels": kernels, "survivors": survivors}
-        self.record[family] = found
-        self._print(family)
-        if known or not self.kernels:
-            records = _records()
-            records[self.kind] = records.get(self.kind, {}) | {family: found}
-            RECORD.write_text(json.dumps(records, indent=1, ensure_ascii=False) + "\n")
+    def _remember(self, family: str, kernel: str, mutants: list[Any], dead: set[int]) -> None:
+        found = self.record[family]
+        version = self.digests[family, kernel]
+        result = {"killed": len(dead), "mutants": len(mutants), "digest": version}
+        found["kernels"][kernel] = result
+        alive = [[m.kernel, m.line] for m in mutants if m.number not in dead]
+        others = [entry for entry in found["survivors"] if entry[0] != kernel]
+        found["survivors"] = others + alive
+        self._print(family, kernel)
+        record.save(self.kind, family, found)
 
-    def _print(self, family: str, remark: str = "") -> None:
-        for kernel, (killed, total) in self.record[family]["kernels"].items():
-            print(f"{family}.{kernel}: {killed}/{total} killed{remark}", flush=True)
+    def _print(self, family: str, kernel: str, remark: str = "") -> None:
+        found = self.record[family]["kernels"][kernel]
+        print(f"{family}.{kernel}: {found['killed']}/{found['mutants']} killed{remark}", flush=True)
 
     def unexplained(self) -> list[tuple[str, str]]:
         """Return the survivors without a reason, the recorded ones included."""
-        for family in self.known:
-            self._print(family, " (recorded)")
-        record = self.record
-        families = self.known | {mutant.family for mutant in self.wanted}
-        survivors = (tuple(s) for family in sorted(families) for s in record[family]["survivors"])
+        for family, kernel in sorted(self.known):
+            self._print(family, kernel, " (recorded)")
+        survivors = (tuple(s) for found in self.record.values() for s in found["survivors"])
         return [survivor for survivor in survivors if survivor not in self.reasons]
 
     def gone(self) -> list[tuple[str, str]]:

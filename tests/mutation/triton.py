@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from emblas import _op
+from mutation.record import digest
 from triton.runtime.interpreter import InterpretedFunction
 
 _COMPARISONS = {
@@ -34,6 +35,7 @@ class Mutant:
     family: str
     kernel: str
     line: str  # as changed
+    digest: str  # of the kernel and of what stands around it
     function: InterpretedFunction
     source: str  # as changed
 
@@ -61,15 +63,24 @@ def _changes(node: ast.AST) -> Iterator[Callable[[ast.AST], None]]:
         yield lambda n: setattr(n, "value", ast.Constant(None))  # a store or barrier less
 
 
-def _mutants(kernel: InterpretedFunction) -> Iterator[tuple[str, str]]:
-    """Yield the changed line and the source of every mutant of a kernel."""
-    source = Path(kernel.fn.__code__.co_filename).read_text()
-    tree = next(
-        node
-        for node in ast.parse(source).body
-        if isinstance(node, ast.FunctionDef) and node.name == kernel.fn.__name__
-    )
+def _tree(kernel: InterpretedFunction) -> tuple[ast.FunctionDef, str]:
+    """Return a kernel as a tree, and a digest of it and of what stands around the kernels."""
+    body = ast.parse(Path(kernel.fn.__code__.co_filename).read_text()).body
+    module = vars(sys.modules[kernel.fn.__module__])
+    around, tree = list[str](), None
+    for node in body:
+        name = getattr(node, "name", None)
+        if name == kernel.fn.__name__:
+            tree = node
+        elif not isinstance(module.get(name), InterpretedFunction):
+            around.append(ast.unparse(node))
+    assert isinstance(tree, ast.FunctionDef)
     tree.decorator_list = []
+    return tree, digest(ast.unparse(tree), *around)
+
+
+def _mutants(tree: ast.FunctionDef) -> Iterator[tuple[str, str]]:
+    """Yield the changed line and the source of every mutant of a kernel."""
     original = ast.unparse(tree).splitlines()
     for index, node in enumerate(ast.walk(tree)):
         for change in _changes(node):
@@ -106,9 +117,10 @@ class TritonMutants:
                 self._add(family, function)
 
     def _add(self, family: str, function: InterpretedFunction) -> None:
-        kernel = function.fn.__name__
-        for line, source in _mutants(function):
-            self.all.append(Mutant(len(self.all), family, kernel, line, function, source))
+        tree, version = _tree(function)
+        for line, source in _mutants(tree):
+            number = len(self.all)
+            self.all.append(Mutant(number, family, tree.name, line, version, function, source))
 
     def build(self) -> None:
         """Do nothing: the interpreter takes sources."""
@@ -127,17 +139,10 @@ class TritonMutants:
 
     @staticmethod
     def files(family: str) -> list[Path]:
-        """Return what the results of a family depend on."""
-        root = Path(__file__).parents[2]
-        package, tests = root / "python" / "emblas", root / "tests"
-        kernels = package if family == "common" else package / family
-        device = [
-            *kernels.rglob("triton.py"),
-            *kernels.rglob("triton/*.py"),
-            package / "_triton.py",
-        ]
-        device += [Path(__file__), tests / "interpreted", tests / "triton_check.py"]
-        return [*device, tests / "cases" / "case.py", tests / "cases" / f"{family}.py"]
+        """Return the tests of a family, and what they stand on."""
+        tests = Path(__file__).parents[1]
+        tools = [Path(__file__), tests / "interpreted", tests / "triton_check.py"]
+        return [*tools, tests / "cases" / "case.py", tests / "cases" / f"{family}.py"]
 
     @staticmethod
     def concerns(item: pytest.Item) -> bool:
