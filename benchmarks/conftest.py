@@ -27,6 +27,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 LAST_LEVEL_CACHE = 64 << 20  # inputs rotate through more than this
 THREADS = [int(n) for n in os.environ.get("BENCH_THREADS", "1,2").split(",")]
+SLOW = 0.5  # seconds: a call that is slower is made as seldom as a median allows
 LEAST_BUSY = 0.95  # CPU time over wall time and threads; below it, the row is measured again
 
 
@@ -91,13 +92,15 @@ def row(benchmark: BenchmarkFixture, threads: int, machine: dict[str, Any]) -> C
         extra = _extra_memory(lambda: call(*next(arguments)))
         busy = 0.0
         with torch.inference_mode():
-            for _ in range(3):
+            for _ in range(4):  # to warm up; a slow call needs less of it
+                begin = time.perf_counter()
                 call(*next(arguments))
-            begin = time.perf_counter()
-            call(*next(arguments))
-            once = time.perf_counter() - begin
-            rounds = max(7, min(2000, int(seconds / max(once, 1e-7))))
-            for _ in range(10):  # pytest-benchmark can't repeat a row: wait for a quiet moment
+                once = time.perf_counter() - begin
+                if once > SLOW:
+                    break
+            rounds = max(5 if once > SLOW else 7, min(2000, int(seconds / max(once, 1e-7))))
+            for _ in range(0 if once > SLOW else 10):
+                # pytest-benchmark can't repeat a row: wait for a quiet moment
                 wall, cpu = time.perf_counter(), time.process_time()
                 for _ in range(max(1, rounds // 10)):
                     call(*next(arguments))
