@@ -1,7 +1,7 @@
 """Turn pytest-benchmark's JSON into tables: ours, each peer, their ratio, share of the bound.
 
-report.py RESULT            print the table of every row
-report.py RESULT --write    write it to docs/benchmarks.md, and its summary into the README
+report.py RESULT ...            print the table of every row; of equal ones, that of the last result
+report.py RESULT ... --write    write it to docs/benchmarks.md, and its summary into the README
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
 LEAST_BUSY = 0.95
+_CONTEST = ("family", "op", "shape", "dtype", "threads")  # what rows have in common to compare
 ROOT = Path(__file__).resolve().parents[1]
 
 Row = dict[str, Any]
@@ -44,11 +45,25 @@ def rows_of(result: dict[str, Any]) -> list[Row]:
     ]
 
 
+def joined(results: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return one result of all rows: of equal ones, that of the last result."""
+    machines = [result["machine_info"]["emblas"] for result in results]
+    if any(machine[key] != machines[0][key] for machine in machines for key in ("cpu", "isa")):
+        raise ValueError("results must be of one kind of machine")
+    rows = {
+        tuple(row["extra_info"][k] for k in (*_CONTEST, "who")): row
+        for result in results
+        for row in result["benchmarks"]
+    }
+    dates = sorted({result["datetime"][:10] for result in results})
+    return {**results[-1], "datetime": ", ".join(dates), "benchmarks": list(rows.values())}
+
+
 def _machine(result: dict[str, Any]) -> str:
     machine = result["machine_info"]["emblas"]
     return (
         f"{machine['cpu']}, ISA {machine['isa']}, torch {machine['torch']}, "
-        f"{result['datetime'][:10]}. Medians. Ratio: peer's time over ours."
+        f"{result['datetime']}. Medians. Ratio: peer's time over ours."
     )
 
 
@@ -56,8 +71,7 @@ def _contests(result: dict[str, Any]) -> Iterator[tuple[Row, Row | None]]:
     """Yield our row and that of each peer (None without one) for every op, shape and dtype."""
     groups: dict[tuple[Any, ...], list[Row]] = defaultdict(list)
     for row in rows_of(result):
-        key = tuple(row[k] for k in ("family", "op", "shape", "dtype", "threads"))
-        groups[key].append(row)
+        groups[tuple(row[k] for k in _CONTEST)].append(row)
     for _, rows in sorted(groups.items()):
         ours = next((row for row in rows if row["who"] == "emblas"), None)
         if ours is not None:
@@ -95,27 +109,35 @@ def table(result: dict[str, Any]) -> str:
 
 
 def summary(result: dict[str, Any]) -> str:
-    """Return one line per op and peer: the lowest and highest ratio over the shapes measured."""
-    ratios: dict[tuple[str, str], dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+    """Return one line per op: the lowest and highest ratio to the fastest peer of each shape."""
+    fastest: dict[tuple[Any, ...], tuple[float, str]] = {}
     for ours, peer in _contests(result):
-        if peer is not None and _quiet(ours, peer):
-            key = (f"{ours['family']}: {ours['op']}", peer["who"])
-            ratios[key][ours["threads"]].append(peer["median"] / ours["median"])
+        # Our own other forms are no peers.
+        if peer is not None and _quiet(ours, peer) and not peer["who"].startswith("emblas"):
+            key = tuple(ours[k] for k in _CONTEST)
+            found = (peer["median"] / ours["median"], peer["who"])
+            fastest[key] = min(found, fastest.get(key, found))
+    ratios: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+    peers: dict[str, set[str]] = defaultdict(set)
+    for (family, op, *_, count), (ratio, who) in fastest.items():
+        ratios[f"{family}: {op}"][count].append(ratio)
+        peers[f"{family}: {op}"].add(who)
     threads = sorted({count for by_threads in ratios.values() for count in by_threads})
     titles = [f"{count} thread{'s' * (count > 1)}" for count in threads]
     lines = [
         _machine(result),
         "",
-        f"| op | peer | rows | {' | '.join(titles)} |",
+        f"| op | fastest peer | rows | {' | '.join(titles)} |",
         f"|---|---|--:|{'--:|' * len(threads)}",
     ]
-    for (op, who), by_threads in ratios.items():
+    for op, by_threads in ratios.items():
         cells = [
             f"{min(by_threads[n]):.2f} to {max(by_threads[n]):.2f}" if by_threads[n] else ""
             for n in threads
         ]
+        names = ", ".join(sorted(peers[op]))
         lines.append(
-            f"| {op} | {who} | {sum(map(len, by_threads.values()))} | {' | '.join(cells)} |"
+            f"| {op} | {names} | {sum(map(len, by_threads.values()))} | {' | '.join(cells)} |"
         )
     return "\n".join(lines)
 
@@ -124,10 +146,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("result", type=Path, help="file written by --benchmark-json")
+    parser.add_argument(
+        "results", type=Path, nargs="+", metavar="result", help="file written by --benchmark-json"
+    )
     parser.add_argument("--write", action="store_true", help="write the documents")
     arguments = parser.parse_args()
-    result = json.loads(arguments.result.read_text())
+    result = joined([json.loads(file.read_text()) for file in arguments.results])
     if not arguments.write:
         print(table(result))
         return
