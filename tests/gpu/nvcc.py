@@ -7,6 +7,8 @@ the PATH.
 from __future__ import annotations
 
 import functools
+import hashlib
+import re
 import shutil
 import subprocess
 import sysconfig
@@ -26,21 +28,41 @@ def nvcc() -> str | None:
     return str(installed) if installed.exists() else shutil.which("nvcc")
 
 
+def _included(source: Path) -> set[Path]:
+    """Return a source and the files of ours that it includes, directly or not."""
+    found, waiting = set[Path](), [source]
+    while waiting:
+        file = waiting.pop()
+        if file not in found and file.exists():
+            found.add(file)
+            names = re.findall(r'^#include "(.+)"', file.read_text(), re.MULTILINE)
+            waiting += [ROOT / "csrc" / name for name in names]
+    return found
+
+
 def compile_cubin(source: Path, architecture: int, *options: str) -> bytes:
-    """Compile with the options of the build; warnings are errors."""
+    """Compile with the options of the build, once; warnings are errors."""
     compiler = nvcc()
     assert compiler is not None
-    with tempfile.TemporaryDirectory() as folder:
-        binary = Path(folder, "cubin")
-        command = [
-            compiler, "-std=c++20", "-O3", f"-I{ROOT / 'csrc'}", *options,
-            "-Werror=all-warnings", "-Xcompiler=-Wall,-Wextra",
-            f"-arch=sm_{architecture}", "-cubin", "-o", str(binary), str(source),
-        ]  # fmt: skip
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
-        if result.returncode:
-            raise RuntimeError(result.stdout + result.stderr)
-        return binary.read_bytes()
+    command = [
+        compiler, "-std=c++20", "-O3", f"-I{ROOT / 'csrc'}", *options,
+        "-Werror=all-warnings", "-Xcompiler=-Wall,-Wextra",
+        f"-arch=sm_{architecture}", "-cubin", str(source),
+    ]  # fmt: skip
+    key = hashlib.sha256(repr((command, Path(compiler).stat().st_mtime)).encode())
+    for file in sorted(_included(source)):
+        key.update(file.read_bytes())
+    binary = ROOT / "build" / "cubins" / key.hexdigest()
+    if not binary.exists():
+        binary.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=binary.parent) as folder:
+            new = Path(folder, "cubin")
+            command += ["-o", str(new)]
+            result = subprocess.run(command, capture_output=True, text=True, check=False)
+            if result.returncode:
+                raise RuntimeError(result.stdout + result.stderr)
+            new.replace(binary)
+    return binary.read_bytes()
 
 
 def binaries(architecture: int) -> list[Binary]:
