@@ -52,7 +52,7 @@ __device__ inline Rows<T> rows_from(const HeadVectors<const T>& x, int64_t token
 }
 
 // Makes two tiles of rows left factors: the first for what makes weights, the second for what makes
-// slopes. Returns where in the memory, of 16 or 32 KiB, the second one still lies.
+// slopes. Returns where in the memory, of 64 rows at least, the second one still lies.
 template <class T, int dim, int teams>
 __device__ inline const uint4* take_both(const Rows<T>& first, const Rows<T>& second, int count,
                                          bool aligned, uint4* memory,
@@ -291,7 +291,8 @@ __global__ void __launch_bounds__(kTeamThreads* kTeamsOfKeys<dim>, 3 - kTeamsOfK
                    int64_t key_heads, bool aligned) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
   constexpr int teams = kTeamsOfKeys<dim>, threads = teams * kTeamThreads, last = 2 - teams;
-  constexpr int tile_queries = kStepRows<dim>, tile_pieces = tile_queries * dim / 8;
+  constexpr int tile_queries = kStepRows<dim> < 32 ? kStepRows<dim> : 32;  // more would spill
+  constexpr int tile_pieces = tile_queries * dim / 8;
   SIMT_SHARED(uint4, memory, [4 * tile_pieces]);
   SIMT_SHARED(float, logarithms, [2][tile_queries]);
   SIMT_SHARED(float, tile_deltas, [2][tile_queries]);
