@@ -5,15 +5,6 @@
 #include "attention/varlen_attention_cuda.cuh"
 
 namespace emblas::cuda {
-namespace {
-
-template <class T>
-bool starts_whole(const HeadVectors<const T>& x) {
-  return reinterpret_cast<uintptr_t>(x.data) % 16 == 0 && x.token_stride % simt::kVector<T> == 0 &&
-         x.head_stride % simt::kVector<T> == 0;
-}
-
-}  // namespace
 
 template <class T>
 void varlen_attention(const VarlenAttentionArgs<T>& args, const PackedSizes& sizes, void* stream) {
@@ -24,8 +15,8 @@ void varlen_attention(const VarlenAttentionArgs<T>& args, const PackedSizes& siz
                       : widest <= 64  ? attend_tile<T, 64>
                       : widest <= 128 ? attend_tile<T, 128>
                                       : attend_tile<T, 256>;
-  simt::launch(kernel, unsigned(attention_slots(sizes) * args.heads), kAttentionThreads, 0, stream,
-               args, sizes, aligned);
+  simt::launch(kernel, unsigned(attention_slots(sizes.queries, sizes.batch) * args.heads),
+               kAttentionThreads, 0, stream, args, sizes, aligned);
 }
 
 template void varlen_attention<bfloat16>(const VarlenAttentionArgs<bfloat16>&, const PackedSizes&,

@@ -22,6 +22,7 @@ add_library(
   # One line per kernel family.
   csrc/attention/rotary_cuda.cu
   csrc/attention/rotary_ops_cuda.cpp
+  csrc/attention/varlen_attention_backward_cuda.cu
   csrc/attention/varlen_attention_cuda.cu
   csrc/attention/varlen_attention_ops_cuda.cpp
   csrc/binary/asymmetric_cuda.cu

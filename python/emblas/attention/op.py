@@ -116,6 +116,12 @@ def _check_values(
     check_offsets("cu_seqlens_k", cu_seqlens_k, k.shape[0], "tokens of k")
 
 
+def _few_tiles(x: Tensor, cu_seqlens: Tensor) -> bool:
+    """Tell whether CUDA can number the tiles of 64 tokens in all heads."""
+    slots = x.shape[0] // 64 + cu_seqlens.shape[0] - 1
+    return x.shape[0] < 2**30 and slots * x.shape[1] < 2**31
+
+
 def _cuda_supports(
     q: Tensor,
     k: Tensor,
@@ -125,16 +131,29 @@ def _cuda_supports(
     *others: Any,
 ) -> bool:
     """Tell whether tensor cores multiply these, as mma has it from sm_80 on."""
-    slots = q.shape[0] // 64 + cu_seqlens_q.shape[0] - 1
     return (
         q.dtype in (torch.bfloat16, torch.float16)
         and q.dtype == k.dtype == v.dtype
         and 1 <= q.shape[2] <= 256
         and 1 <= v.shape[2] <= 256
-        and max(q.shape[0], k.shape[0]) < 2**30
-        and slots * q.shape[1] < 2**31
+        and _few_tiles(q, cu_seqlens_q)
+        and _few_tiles(k, cu_seqlens_k)
         and (not q.is_cuda or torch.cuda.get_device_capability(q.device) >= (8, 0))
     )
+
+
+def _cuda_supports_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    *others: Any,
+) -> bool:
+    """Tell whether tensor cores multiply the gradient too."""
+    return grad_out.dtype == out.dtype == q.dtype and _cuda_supports(q, k, v, *others)
 
 
 _varlen_attention = Op(
@@ -151,6 +170,7 @@ _varlen_attention_backward = Op(
     reference=reference.varlen_attention_backward,
     fake=_backward_fake,
     triton="emblas.attention.triton",
+    cuda_supports=_cuda_supports_backward,
 )
 # The gradient where the biases beyond those of distance, or dropout, are in use.
 _varlen_attention_biases_backward = Op(

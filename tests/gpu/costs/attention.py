@@ -82,13 +82,13 @@ def _attend(kernel: str, a: Attention) -> dict[str, Work]:
     return {kernel: Work(read, a.matrix, 0, 4 * a.pairs * a.head_dim)}
 
 
-def _attend_backward(a: AttentionBackward) -> dict[str, Work]:
+def _attend_backward(kernels: tuple[str, str], a: AttentionBackward) -> dict[str, Work]:
     offsets, flops = 4 * (len(a.lengths) + 1), 2 * a.pairs * a.head_dim
     for_queries = 5 * a.matrix + a.per_query + offsets
     for_keys = 4 * a.matrix + 2 * a.per_query + offsets
     return {
-        "_grad_queries": Work(for_queries, a.matrix + a.per_query, 0, 3 * flops),
-        "_grad_keys": Work(for_keys, 2 * a.matrix, 0, 4 * flops),
+        kernels[0]: Work(for_queries, a.matrix + a.per_query, 0, 3 * flops),
+        kernels[1]: Work(for_keys, 2 * a.matrix, 0, 4 * flops),
     }
 
 
@@ -100,7 +100,12 @@ MODELS: dict[tuple[str, str], Callable[[Any], dict[str, Work]]] = {
     ("rotary_backward", "Triton"): partial(_rotary, "_turn"),
     ("varlen_attention", "CUDA C++"): partial(_attend, "attend_tile"),
     ("varlen_attention", "Triton"): partial(_attend, "_attend"),
-    ("varlen_attention_backward", "Triton"): _attend_backward,
+    ("varlen_attention_backward", "CUDA C++"): partial(
+        _attend_backward, ("grad_queries_tile", "grad_keys_tile")
+    ),
+    ("varlen_attention_backward", "Triton"): partial(
+        _attend_backward, ("_grad_queries", "_grad_keys")
+    ),
 }
 _SMALL_ROTARY = (Rotary(20, 3, 64, _F32), Rotary(7, 2, 24, _BF16))
 _LARGE_ROTARY = (Rotary(32768, 24, 64, _BF16),)
