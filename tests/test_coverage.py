@@ -116,7 +116,7 @@ NO_GRADIENT = {
 # Operators whose GPU tensors take the reference, with a warning: no GPU kernels yet.
 NO_TRITON = (
     "compose_bag_backward_rows", "compose_bag_update_", "quantized_bag", "quantized_bag_backward",
-    "rotary_", "row_dots", "row_outer", "row_sums", "varlen_attention_biases_backward",
+    "rotary_", "row_dots", "row_outer", "row_sums",
 )  # fmt: skip
 
 

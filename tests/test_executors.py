@@ -10,6 +10,7 @@ from cases import CASES
 from contract import packed, tolerance
 from emblas import _op, use_backend
 from emblas.attention import varlen_attention
+from emblas.attention.op import Shaping
 from emblas.pooling import reference
 from emblas.pooling.reference import Mode
 from executors import EXECUTORS as IMPLEMENTATIONS
@@ -28,11 +29,21 @@ def results(value):
     return value if isinstance(value, tuple) else (value,)
 
 
+def cuda_serves(name, executor, args):
+    """Tell whether the CUDA C++ kernel serves a call, whose last arguments it may not know."""
+    op = _op.ops()[name]
+    library = torch.ops.emblas if executor == "cuda" else torch.ops.emblas_simt
+    arity = len(getattr(library, f"{name}_cuda").default._schema.arguments)
+    for value, argument in zip(args[arity:], op.overload._schema.arguments[arity:], strict=False):
+        if isinstance(value, torch.Tensor) or value != argument.default_value:
+            return False
+    return op.cuda_supports is None or op.cuda_supports(*args[:arity])
+
+
 @pytest.mark.parametrize(("name", "executor", "case"), CELLS)
 def test_equals_oracle(name, executor, case):
     made = CASES[name][case]()
-    supports = _op.ops()[name].cuda_supports
-    if executor in ("simt", "cuda") and supports and not supports(*made.args):
+    if executor in ("simt", "cuda") and not cuda_serves(name, executor, made.args):
         pytest.skip("left to Triton")
     expected = results(_op.ops()[name].reference(*map(wide, made.args)))
     actual = results(EXECUTORS[name, executor](*made.args))
@@ -249,6 +260,46 @@ def test_attention_gradients_stay_in_bounds(executor, offsets):
     gradients = attention_gradients(executor)
     for cu_q, cu_k in ((cu, cu), (cu, right), (right, cu)):
         gradients(q, grad, cu_q, 43, cu_k=cu_k)
+
+
+BIASES = [e for n, e in EXECUTORS if n == "varlen_attention_biases_backward"]
+
+
+@pytest.mark.parametrize("executor", [e for e in BIASES if e in GPU])
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize(
+    "offsets", [[5, 900, -3, 2], [-7, 2**31 - 1, 2**31 - 1, -(2**31)], [80, 70, 60, 3]]
+)
+def test_shaped_attention_stays_in_bounds(executor, offsets, padded):
+    """Whatever offsets and prefixes hold, and where pairs are fewer than they should be."""
+    cu, ids = torch.tensor(offsets, dtype=torch.int32), torch.randint(-1, 2, (43,)).int()
+    shaping = Shaping(
+        0.5, torch.rand(3, 1), torch.randn(1, 7), torch.tensor([2**31 - 1, -(2**31), 5]).int(),
+        ids, ids, pair_bias=torch.randn(3, 1, 40, 43) if padded else torch.randn(1, 1450),
+        dropout_p=0.1, dropout_seeds=torch.arange(3),
+    )  # fmt: skip
+    q, lse, numbers = torch.randn(43, 1, 16), torch.zeros(1, 43), (cu, cu, 43, 43, None, -1, 0)
+    EXECUTORS["varlen_attention", executor](q, q, q, *numbers, True, *shaping)
+    run = EXECUTORS["varlen_attention_biases_backward", executor]
+    run(q, lse, q, q, q, q, lse, *numbers, *shaping, True, False, True)
+
+
+@pytest.mark.parametrize("executor", BIASES)
+def test_biases_train(executor):
+    """The public function reaches the kernels of an executor, forward and backward."""
+    cu, names = packed((3, 0, 40)), ("varlen_attention", "varlen_attention_biases_backward")
+    given = torch.randn(43, 3, 2, 16), torch.randn(2, 5), torch.randn(1, 1, 40, 40)
+    grads = []
+    for run, dtype in ((executor, torch.float32), ("reference", torch.float64)):
+        with IMPLEMENTATIONS[run](names) if run in IMPLEMENTATIONS else use_backend(run):
+            x, table, bias = leaves = [leaf.to(dtype, copy=True).requires_grad_() for leaf in given]
+            out = varlen_attention(
+                *x.unbind(1), cu, cu, 40, 40, 0.2, relative_bias=(table, torch.arange(9) % 5),
+                attn_bias=bias, dropout_seeds=torch.arange(3),
+            )  # fmt: skip
+            out.square().sum().backward()
+        grads.append([leaf.grad.double() for leaf in leaves])
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("executor", ATTENTION)

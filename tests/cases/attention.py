@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from contract import packed
 from emblas.attention import reference
+from emblas.attention.op import Shaping
 
 from cases.case import HALVES, Case, short
 
@@ -20,10 +22,12 @@ def _attention_arguments(
     heads: int = 2,
     key_heads: int = 1,
     dim: int = 24,
+    value_dim: int | None = None,
     window: tuple[int, int] = (-1, -1),
     scale: float | None = None,
     lse: bool = True,
     fused: bool = False,
+    options: str = "",
 ) -> tuple[Any, ...]:
     lengths_k = lengths_q if lengths_k is None else lengths_k
     if fused:  # slices of one projection
@@ -31,11 +35,39 @@ def _attention_arguments(
         q, k, v = x.unbind(1)
     else:
         q = torch.randn(sum(lengths_q), heads, dim).to(dtype)
-        k, v = (torch.randn(sum(lengths_k), key_heads, dim).to(dtype) for _ in range(2))
+        k = torch.randn(sum(lengths_k), key_heads, dim).to(dtype)
+        v = torch.randn(sum(lengths_k), key_heads, value_dim or dim).to(dtype)
     longest = (max((0, *lengths)) for lengths in (lengths_q, lengths_k))
     return (
         q, k, v, packed(lengths_q), packed(lengths_k), *longest, scale, *window, lse,
+        *(_shaping(options, lengths_q, lengths_k, heads) if options else ()),
     )  # fmt: skip
+
+
+def _shaping(
+    names: str, lengths_q: tuple[int, ...], lengths_k: tuple[int, ...], heads: int
+) -> Shaping:
+    """What shapes scores, by words with commas between."""
+    batch, tokens = len(lengths_k), sum(lengths_k)
+    pairs = sum(map(math.prod, zip(lengths_q, lengths_k, strict=True)))
+    longest = max(lengths_q), max(lengths_k)
+    made: dict[str, dict[str, Any]] = {
+        "softcap": {"softcap": 1.5},
+        "slopes": {"alibi_slopes": torch.rand(1, heads)},
+        "slopes of sequences": {"alibi_slopes": torch.rand(batch, heads)},
+        "distances": {"distance_bias": torch.randn(heads, 11)},
+        "one distance": {"distance_bias": torch.randn(heads, 1)},
+        "far distances": {"distance_bias": torch.randn(heads, 301)},
+        "prefix": {"prefix_len": torch.arange(5, 5 + batch, dtype=torch.int32)},
+        "branches": {"branch": (torch.arange(tokens) // max(tokens // 4, 1) - 1).int()},
+        "blocks": {"block_ids": torch.randint(-1, 3, (tokens,), dtype=torch.int32)},
+        "few blocks": {"block_ids": (torch.arange(tokens) // 30 * 2 // 3 - 1).int()},
+        "pairs": {"pair_bias": torch.randn(heads, pairs)},
+        "padded pairs": {"pair_bias": torch.randn(batch, heads, longest[0] + 2, longest[1] + 3)},
+        "shared pairs": {"pair_bias": torch.randn(1, 1, *longest).expand(batch, heads, *longest)},
+        "dropout": {"dropout_p": 0.3, "dropout_seeds": torch.arange(batch) * 7**20 - 5**25},
+    }
+    return Shaping(**{k: x for name in names.split(", ") for k, x in made[name].items()})
 
 
 def _attention() -> Iterator[tuple[str, Callable[[], Case]]]:
@@ -67,6 +99,46 @@ def _attention() -> Iterator[tuple[str, Callable[[], Case]]]:
         yield name, lambda a=(q, k): Case(_attention_arguments(*a, window=(-1, 0)), 40)
 
 
+def _attention_options(beyond: bool | None = None) -> Iterator[tuple[str, Callable[[], Case]]]:
+    """Calls with what shapes scores: all, or those whose gradient is one operator's or the other's.
+
+    Pairs and dropout take the one for biases beyond those of distance.
+    """
+    small, many, uneven = (3, 0, 1, 40), (100,), ((9, 40), (4, 50))
+    bfloat16, grouped = {"dtype": torch.bfloat16}, {"heads": 2, "key_heads": 2}
+    one = {"heads": 1}
+    for lengths, words, options in (
+        (small, "wide values", {"dim": 24, "value_dim": 40}),
+        (small, "narrow values", {"dim": 40, "value_dim": 16, "heads": 4, "key_heads": 2}),
+        (small, "softcap", {"scale": 2.0}),
+        (small, "slopes", {"window": (-1, 0)}),
+        (uneven, "slopes of sequences", grouped),
+        (uneven, "prefix", {"window": (-1, 0)}),
+        (many, "prefix, branches", {"window": (30, 0), **one}),
+        (small, "branches", {"window": (-1, 2)}),
+        (uneven, "blocks", {"window": (20, 0)}),
+        (many, "few blocks", {"window": (-1, 0), **one}),
+        (small, "distances", {}),
+        (small, "one distance", {}),
+        (many, "distances, branches", {"window": (60, 3), **one}),
+        (uneven, "far distances, softcap", {"window": (-1, 0)}),
+        (small, "distances, prefix, slopes", {"window": (9, 0), **bfloat16}),
+        (uneven, "pairs", grouped),
+        (small, "padded pairs", {"window": (5, 9)}),
+        (small, "shared pairs, softcap", bfloat16),
+        (uneven, "dropout", {"window": (6, 9), **grouped}),
+        (many, "dropout, distances, softcap", {"window": (33, 20), **one}),
+        (uneven, "dropout, pairs, blocks, distances", {"window": (20, 0), "value_dim": 9}),
+    ):
+        if beyond is None or beyond == any(x in words for x in ("pairs", "dropout")):
+            chosen = {**options} if "values" in words else {**options, "options": words}
+            q, k = lengths if isinstance(lengths[0], tuple) else (lengths, lengths)
+            yield (
+                f"{words}, {len(q)} sequences",
+                lambda a=(q, k), o=chosen: Case(_attention_arguments(*a, **o), max(*a[0], *a[1])),
+            )
+
+
 def _attention_halves() -> Iterator[tuple[str, Callable[[], Case]]]:
     """What kernels for tensor cores distinguish too."""
     for dtype in HALVES:
@@ -84,20 +156,39 @@ def _attention_halves() -> Iterator[tuple[str, Callable[[], Case]]]:
             )
 
 
-def _gradients(attention: Case) -> Case:
-    """The call of the gradient that belongs to a call of attention."""
-    q, k, v, *offsets, scale, left, right, lse = attention.args
+def _gradients(attention: Case, *needs: bool) -> Case:
+    """The call of the gradient that belongs to a call of attention.
+
+    Without options there are no needs; with one need it is that of the bias of distances, with
+    three also those of the others.
+    """
+    q, k, v, *offsets, scale, left, right, lse = attention.args[:11]
+    shaping = Shaping(*attention.args[11:])
     wide = [x.double() for x in (q, k, v)]
-    out, logarithms = reference.varlen_attention(*wide, *offsets, scale, left, right, True)
+    widened = [x.double() if torch.is_tensor(x) and x.is_floating_point() else x for x in shaping]
+    numbers = (*offsets, scale, left, right)
+    out, logarithms = reference.varlen_attention(*wide, *numbers, True, *widened)
     grad_out = torch.randn_like(out).to(q.dtype)
     grad_lse = torch.randn_like(logarithms).float() if lse else None
     given = (grad_out, grad_lse, q, k, v, out.to(q.dtype), logarithms.float())
-    return Case((*given, *offsets, scale, left, right), attention.length)
+    options = (shaping if len(needs) == 3 else shaping.of_distance()) if needs else ()
+    return Case((*given, *numbers, *options, *needs), attention.length)
 
 
 def _attention_backward() -> Iterator[tuple[str, Callable[[], Case]]]:
     for name, case in (*_attention(), *_attention_halves()):
         yield name, lambda a=case: _gradients(a())
+    for name, case in _attention_options(beyond=False):
+        yield name, lambda a=case: _gradients(a(), True)
+    unneeded = dict(_attention_options())["distances, 4 sequences"]
+    yield "unneeded bias", lambda: _gradients(unneeded(), False)
+
+
+def _attention_biases_backward() -> Iterator[tuple[str, Callable[[], Case]]]:
+    for name, case in _attention_options(beyond=True):
+        yield name, lambda a=case: _gradients(a(), True, False, True)
+    unneeded = dict(_attention_options())["shared pairs, softcap, 4 sequences"]
+    yield "unneeded biases", lambda: _gradients(unneeded(), False, False, False)
 
 
 def _rotary() -> Iterator[tuple[str, Callable[[], Case]]]:
@@ -138,6 +229,7 @@ def _rotary() -> Iterator[tuple[str, Callable[[], Case]]]:
 CASES: dict[str, dict[str, Callable[[], Case]]] = {
     "rotary": dict(_rotary()),
     "rotary_backward": dict(_rotary()),
-    "varlen_attention": {**dict(_attention()), **dict(_attention_halves())},
+    "varlen_attention": dict((*_attention(), *_attention_halves(), *_attention_options())),
     "varlen_attention_backward": dict(_attention_backward()),
+    "varlen_attention_biases_backward": dict(_attention_biases_backward()),
 }

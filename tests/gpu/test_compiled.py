@@ -47,6 +47,7 @@ LOCAL_MEMORY = {
 }
 _ODD = "rows of odd width are read by bytes"
 NO_WIDE_LOADS = {
+    ("_add_sequences", ""): "sums begin anywhere, and are a number for each token and head",
     ("_all_distances", "16 queries, odd width"): _ODD,
     ("_attention_gradients", ""): "its threads share the reads of 32 tokens and of 64 columns",
     ("_choose", ""): "its threads share the reads of 32 tokens",
@@ -127,9 +128,9 @@ def test_files_have_wide_loads(rows):
 
 def test_products_use_tensor_cores(rows):
     kernels = {
-        "_add_to_tokens", "_add_to_words", "_attend", "_grad_documents", "_grad_keys",
-        "_grad_queries", "_highest_of_chunk", "_logit_slopes", "_maxsim", "_vocab_max",
-        "_vocab_sum",
+        "_add_to_tokens", "_add_to_words", "_attend", "_grad_distances", "_grad_documents",
+        "_grad_keys", "_grad_queries", "_highest_of_chunk", "_logit_slopes", "_maxsim",
+        "_vocab_max", "_vocab_sum",
     }  # fmt: skip
     rows = of_triton(rows)
     assert {row.kernel for row in rows if row.tensor_cores} == kernels

@@ -13,6 +13,7 @@ from unittest import mock
 
 import torch
 from emblas import _op
+from emblas.attention.op import Shaping
 from emblas.pooling.reference import Mode
 from emblas.tables import Composition, Part
 from emblas.tables.compose_op import MODES
@@ -278,6 +279,30 @@ def _attention() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
             lse = torch.empty(4, 1024)
             out = torch.empty(1024, 4, head_dim, dtype=dtype)
             yield "varlen_attention_backward", words, (out, None, q, k, v, out, lse, *args[3:])
+    yield from _shaped_attention(cu_seqlens)
+
+
+def _shaped_attention(cu_seqlens: Tensor) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
+    """What shapes scores, each for itself: it makes little difference to another dtype or width."""
+    ids, heads, tokens = torch.zeros(1024, dtype=torch.int32), 4, 1024
+    q, k = torch.empty(2, tokens, heads, 64, dtype=torch.bfloat16)
+    for words, dim, shaping in (
+        ("softcap, slopes", 128, Shaping(30.0, torch.empty(4, heads))),
+        ("masks", 64, Shaping(prefix_len=ids[:4], branch=ids, block_ids=ids)),
+        ("distances", 64, Shaping(distance_bias=torch.empty(heads, 255))),
+        ("pairs", 64, Shaping(pair_bias=torch.empty(4, heads, 512, 512))),
+        ("dropout", 64, Shaping(dropout_p=0.1, dropout_seeds=torch.zeros(4, dtype=torch.int64))),
+    ):
+        v = torch.empty(tokens, heads, dim, dtype=torch.bfloat16)
+        words = f"bfloat16, head_dim 64, {words}"
+        numbers = (cu_seqlens, cu_seqlens, 512, 512, None, -1, -1)
+        yield "varlen_attention", words, (q, k, v, *numbers, True, *shaping)
+        given = (v, None, q, k, v, v, torch.empty(heads, tokens), *numbers)
+        if shaping.beyond():
+            yield "varlen_attention_biases_backward", words, (*given, *shaping, *[True] * 3)
+        else:
+            args = (*given, *shaping.of_distance(), True)
+            yield "varlen_attention_backward", words, args
 
 
 def _rotary() -> Iterator[tuple[str, str, tuple[Any, ...]]]:

@@ -177,6 +177,7 @@ _varlen_attention_biases_backward = Op(
     "varlen_attention_biases_backward",
     reference=reference.varlen_attention_biases_backward,
     fake=_biases_backward_fake,
+    triton="emblas.attention.triton",
 )
 
 

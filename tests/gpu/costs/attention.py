@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from costs.work import Work
+from emblas.attention.op import Shaping
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +53,25 @@ class AttentionBackward(Attention):
         return grad_out, None, q, k, v, out, lse, *others
 
 
+_RADIUS = 16
+
+
+class AttentionBiasesBackward(AttentionBackward):
+    """With biases of distances and of pairs, and gradients of both."""
+
+    def __str__(self) -> str:
+        return f"{super().__str__()}, biases"
+
+    def arguments(self) -> tuple[Any, ...]:
+        pairs = torch.rand(self.heads, self.pairs // self.heads)
+        distances = torch.rand(self.heads, 2 * _RADIUS + 1)
+        return *super().arguments(), *Shaping(0.0, None, distances, pair_bias=pairs), *[True] * 3
+
+    @property
+    def distances(self) -> int:
+        return sum(2 * length - 1 for length in self.lengths) * self.heads
+
+
 @dataclasses.dataclass(frozen=True)
 class Rotary:
     """All elements of the heads of some tokens turned, each token at a position of its own."""
@@ -92,6 +112,23 @@ def _attend_backward(kernels: tuple[str, str], a: AttentionBackward) -> dict[str
     }
 
 
+def _attend_biases_backward(a: AttentionBiasesBackward) -> dict[str, Work]:
+    """Tiles of distances hang over the ends of the queries."""
+    plain = _attend_backward(("_grad_queries", "_grad_keys"), a)
+    bins = a.heads * (2 * _RADIUS + 1)
+    biases = 4 * (a.pairs + bins) + 8 * len(a.lengths)
+    offsets, flops = 4 * (len(a.lengths) + 1), 2 * a.pairs * a.head_dim
+    for_queries, for_keys = plain["_grad_queries"], plain["_grad_keys"]
+    read = for_queries.read + biases + 8 * len(a.lengths)
+    written = for_queries.written + 4 * a.pairs
+    return {
+        "_grad_queries": Work(read, written, 0, 3 * flops),
+        "_grad_keys": Work(for_keys.read + biases, for_keys.written, 0, 4 * flops),
+        "_grad_distances": Work(for_keys.read + biases, 4 * a.distances, 0, 4 * flops, slack=1),
+        "_add_sequences": Work(4 * a.distances + offsets, 4 * bins),
+    }
+
+
 _BF16, _F32 = torch.bfloat16, torch.float32
 MODELS: dict[tuple[str, str], Callable[[Any], dict[str, Work]]] = {
     ("rotary", "CUDA C++"): partial(_rotary, "turn_pairs"),
@@ -106,6 +143,7 @@ MODELS: dict[tuple[str, str], Callable[[Any], dict[str, Work]]] = {
     ("varlen_attention_backward", "Triton"): partial(
         _attend_backward, ("_grad_queries", "_grad_keys")
     ),
+    ("varlen_attention_biases_backward", "Triton"): _attend_biases_backward,
 }
 _SMALL_ROTARY = (Rotary(20, 3, 64, _F32), Rotary(7, 2, 24, _BF16))
 _LARGE_ROTARY = (Rotary(32768, 24, 64, _BF16),)
@@ -117,6 +155,7 @@ SMALL: dict[str, tuple[Any, ...]] = {
         AttentionBackward((128, 256), 2, 64, _BF16),
         AttentionBackward((64, 32), 1, 32, _F32),
     ),
+    "varlen_attention_biases_backward": (AttentionBiasesBackward((128,), 2, 64, _BF16),),
 }
 LARGE: dict[str, tuple[Any, ...]] = {
     "rotary": _LARGE_ROTARY,
@@ -126,4 +165,5 @@ LARGE: dict[str, tuple[Any, ...]] = {
         AttentionBackward((512,) * 64, 12, 64, _BF16),
         AttentionBackward((8192,), 16, 128, _BF16),
     ),
+    "varlen_attention_biases_backward": (AttentionBiasesBackward((512,) * 64, 12, 64, _BF16),),
 }

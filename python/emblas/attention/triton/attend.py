@@ -3,12 +3,15 @@
 Online softmax over blocks of keys (Dao et al., 2022, arXiv 2205.14135, algorithm 1): a program owns
 a tile of queries of one sequence and head, walks through the keys that any of them may see, and
 keeps maximum, sum and weighted values of each query in registers. Exponentials are of base 2, which
-is what the hardware has. Nothing of size (queries, keys) is written.
+is what the hardware has. Nothing of size (queries, keys) is written. Where masks leave no pair of a
+tile, it is skipped.
 
 Products run on tensor cores: bfloat16 and float16 as they are, float32 as three TF32 products,
 whose error is that of float32. Cost: 4 d flops and one exponential for each pair of query and key;
 keys and values are read once per tile of queries, mostly from the L2 cache.
 """
+
+from typing import Any
 
 import torch
 import triton
@@ -16,6 +19,8 @@ import triton.language as tl
 from torch import Tensor
 
 from emblas import _op
+from emblas.attention.op import Shaping
+from emblas.attention.triton.scores import add_biases, any_of, cap, kept, keys_seen, options, sees
 from emblas.attention.triton.tiles import (
     LN_2,
     LOG2_E,
@@ -23,7 +28,6 @@ from emblas.attention.triton.tiles import (
     load_vectors,
     precision,
     radius,
-    sees,
     sequence_bounds,
     serves,
 )
@@ -52,10 +56,27 @@ def _attend(
     heads,
     group,
     head_dim,
+    value_dim,
+    softcap,
+    slopes,
+    slopes_stride,
+    distance_bias,
+    bias_radius,
+    prefix_len,
+    branch,
+    block_ids,
+    pair_bias,
+    pair_starts,
+    pair_head: tl.int64,
+    pair_query: tl.int64,
+    seeds,
+    threshold: tl.int64,
+    factor,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr,
 ):
     sequence = tl.program_id(0) // heads
     head = (tl.program_id(0) % heads).to(tl.int64)
@@ -72,36 +93,57 @@ def _attend(
     k += k_begin * k_token + head // group * k_head
     v += k_begin * v_token + head // group * v_head
 
-    position = i + (keys - queries)
-    lowest = tl.maximum(first + (keys - queries) - left, 0)
-    highest = tl.minimum(first + BLOCK_M - 1 + (keys - queries) + right, keys - 1)
+    prefix = None if prefix_len is None else tl.load(prefix_len + sequence)
+    if branch is not None:
+        branch += k_begin
+    if block_ids is not None:
+        block_ids += k_begin
+    ahead = keys - queries
+    position = i + ahead
+    lowest, highest = keys_seen(
+        first + ahead, first + ahead + BLOCK_M - 1, keys, left, right, prefix, block_ids
+    )
     maximum = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
-    weighted = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    weighted = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
     for start in range(lowest, highest + 1, BLOCK_N):
         j = start + tl.arange(0, BLOCK_N)
-        k_tile = load_vectors(k, j, keys, k_token, head_dim, BLOCK_D)
-        scores = scale * LOG2_E * tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
-        seen = sees(position[:, None], j[None, :], keys, left, right)
-        scores = tl.where(seen, scores, float("-inf"))
+        seen = sees(position[:, None], j[None, :], keys, left, right, prefix, branch, block_ids)
+        if (branch is None and block_ids is None) or any_of(seen):
+            k_tile = load_vectors(k, j, keys, k_token, head_dim, BLOCK_D)
+            scores = scale * LOG2_E * tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
+            if softcap is not None:
+                scores, _slope = cap(scores, softcap)
+            scores = add_biases(
+                scores, i[:, None], position[:, None], j[None, :], sequence, head, queries, keys,
+                slopes, slopes_stride, distance_bias, bias_radius, pair_bias, pair_starts,
+                pair_head, pair_query,
+            )  # fmt: skip
+            scores = tl.where(seen, scores, float("-inf"))
 
-        highest_score = tl.maximum(maximum, tl.max(scores, 1))
-        # Where nothing was seen yet, -inf - -inf would be NaN.
-        base = tl.where(highest_score == float("-inf"), 0.0, highest_score)
-        weights = tl.exp2(scores - base[:, None])
-        shrink = tl.exp2(maximum - base)
-        total = total * shrink + tl.sum(weights, 1)
-        maximum = highest_score
-        v_tile = load_vectors(v, j, keys, v_token, head_dim, BLOCK_D)
-        weighted = tl.dot(
-            weights.to(v_tile.dtype), v_tile, weighted * shrink[:, None], input_precision=PRECISION
-        )
+            highest_score = tl.maximum(maximum, tl.max(scores, 1))
+            # Where nothing was seen yet, -inf - -inf would be NaN.
+            base = tl.where(highest_score == float("-inf"), 0.0, highest_score)
+            weights = tl.exp2(scores - base[:, None])
+            shrink = tl.exp2(maximum - base)
+            total = total * shrink + tl.sum(weights, 1)
+            maximum = highest_score
+            if seeds is not None:
+                seed = tl.load(seeds + sequence)
+                weights *= kept(seed, head, position, start, threshold, factor, BLOCK_N)
+            v_tile = load_vectors(v, j, keys, v_token, value_dim, BLOCK_V)
+            weighted = tl.dot(
+                weights.to(v_tile.dtype),
+                v_tile,
+                weighted * shrink[:, None],
+                input_precision=PRECISION,
+            )
 
     empty = total == 0
     result = weighted / tl.where(empty, 1.0, total)[:, None]
-    d = tl.arange(0, BLOCK_D)
-    inside = (i < queries)[:, None] & (d < head_dim)[None, :]
-    at = ((q_begin + i)[:, None] * heads + head) * head_dim + d[None, :]
+    d = tl.arange(0, BLOCK_V)
+    inside = (i < queries)[:, None] & (d < value_dim)[None, :]
+    at = ((q_begin + i)[:, None] * heads + head) * value_dim + d[None, :]
     tl.store(out + at, result.to(out.dtype.element_ty), mask=inside)
     if lse is not None:
         logarithm = tl.log2(tl.where(empty, 1.0, total)) + tl.where(empty, 0.0, maximum)
@@ -109,28 +151,36 @@ def _attend(
         tl.store(lse + head * q_tokens + q_begin + i, logarithm, mask=i < queries)
 
 
-def _tile(dtype: torch.dtype, head_dim: int) -> tuple[int, int, int, int]:
+def _tile(dtype: torch.dtype, dim: int) -> tuple[int, int, int, int]:
     """Return queries and keys of a tile, warps, and stages of the pipeline.
 
     The largest whose registers don't spill and whose shared memory fits on every architecture
     (docs/gpu_kernels.md).
     """
     if dtype == torch.float32:
-        if head_dim <= 64:
+        if dim <= 64:
             return 32, 32, 4, 2
-        return (32, 32, 8, 2) if head_dim <= 128 else (16, 32, 8, 1)
-    if head_dim <= 64:
+        return (32, 32, 8, 2) if dim <= 128 else (16, 32, 8, 1)
+    if dim <= 64:
         return 128, 64, 8, 2
-    return (128, 32, 8, 2) if head_dim <= 128 else (64, 32, 8, 2)
+    return (128, 32, 8, 2) if dim <= 128 else (64, 32, 8, 2)
 
 
 def _supports(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    *others: object,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    softmax_scale: float | None,
+    window_left: int,
+    window_right: int,
+    return_lse: bool,
+    *shaping: Any,
 ) -> bool:
-    return serves(q, k, v)
+    return serves(q, k, v) and Shaping(*shaping).position_lookup is None
 
 
 @_op.kernel(_supports)
@@ -146,18 +196,36 @@ def varlen_attention(
     window_left: int,
     window_right: int,
     return_lse: bool,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    distance_bias: Tensor | None = None,
+    prefix_len: Tensor | None = None,
+    branch: Tensor | None = None,
+    block_ids: Tensor | None = None,
+    position_keys: Tensor | None = None,
+    position_queries: Tensor | None = None,
+    position_lookup: Tensor | None = None,
+    pair_bias: Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_seeds: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     tokens, heads, head_dim = q.shape
+    value_dim = v.shape[2]
     batch = cu_seqlens_q.shape[0] - 1
     scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
-    out = q.new_empty(q.shape)
+    shaping = Shaping(
+        softcap, alibi_slopes, distance_bias, prefix_len, branch, block_ids, pair_bias=pair_bias,
+        dropout_p=dropout_p, dropout_seeds=dropout_seeds,
+    )  # fmt: skip
+    out = q.new_empty(tokens, heads, value_dim)
     lse = q.new_empty(heads if return_lse else 0, tokens, dtype=torch.float32)
-    block_m, block_n, num_warps, num_stages = _tile(q.dtype, head_dim)
+    block_m, block_n, num_warps, num_stages = _tile(q.dtype, max(head_dim, value_dim))
     _attend[(batch * heads, triton.cdiv(max_seqlen_q, block_m))](
         q, q.stride(0), q.stride(1), k, k.stride(0), k.stride(1), v, v.stride(0), v.stride(1),
         out, lse if return_lse else None, cu_seqlens_q, cu_seqlens_k, tokens, k.shape[0],
         scale, radius(window_left), radius(window_right), heads, heads // k.shape[1], head_dim,
+        value_dim, **options(shaping, q, k, cu_seqlens_q, cu_seqlens_k),
         PRECISION=precision(q.dtype), BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=block(head_dim),
-        num_warps=num_warps, num_stages=num_stages,
+        BLOCK_V=block(value_dim), num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
     return out, lse

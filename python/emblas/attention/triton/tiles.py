@@ -1,4 +1,4 @@
-"""What the kernels of packed attention share: sequences, tiles of vectors, who sees whom."""
+"""What the kernels of packed attention share: sequences, tiles of vectors."""
 
 import torch
 import triton
@@ -27,19 +27,13 @@ def load_vectors(vectors, i, count, stride, dim, BLOCK: tl.constexpr):
     return tl.load(vectors + i.to(tl.int64)[:, None] * stride + d[None, :], mask=inside, other=0.0)
 
 
-@triton.jit
-def sees(position, j, keys, left, right):
-    """Which queries, by their positions, see which of the keys j."""
-    return (j < keys) & (j >= position - left) & (j <= position + right)
-
-
 def serves(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Tell whether the kernels take these queries, keys and values."""
     return (
         q.dtype in FLOATS
         and q.dtype == k.dtype == v.dtype
         and 1 <= q.shape[2] <= 256
-        and q.shape[2] == v.shape[2]
+        and 1 <= v.shape[2] <= 256
         and k.shape[1] == v.shape[1] > 0
         and max(q.shape[0], k.shape[0]) < _FAR
     )
