@@ -282,6 +282,24 @@ def bench_pack_sign(row: Any, who: str) -> None:
     )  # fmt: skip
 
 
+UNPACKERS: dict[str, Callable[[torch.Tensor], Any]] = {
+    "emblas": lambda codes: unpack_sign(codes, 768),
+    "numpy unpackbits": lambda codes: (
+        np.unpackbits(codes.numpy(), axis=1).astype(np.float32) * 2 - 1
+    ),
+}
+
+
+@pytest.mark.parametrize("who", UNPACKERS)
+def bench_unpack_sign(row: Any, who: str) -> None:
+    size = 10_000 * 768 * 4
+    row(
+        "binary", "unpack_sign", who, shape="10000 x 768", dtype="float32", call=UNPACKERS[who],
+        inputs=rotate(lambda seed: (torch.randint(0, 256, (10_000, 96)).byte(),), size), bytes=size,
+        single_thread=who.startswith("numpy"),
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("who", ["emblas", "torch matmul"])
 def bench_hadamard_rotation(row: Any, threads: int, who: str) -> None:
     size = 10_000 * 768 * 4

@@ -19,6 +19,7 @@ from emblas.binary import (
     range_search,
     range_search_csr,
     rescore,
+    unpack_sign,
 )
 from emblas.pooling import (
     Matryoshka,
@@ -80,6 +81,7 @@ CALLS = {
     ),
     "maxsim": lambda: maxsim(*[torch.randn(8, 4, requires_grad=True)] * 2, CU, CU),
     "pack_sign": lambda: pack_sign(torch.randn(2, 9)),
+    "unpack_planes": lambda: unpack_sign(CODES, 20),
     "hadamard_rotate": lambda: HadamardRotation(9)(torch.randn(2, 9, requires_grad=True)),
     "asymmetric_topk": lambda: asymmetric_topk(torch.randn(2, 20), CODES, 1),
     "dense_topk": lambda: dense_topk(torch.randn(2, 5), torch.randn(3, 5), 1),
@@ -100,6 +102,7 @@ CALLS = {
 # Cells of the table that may be empty, and why.
 NO_GRADIENT = {
     "pack_sign": "bits",
+    "unpack_planes": "of bits",
     "asymmetric_topk": "ids, and scores that serve for ranking",
     "dense_topk": "ids, and scores that serve for ranking",
     "gather_scores": "ids, and scores that serve for ranking",

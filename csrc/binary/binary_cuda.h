@@ -21,6 +21,9 @@ struct PackSignArgs {
 template <class T>
 void pack_sign(const PackSignArgs<T>& args, void* stream);
 
+template <class T>
+void unpack_planes(const UnpackPlanesArgs<T>& args, void* stream);
+
 inline constexpr int64_t kRotateBytes = 48 << 10;  // of a row in accumulators: shared memory
 
 template <class T>
@@ -76,7 +79,7 @@ Workspaces search_workspaces(const SearchPlan& plan, int64_t queries, int64_t k)
 struct RowFilter {
   const uint8_t* bitmaps;  // bit 7 of byte 0 is row 0; or null
   int64_t bitmap_stride;   // bytes to the next query's, 0 if all queries share one
-  const int64_t* ids;      // ascending; or null
+  const int64_t* ids;      // ascending, but for those that are no rows; or null
   int64_t id_count;
 };
 
@@ -174,10 +177,10 @@ struct MaxSimArgs {
   A* scores;        // [queries.sets, documents.sets]
   int32_t* argmax;  // [queries.count, documents.sets], -1 where a document has no token; or null
 };
-// Tokens are Q = float and D = float, bfloat16, float16 or Bits; or double and double; or Bits and
-// Bits.
+// Tokens of queries, Q, and of documents, D, are of one type, floating-point or Bits; or float and
+// Bits. `tensor_cores`: use them where the device has them.
 template <class Q, class D>
-void maxsim(const MaxSimArgs<Score<Q>>& args, void* stream);
+void maxsim(const MaxSimArgs<Score<Q>>& args, bool tensor_cores, void* stream);
 
 template <class A>
 struct MaxSimBackwardArgs {

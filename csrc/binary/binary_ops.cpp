@@ -38,6 +38,24 @@ Tensor pack_sign(const Tensor& x, const std::optional<Tensor>& threshold) {
   });
 }
 
+Tensor unpack_planes(const Tensor& codes, int64_t dim, ScalarType dtype) {
+  const Codes rows = codes_of(codes, kCodes);
+  const int64_t width = (dim + 7) / 8;
+  check(dim > 0 && rows.bytes > 0 && rows.bytes % width == 0 && rows.bytes / width <= kMaxPlanes,
+        "codes must hold 1 to 24 planes of ceil(dim / 8) bytes");
+  return visit_float(
+      dtype, "dtype must be float32, float64, bfloat16 or float16", [&](auto element) {
+        using T = decltype(element);
+        Tensor out = empty_cpu<2>(dtype, {rows.count, dim});
+        const UnpackPlanesArgs<T> args{rows.data, rows.stride,        rows.count,
+                                       dim,       rows.bytes / width, write<T>(out)};
+        const auto& kernel = kernels<UnpackPlanesKernels>().of(element);
+        parallel_for(rows.count, dim * int64_t(sizeof(T)),
+                     [&](int64_t first, int64_t last) { kernel.unpack(args, first, last); });
+        return out;
+      });
+}
+
 Tensor rotate(const Tensor& x, const Tensor& signs, bool inverse) {
   check_rows(x, "x must be a CPU tensor (rows, dim) with a contiguous last dimension");
   check(signs.is_cpu() && has_dtype<int8_t>(signs) && signs.dim() == 2 && signs.is_contiguous() &&
@@ -185,6 +203,7 @@ std::tuple<Tensor, Tensor> asymmetric_topk(const Tensor& queries, const Tensor& 
 
 STABLE_TORCH_LIBRARY_FRAGMENT(emblas, library) {
   library.def("pack_sign(Tensor x, Tensor? threshold=None) -> Tensor");
+  library.def("unpack_planes(Tensor codes, int dim, ScalarType dtype) -> Tensor");
   library.def("hadamard_rotate(Tensor x, Tensor signs) -> Tensor");
   library.def("hadamard_unrotate(Tensor x, Tensor signs) -> Tensor");
   library.def(
@@ -205,6 +224,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(emblas, library) {
 }
 STABLE_TORCH_LIBRARY_IMPL(emblas, CPU, library) {
   library.impl("pack_sign", TORCH_BOX(&emblas::pack_sign));
+  library.impl("unpack_planes", TORCH_BOX(&emblas::unpack_planes));
   library.impl("hadamard_rotate", TORCH_BOX(&emblas::hadamard_rotate));
   library.impl("hadamard_unrotate", TORCH_BOX(&emblas::hadamard_unrotate));
   library.impl("hamming_topk", TORCH_BOX(&emblas::hamming_topk));

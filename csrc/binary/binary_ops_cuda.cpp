@@ -32,6 +32,25 @@ Tensor pack_sign_cuda(const Tensor& x, const std::optional<Tensor>& threshold) {
       });
 }
 
+Tensor unpack_planes_cuda(const Tensor& codes, int64_t dim, ScalarType dtype) {
+  const DeviceCall call(codes);
+  call.check_rows(codes, "codes must be uint8 (rows, bytes), rows contiguous");
+  check(has_dtype<uint8_t>(codes), "codes must be uint8 (rows, bytes), rows contiguous");
+  const int64_t rows = codes.size(0), bytes = codes.size(1), width = (dim + 7) / 8;
+  check(dim > 0 && bytes > 0 && bytes % width == 0 && bytes / width <= kMaxPlanes,
+        "codes must hold 1 to 24 planes of ceil(dim / 8) bytes");
+  check(dim < int64_t(1) << 31, "codes must have less than 2^31 dimensions");
+  return visit_float(dtype, "dtype must be float32, float64, bfloat16 or float16",
+                     [&](auto element) {
+                       using T = decltype(element);
+                       const Tensor out = call.empty<2>(dtype, {rows, dim});
+                       cuda::unpack_planes<T>({call.read<uint8_t>(codes), codes.stride(0), rows,
+                                               dim, bytes / width, call.write<T>(out)},
+                                              call.stream());
+                       return out;
+                     });
+}
+
 Tensor rotate(const Tensor& x, const Tensor& signs, bool inverse) {
   const DeviceCall call(x);
   call.check_rows(x, "x must be a tensor (rows, dim) with a contiguous last dimension");
@@ -66,7 +85,7 @@ cuda::CodeRows code_rows(const DeviceCall& call, const Tensor& codes, const char
   return {call.read<uint8_t>(codes), codes.stride(0), codes.size(0)};
 }
 
-// Ids are not looked at: kernels keep wrong ones inside the codes.
+// Ids are not looked at: kernels pass over those that are no rows.
 cuda::RowFilter row_filter(const DeviceCall& call, const std::optional<Tensor>& filter,
                            int64_t queries, int64_t rows) {
   if (!filter) return {};
@@ -317,6 +336,7 @@ Tensor hamming_distance_cuda(const Tensor& a, const Tensor& b, int64_t blocks, b
 
 STABLE_TORCH_LIBRARY_FRAGMENT(EMBLAS_CUDA_NAMESPACE, library) {
   library.def("pack_sign_cuda(Tensor x, Tensor? threshold=None) -> Tensor");
+  library.def("unpack_planes_cuda(Tensor codes, int dim, ScalarType dtype) -> Tensor");
   library.def("hadamard_rotate_cuda(Tensor x, Tensor signs) -> Tensor");
   library.def("hadamard_unrotate_cuda(Tensor x, Tensor signs) -> Tensor");
   library.def(
@@ -344,6 +364,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(EMBLAS_CUDA_NAMESPACE, library) {
 }
 STABLE_TORCH_LIBRARY_IMPL(EMBLAS_CUDA_NAMESPACE, EMBLAS_CUDA_KEY, library) {
   library.impl("pack_sign_cuda", TORCH_BOX(&emblas::pack_sign_cuda));
+  library.impl("unpack_planes_cuda", TORCH_BOX(&emblas::unpack_planes_cuda));
   library.impl("hadamard_rotate_cuda", TORCH_BOX(&emblas::hadamard_rotate_cuda));
   library.impl("hadamard_unrotate_cuda", TORCH_BOX(&emblas::hadamard_unrotate_cuda));
   library.impl("hamming_topk_cuda", TORCH_BOX(&emblas::hamming_topk_cuda));

@@ -125,8 +125,8 @@ std::tuple<Tensor, Tensor> maxsim_op(const Tensor& queries, const Tensor& query_
         "queries and documents must have dim values or bits");
   check(queries.is_contiguous(), "queries must be contiguous");
   const bool wide = has_dtype<double>(documents);
-  check(query_bits || (wide ? has_dtype<double>(queries) : has_dtype<float>(queries)),
-        "queries must be float64 if documents are, float32 otherwise");
+  check(queries.scalar_type() == documents.scalar_type() || (bits && has_dtype<float>(queries)),
+        "queries must have the dtype of documents, or be float32 if those are bits");
   Tensor scores =
       empty_cpu<2>(wide ? ScalarType::Double : ScalarType::Float, {wanted.count, given.count});
   Tensor argmax = empty_cpu<2>(ScalarType::Int, {need_argmax ? wanted.total : 0, given.count});
@@ -151,7 +151,9 @@ std::tuple<Tensor, Tensor> maxsim_op(const Tensor& queries, const Tensor& query_
   const auto run = [&](auto element) {
     using T = decltype(element);
     using A = Accumulator<T>;
-    const MaxSimArgs<T> args{read<A>(queries),
+    const Tensor values =
+        has_dtype<A>(queries) ? queries : torch::stable::to(queries, kScalarType<A>);
+    const MaxSimArgs<T> args{read<A>(values),
                              wanted.offsets,
                              wanted.count,
                              wanted.total,

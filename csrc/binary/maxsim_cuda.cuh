@@ -1,15 +1,21 @@
 // Late interaction on a GPU: queries and documents are sets of tokens, and
 //   scores[b, n] = sum over tokens i of query b of max over tokens j of document n of <q_i, d_j>
 //
-// Forward. A block owns a query and a document. It multiplies tiles of 32 and 64 tokens, 16 bytes
-// of dimensions at a time from shared memory, 4 x 4 products to a thread, and keeps the largest
-// product of each query token in registers: products never reach memory. Rows in shared memory are
-// an odd number of 16-byte pieces apart, so reads of neighbouring rows fall into different banks.
-// Bits stand for +1 and -1. Against float queries they are spread to floats on their way to shared
-// memory; two codes are compared by counting bits, <q, d> = dim - 2 |q ^ d|.
+// Forward. A block owns a query and a document. It multiplies tiles of 32 and 64 tokens, 128 bytes
+// of each at a time from shared memory, and keeps the largest product of each query token in
+// registers: products never reach memory. Rows in shared memory are an odd number of 16-byte pieces
+// apart, so reads of neighbouring rows fall into different banks. Bits stand for +1 and -1:
+// <q, d> = dim - 2 (number of bits that differ).
 //
-// Bytes: tokens once if the queries of a document run at the same time; bound by multiplying in
-// float (128 per clock and multiprocessor; 8 loads of 16 bytes from shared memory per 64 products).
+// Values of 16 bits, and bits against bits, are multiplied by tensor cores (sm_80). A warp takes 8
+// query tokens as columns and all 64 document tokens as rows. Bits agree where both are set or
+// neither is: |q & d| + |~q & ~d|, two products and no other count. Without tensor cores a thread
+// multiplies 4 x 4 tokens, 16 bytes at a time, or counts |~(q ^ d)|; values of 16 bits, and bits
+// against float queries, become accumulators on their way to shared memory.
+//
+// Bytes: tokens once if the queries of a document run at the same time. Tensor cores wait for them:
+// a value from the L2 cache is multiplied 32 times. The others are bound by multiplying in float
+// (128 per clock and multiprocessor; 8 loads of 16 bytes from shared memory per 64 products).
 //
 // Backward, without atomics. Each pair of tokens that won carries its document's gradient. The
 // gradient of a query token is a sum over documents, that of a document token a sum over the query
@@ -26,9 +32,6 @@ namespace emblas::cuda {
 inline constexpr int kPairThreads = 128;
 inline constexpr int kQueryTokens = 32, kDocumentTokens = 64;  // of a tile
 inline constexpr int kTilePieces = 8;                          // of each token at a time
-inline constexpr int kRowLanes = 16;                           // that share query tokens
-inline constexpr int kOwnQueries = kQueryTokens * kRowLanes / kPairThreads;  // of a thread
-inline constexpr int kOwnDocuments = kDocumentTokens / kRowLanes;
 
 // Values in 16 bytes.
 template <class T>
@@ -102,11 +105,60 @@ __device__ inline void load_tokens(const TokenRows& tokens, int64_t first, int64
   }
 }
 
-// sum += <q, d> of a piece, or the number of bits that differ.
+// The products of a tile that are a thread's own: of the query tokens query(r) and the document
+// tokens document(c). Lanes that differ in the bits first_flip to last_flip share query tokens.
+template <bool tensor_cores>
+struct OwnProducts {
+  static constexpr int queries = tensor_cores ? 2 : 4, documents = 16 / queries;
+  static constexpr int first_flip = tensor_cores ? 4 : 1, last_flip = tensor_cores ? 16 : 8;
+
+  __device__ static int query(int r) {
+    if (tensor_cores) return threadIdx.x / 32 * 8 + threadIdx.x % 4 * 2 + r;
+    return threadIdx.x / 16 + r * 8;
+  }
+  __device__ static int document(int c) {
+    if (tensor_cores) return threadIdx.x % 32 / 4 + c * 8;
+    return threadIdx.x % 16 + c * 16;
+  }
+  template <class Sum>
+  __device__ static Sum& product(Sum (&sum)[4][4], int r, int c) {
+    return tensor_cores ? sum[c / 2][c % 2 * 2 + r] : sum[r][c];
+  }
+};
+
+using WantedTile = uint4[kQueryTokens][kTilePieces + 1];
+using GivenTile = uint4[kDocumentTokens][kTilePieces + 1];
+
+// Adds the own products of two pieces, or the numbers of bits that agree.
 template <class P, class Sum>
-__device__ inline void add_products(const uint4& q, const uint4& d, Sum& sum) {
+__device__ inline void add_by_mma(const WantedTile& wanted, const GivenTile& given, int piece,
+                                  Sum (&sum)[4][4]) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  uint32_t q[2];
+  for (int i = 0; i < 2; ++i) {
+    const uint4* const row = &wanted[8 * warp + lane / 4][piece + i];
+    q[i] = reinterpret_cast<const uint32_t*>(row)[lane % 4];
+  }
+  for (int m = 0; m < 4; ++m) {
+    uint32_t d[4];
+    simt::ldmatrix_x4(d, &given[16 * m + lane % 16][piece + lane / 16]);
+    if constexpr (std::is_same_v<P, Bits>) {
+      const uint32_t clear_q[2] = {~q[0], ~q[1]}, clear_d[4] = {~d[0], ~d[1], ~d[2], ~d[3]};
+      simt::mma_m16n8k256_and_popc(sum[m], d, q);
+      simt::mma_m16n8k256_and_popc(sum[m], clear_d, clear_q);
+    } else {
+      simt::mma_m16n8k16(P{}, sum[m], d, q);
+    }
+  }
+#endif
+}
+
+// sum += <q, d> of a piece, or the number of bits that agree.
+template <class P, class Sum>
+__device__ inline void add_product(const uint4& q, const uint4& d, Sum& sum) {
   if constexpr (std::is_same_v<P, Bits>) {
-    sum += differing_bits(q, d);
+    sum += kPieceValues<Bits> - differing_bits(q, d);
   } else {
     simt::Vector<P> left, right;
     memcpy(&left, &q, 16);
@@ -115,55 +167,69 @@ __device__ inline void add_products(const uint4& q, const uint4& d, Sum& sum) {
   }
 }
 
+// The same of one piece, in the thread itself.
+template <class P, class Sum>
+__device__ inline void add_by_thread(const WantedTile& wanted, const GivenTile& given, int piece,
+                                     Sum (&sum)[4][4]) {
+  using Own = OwnProducts<false>;
+  uint4 q[Own::queries], d[Own::documents];
+  for (int r = 0; r < Own::queries; ++r) q[r] = simt::load_16_bytes(&wanted[Own::query(r)][piece]);
+  for (int c = 0; c < Own::documents; ++c) {
+    d[c] = simt::load_16_bytes(&given[Own::document(c)][piece]);
+  }
+  for (int r = 0; r < Own::queries; ++r) {
+    for (int c = 0; c < Own::documents; ++c) add_product<P>(q[r], d[c], sum[r][c]);
+  }
+}
+
 // Grid (queries * documents); blocks that run at the same time share a document. Q and D are what
 // tokens are made of. `aligned`: all tokens start at multiples of 16 bytes and are such long.
-template <class Q, class D, bool aligned>
+template <class Q, class D, bool aligned, bool tensor_cores>
 __global__ void __launch_bounds__(kPairThreads, 4) score_pairs(MaxSimArgs<Score<Q>> args) {
   using A = Score<Q>;
   constexpr bool bits = std::is_same_v<Q, Bits>;
+  using P = std::conditional_t<tensor_cores || bits, Q, A>;  // of shared memory
+  using Own = OwnProducts<tensor_cores>;
+  constexpr int together = tensor_cores ? 2 : 1;  // pieces that are multiplied
+  constexpr int values = together * kPieceValues<P>;
   SIMT_SHARED(uint4, wanted, [kQueryTokens][kTilePieces + 1]);
   SIMT_SHARED(uint4, given, [kDocumentTokens][kTilePieces + 1]);
   SIMT_SHARED(A, largest, [kQueryTokens]);
-  constexpr int row_step = kPairThreads / kRowLanes;
-  const int row = threadIdx.x / kRowLanes, column = threadIdx.x % kRowLanes;
   const int64_t b = blockIdx.x % args.queries.sets, n = blockIdx.x / args.queries.sets;
   const TokenSet query = token_set(args.queries, b), document = token_set(args.documents, n);
-  const int pieces = int((args.dim + kPieceValues<Q> - 1) / kPieceValues<Q>);
+  const int pieces = int((args.dim + values - 1) / values) * together;
   A total = 0;
   for (int64_t i = query.begin; i < query.end; i += kQueryTokens) {
-    A best[kOwnQueries];
-    int32_t where[kOwnQueries];
-    for (int r = 0; r < kOwnQueries; ++r) {
+    A best[Own::queries];
+    int32_t where[Own::queries];
+    for (int r = 0; r < Own::queries; ++r) {
       best[r] = document.begin < document.end ? -A(INFINITY) : A(0);
       where[r] = -1;
     }
     for (int64_t j = document.begin; j < document.end; j += kDocumentTokens) {
-      std::conditional_t<bits, int, A> sum[kOwnQueries][kOwnDocuments] = {};
+      std::conditional_t<bits, int, A> sum[4][4] = {};
       for (int piece = 0; piece < pieces; piece += kTilePieces) {
         const int left = min(pieces - piece, kTilePieces);
-        load_tokens<Q, Q, aligned>(args.queries, i, query.end, piece, left, wanted);
-        load_tokens<D, Q, aligned>(args.documents, j, document.end, piece, left, given);
+        load_tokens<Q, P, aligned>(args.queries, i, query.end, piece, left, wanted);
+        load_tokens<D, P, aligned>(args.documents, j, document.end, piece, left, given);
         __syncthreads();
 #pragma unroll 1  // registers
-        for (int p = 0; p < left; ++p) {
-          uint4 q[kOwnQueries], d[kOwnDocuments];
-          for (int r = 0; r < kOwnQueries; ++r) {
-            q[r] = simt::load_16_bytes(&wanted[row + r * row_step][p]);
-          }
-          for (int c = 0; c < kOwnDocuments; ++c) {
-            d[c] = simt::load_16_bytes(&given[column + c * kRowLanes][p]);
-          }
-          for (int r = 0; r < kOwnQueries; ++r) {
-            for (int c = 0; c < kOwnDocuments; ++c) add_products<Q>(q[r], d[c], sum[r][c]);
+        for (int p = 0; p < left; p += together) {
+          if constexpr (tensor_cores) {
+            add_by_mma<P>(wanted, given, p, sum);
+          } else {
+            add_by_thread<P>(wanted, given, p, sum);
           }
         }
         __syncthreads();
       }
-      for (int c = 0; c < kOwnDocuments; ++c) {
-        const int64_t token = j + column + c * kRowLanes;
+      for (int c = 0; c < Own::documents; ++c) {
+        const int64_t token = j + Own::document(c);
         if (token >= document.end) continue;
-        for (int r = 0; r < kOwnQueries; ++r) {
-          const A product = bits ? A(args.dim - 2 * int64_t(sum[r][c])) : A(sum[r][c]);
+        for (int r = 0; r < Own::queries; ++r) {
+          const auto own = Own::product(sum, r, c);
+          const A product =
+              bits ? A(args.dim - 2 * (pieces * kPieceValues<P> - int64_t(own))) : A(own);
           if (product > best[r]) {
             best[r] = product;
             where[r] = int32_t(token);
@@ -171,8 +237,8 @@ __global__ void __launch_bounds__(kPairThreads, 4) score_pairs(MaxSimArgs<Score<
         }
       }
     }
-    for (int r = 0; r < kOwnQueries; ++r) {
-      for (int flip = kRowLanes / 2; flip > 0; flip /= 2) {
+    for (int r = 0; r < Own::queries; ++r) {
+      for (int flip = Own::first_flip; flip <= Own::last_flip; flip *= 2) {
         const A other = __shfl_xor_sync(simt::kAllLanes, best[r], flip);
         const int32_t there = __shfl_xor_sync(simt::kAllLanes, where[r], flip);
         if (other > best[r] || (other == best[r] && there < where[r])) {
@@ -180,9 +246,9 @@ __global__ void __launch_bounds__(kPairThreads, 4) score_pairs(MaxSimArgs<Score<
           where[r] = there;
         }
       }
-      const int64_t token = i + row + r * row_step;
-      if (column > 0) continue;
-      largest[row + r * row_step] = token < query.end ? best[r] : A(0);
+      const int64_t token = i + Own::query(r);
+      if (Own::document(0) > 0) continue;
+      largest[Own::query(r)] = token < query.end ? best[r] : A(0);
       if (args.argmax && token < query.end) {
         args.argmax[token * args.documents.sets + n] = where[r];
       }

@@ -25,21 +25,20 @@ const uint8_t* bytes_of(const T* data) {
   return reinterpret_cast<const uint8_t*>(data);
 }
 
+// `tensor_cores` is for tests.
 std::tuple<Tensor, Tensor> maxsim_cuda(const Tensor& queries, const Tensor& query_offsets,
                                        const Tensor& documents, const Tensor& document_offsets,
-                                       int64_t dim, bool need_argmax) {
+                                       int64_t dim, bool need_argmax, bool tensor_cores) {
   const DeviceCall call(queries);
-  const bool query_bits = has_dtype<uint8_t>(queries), bits = has_dtype<uint8_t>(documents);
-  const bool wide = has_dtype<double>(documents);
+  const bool bits = has_dtype<uint8_t>(documents);
+  const bool same = queries.scalar_type() == documents.scalar_type();
   check(dim >= 0 && dim < int64_t(1) << 28, kTokens);
   for (const Tensor* tokens : {&queries, &documents}) {
     call.check_rows(*tokens, kTokens);
     check(tokens->size(1) == (has_dtype<uint8_t>(*tokens) ? (dim + 7) / 8 : dim), kTokens);
   }
-  check(query_bits ? bits
-        : wide     ? has_dtype<double>(queries)
-                   : has_dtype<float>(queries),
-        "queries must be float64 if documents are, float32 otherwise, or bits if documents are");
+  check(same || (bits && has_dtype<float>(queries)),
+        "queries must have the dtype of documents, or be float32 if those are bits");
   const auto run = [&](auto query, auto document) {
     using Q = decltype(query);
     using D = decltype(document);
@@ -59,16 +58,13 @@ std::tuple<Tensor, Tensor> maxsim_cuda(const Tensor& queries, const Tensor& quer
         call.empty<2>(ScalarType::Int, {need_argmax ? wanted.count : 0, given.sets});
     int32_t* where = call.write<int32_t>(argmax);
     cuda::maxsim<Q, D>({wanted, given, dim, call.write<A>(scores), need_argmax ? where : nullptr},
-                       call.stream());
+                       tensor_cores, call.stream());
     return std::make_tuple(scores, argmax);
   };
-  if (query_bits) return run(cuda::Bits{}, cuda::Bits{});
+  if (bits && same) return run(cuda::Bits{}, cuda::Bits{});
   if (bits) return run(float{}, cuda::Bits{});
-  if (wide) return run(double{}, double{});
-  if (has_dtype<bfloat16>(documents)) return run(float{}, bfloat16{});
-  if (has_dtype<float16>(documents)) return run(float{}, float16{});
-  check(has_dtype<float>(documents), kTokens);
-  return run(float{}, float{});
+  return visit_float(documents.scalar_type(), kTokens,
+                     [&](auto element) { return run(element, element); });
 }
 
 std::tuple<Tensor, Tensor> maxsim_backward_cuda(const Tensor& grad, const Tensor& queries,
@@ -119,7 +115,8 @@ std::tuple<Tensor, Tensor> maxsim_backward_cuda(const Tensor& grad, const Tensor
 STABLE_TORCH_LIBRARY_FRAGMENT(EMBLAS_CUDA_NAMESPACE, library) {
   library.def(
       "maxsim_cuda(Tensor queries, Tensor query_offsets, Tensor documents,"
-      " Tensor document_offsets, int dim, bool need_argmax) -> (Tensor scores, Tensor argmax)");
+      " Tensor document_offsets, int dim, bool need_argmax, bool tensor_cores=True)"
+      " -> (Tensor scores, Tensor argmax)");
   library.def(
       "maxsim_backward_cuda(Tensor grad, Tensor queries, Tensor query_offsets, Tensor documents,"
       " Tensor document_offsets, Tensor argmax) -> (Tensor grad_queries, Tensor grad_documents)");

@@ -144,7 +144,9 @@ struct Places {
     return min(max(id, int64_t(0)), rows - 1);
   }
   __device__ bool hold(int64_t query, int64_t place) const {
-    if (place >= count || (later_only && row(place) <= query)) return false;
+    if (place >= count) return false;
+    const int64_t row = filter.ids ? filter.ids[place] : place;
+    if (row < 0 || row >= rows || (later_only && row <= query)) return false;
     if (!filter.bitmaps) return true;
     const uint8_t byte = filter.bitmaps[query * filter.bitmap_stride + place / 8];
     return byte >> (7 - place % 8) & 1;

@@ -206,15 +206,24 @@ def test_same_bits_in_any_order(ops):
 
 
 @pytest.mark.parametrize("order", ["forward", "reverse"])
-def test_wrong_ids_stay_in_bounds(ops, order):
-    """Results mean nothing then, but no byte outside the arguments is touched."""
+def test_wrong_ids_find_nothing(ops, order):
+    """Nor do they touch a byte outside the arguments; those in no order find something."""
     documents, wanted = codes(40, 8), codes(2, 8, seed=1)
-    for ids in ([-1, 40, 2**62, -(2**63)], [39, 5, 5, 3] * 100):
-        with emulator.schedule(order):
-            distances, _ = ops.hamming_topk_cuda(wanted, documents, 3, torch.tensor(ids))
-            assert (distances <= 64).all()
-            ops.range_search_cuda(wanted, documents, 9, 3, torch.tensor(ids), True)
-            ops.range_search_csr_cuda(wanted, documents, 40, torch.tensor(ids), True)
+    with emulator.schedule(order):
+        for right in ([], [0, 39]):
+            ids = torch.tensor([-1, *right, 40, 2**62, -(2**63)])
+            distances, found = ops.hamming_topk_cuda(wanted, documents, 3, ids)
+            assert (found.sort().values == torch.tensor(([-1] * 3 + right)[-3:])).all()
+            assert (distances[found >= 0] <= 64).all()
+            for later in (False, True):
+                counts, _, _ = ops.range_search_cuda(wanted, documents, 64, 3, ids, later)
+                offsets, _, _ = ops.range_search_csr_cuda(wanted, documents, 64, ids, later)
+                expected = [sum(row > q or not later for row in right) for q in range(2)]
+                assert counts.tolist() == offsets.diff().tolist() == expected
+        unordered = torch.tensor([39, 5, 5, 3] * 100)
+        distances, _ = ops.hamming_topk_cuda(wanted, documents, 3, unordered)
+        assert (distances <= 64).all()
+        ops.range_search_csr_cuda(wanted, documents, 40, unordered, True)
     empty = ops.hamming_topk_cuda(wanted, documents[:0], 3, torch.tensor([0]))
     assert (empty[1] == -1).all()
 

@@ -63,6 +63,13 @@ def test_bits(isa, dim):
     assert torch.equal(maxsim(codes, d, QUERIES, DOCUMENTS, dim=dim), expected)
 
 
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_queries_of_any_dtype_against_bits(dtype):
+    q, d = torch.randn(15, 9).to(dtype), pack_sign(torch.randn(768, 9))
+    expected = maxsim(q.float(), d, QUERIES, DOCUMENTS)
+    assert torch.equal(maxsim(q, d, QUERIES, DOCUMENTS), expected)
+
+
 @given(
     queries=st.lists(st.integers(0, 5), max_size=4),
     documents=st.lists(st.integers(0, 9), max_size=6),
@@ -137,6 +144,7 @@ def test_same_bits_for_any_thread_count_and_batch(isa):
 def test_operator_contract():
     q, d = torch.randn(15, 20), torch.randn(768, 20)
     check_op("maxsim", q, QUERIES, d, DOCUMENTS, 20, True)
+    check_op("maxsim", q.half(), QUERIES, d.half(), DOCUMENTS, 20, True)
     check_op("maxsim", pack_sign(q), QUERIES, pack_sign(d), DOCUMENTS, 20, False)
     argmax = torch.ops.emblas.maxsim(q, QUERIES, d, DOCUMENTS, 20, True)[1]
     check_op("maxsim_backward", torch.randn(4, 5), q, QUERIES, d, DOCUMENTS, argmax)

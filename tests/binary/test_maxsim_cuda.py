@@ -16,14 +16,18 @@ from simt import emulator
 pytestmark = pytest.mark.skipif(bool(emulator.why_not()), reason=emulator.why_not() or "")
 
 FLOAT, DOUBLE, BITS = torch.float32, torch.float64, torch.uint8
-# Dtypes of queries and documents, and the dimensions in 16 bytes of a query.
+BFLOAT16, FLOAT16 = torch.bfloat16, torch.float16
+# Dtypes of queries and documents, the dimensions in 16 bytes of shared memory, tensor cores.
 KINDS = {
-    "float32": (FLOAT, FLOAT, 4),
-    "bfloat16": (FLOAT, torch.bfloat16, 4),
-    "float16": (FLOAT, torch.float16, 4),
-    "float64": (DOUBLE, DOUBLE, 2),
-    "floats and bits": (FLOAT, BITS, 4),
-    "bits": (BITS, BITS, 128),
+    "float32": (FLOAT, FLOAT, 4, False),
+    "bfloat16": (BFLOAT16, BFLOAT16, 8, True),
+    "bfloat16, no tensor cores": (BFLOAT16, BFLOAT16, 4, False),
+    "float16": (FLOAT16, FLOAT16, 8, True),
+    "float16, no tensor cores": (FLOAT16, FLOAT16, 4, False),
+    "float64": (DOUBLE, DOUBLE, 2, False),
+    "floats and bits": (FLOAT, BITS, 4, False),
+    "bits": (BITS, BITS, 128, True),
+    "bits, no tensor cores": (BITS, BITS, 128, False),
 }
 PIECES = 8  # of 16 bytes, of each token at a time
 
@@ -45,11 +49,11 @@ def whole(rows, dim, dtype):
     return reference.pack_sign(values.float()) if dtype == BITS else values.to(dtype)
 
 
-def check(ops, queries, starts, documents, document_starts, dim):
+def check(ops, queries, starts, documents, document_starts, dim, tensor_cores=True):
     args = queries, starts, documents, document_starts, dim
     expected = reference.maxsim(*args, True)
     for need_argmax in (True, False):
-        scores, argmax = ops.maxsim_cuda(*args, need_argmax)
+        scores, argmax = ops.maxsim_cuda(*args, need_argmax, tensor_cores)
         assert torch.equal(scores, expected[0])
         assert torch.equal(argmax, expected[1] if need_argmax else expected[1][:0])
     return expected
@@ -61,7 +65,7 @@ def check_kind(ops, kind, lengths, document_lengths, dim):
         whole(sum(n), dim, dtype)
         for n, dtype in zip((lengths, document_lengths), kind[:2], strict=True)
     )
-    return check(ops, q, starts, d, document_starts, dim)
+    return check(ops, q, starts, d, document_starts, dim, kind[3])
 
 
 def test_tile_edges(ops, kind):
@@ -85,16 +89,17 @@ def test_alignment(ops, kind):
         q, d = whole(3, dim, kind[0]), whole(7, dim, kind[1])
         wide = torch.cat((d[:, :1].repeat(1, start), d, d[:, :1].repeat(1, padding)), 1)
         wide = wide[:, start : start + d.shape[1]]
-        check(ops, q, starts, wide, document_starts, dim)
+        check(ops, q, starts, wide, document_starts, dim, kind[3])
         shifted = torch.cat((q.flatten()[:1], q.flatten()))[1:].view_as(q)
-        check(ops, shifted, starts, d, document_starts, dim)
+        check(ops, shifted, starts, d, document_starts, dim, kind[3])
 
 
-def test_ties_go_to_the_first_token(ops):
+@pytest.mark.parametrize("dtype", [FLOAT, BFLOAT16], ids=str)
+def test_ties_go_to_the_first_token(ops, dtype):
     """Within a thread, a tile and a set, and where all products are far below zero."""
     starts, document_starts = packed((40,)), packed((200,))
-    q, d = torch.ones(40, 4), torch.full((200, 4), -(2.0**99))
-    for first in (0, 1, 15, 16, 17, 70, 199):
+    q, d = torch.ones(40, 4, dtype=dtype), torch.full((200, 4), -(2.0**99), dtype=dtype)
+    for first in (0, 1, 7, 8, 9, 15, 16, 17, 70, 199):
         d[first:] = -(2.0**98)
         _, argmax = check(ops, q, starts, d, document_starts, 4)
         assert (argmax == first).all()
@@ -136,21 +141,32 @@ def test_gradients(ops, dtype):
 def test_any_shape(ops, lengths, document_lengths, dim, kind, seed):
     with emulator.schedule("random", seed):
         check_kind(ops, kind, lengths, document_lengths, dim)
-        if kind[0] == kind[1] != BITS:
+        if kind[0] == kind[1] in (FLOAT, DOUBLE):
             gradients(ops, lengths, document_lengths, dim, kind[0])
 
 
-def test_same_bits_in_any_order(ops):
+@pytest.mark.parametrize("dtype", [FLOAT, FLOAT16], ids=str)
+def test_same_bits_in_any_order(ops, dtype):
     """And alone as together with others."""
     q, d, starts, document_starts = torch.randn(40, 9), torch.randn(150, 9), (7, 33), (70, 3, 77)
-    args = q, packed(starts), d, packed(document_starts)
-    scores, argmax = ops.maxsim_cuda(*args, 9, True)
-    alone, _ = ops.maxsim_cuda(q[7:], packed(starts[1:]), d[:70], packed((70,)), 9, False)
+    args = q.to(dtype), packed(starts), d.to(dtype), packed(document_starts)
+    scores, _ = ops.maxsim_cuda(*args, 9, True)
+    alone, _ = ops.maxsim_cuda(
+        args[0][7:], packed(starts[1:]), args[2][:70], packed((70,)), 9, False
+    )
     assert torch.equal(alone[0, 0], scores[1, 0])
+    for order, seed in (("reverse", 0), ("random", 1)):
+        with emulator.schedule(order, seed, 0.02 * seed):
+            assert torch.equal(ops.maxsim_cuda(*args, 9, True)[0], scores)
+
+
+def test_same_gradients_in_any_order(ops):
+    q, d = torch.randn(40, 9), torch.randn(150, 9)
+    args = q, packed((7, 33)), d, packed((70, 3, 77))
+    scores, argmax = ops.maxsim_cuda(*args, 9, True)
     expected = ops.maxsim_backward_cuda(scores, *args, argmax)
     for order, seed, preemption in (("reverse", 0, 0), ("random", 1, 0), ("random", 2, 0.02)):
         with emulator.schedule(order, seed, preemption):
-            assert torch.equal(ops.maxsim_cuda(*args, 9, True)[0], scores)
             actual = ops.maxsim_backward_cuda(scores, *args, argmax)
             assert all(map(torch.equal, actual, expected))
 

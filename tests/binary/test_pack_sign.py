@@ -12,7 +12,7 @@ from contract import (
     only_kernels,
     tolerance,
 )
-from emblas import use_backend
+from emblas import _op, use_backend
 from emblas.binary import (
     HadamardRotation,
     SignBinarizer,
@@ -22,6 +22,7 @@ from emblas.binary import (
     formats,
     pack_sign,
     sign_ste,
+    unpack_planes,
     unpack_sign,
 )
 from hypothesis import given
@@ -54,6 +55,48 @@ def test_pack_sign_shapes():
 def test_unpack_sign(dim, seed):
     x = torch.randn(3, dim, generator=torch.Generator().manual_seed(seed))
     assert torch.equal(unpack_sign(pack_sign(x), dim), torch.where(x > 0, 1.0, -1.0))
+
+
+def test_unpack_sign_shapes_and_dtypes(isa):
+    x = torch.randn(2, 3, 11)
+    codes = pack_sign(x)
+    signs = torch.where(x > 0, 1, -1)
+    for dtype in (*FLOATS, torch.int8):
+        assert torch.equal(unpack_sign(codes, 11, dtype=dtype), signs.to(dtype))
+    assert torch.equal(unpack_sign(codes[1, 2], 11), signs[1, 2].float())
+    assert torch.equal(unpack_sign(codes.transpose(0, 1), 11), signs.transpose(0, 1).float())
+    assert unpack_sign(codes[:0], 11).shape == (0, 3, 11)
+    assert unpack_sign(pack_sign(torch.empty(3, 0)), 0).shape == (3, 0)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_unpack_planes(isa, dtype):
+    """Sums of signed powers of two, to the last bit, and the same from 1 to 7 threads."""
+    for planes, dim in ((1, 64), (2, 65), (3, 200), (8, 7)):
+        codes = torch.randint(0, 256, (9, planes * ((dim + 7) // 8)), dtype=torch.uint8)
+        bits = np.unpackbits(codes.reshape(9, planes, -1).numpy(), axis=2)[:, :, :dim]
+        expected = ((bits * 2.0 - 1) * 0.5 ** np.arange(planes)[:, None]).sum(1)
+        actual = unpack_planes(codes, dim, dtype=dtype)
+        assert torch.equal(actual, torch.from_numpy(expected).to(dtype))
+        with use_backend("reference"):
+            assert torch.equal(unpack_planes(codes, dim, dtype=dtype), actual)
+    codes = torch.randint(0, 256, (5000, 9), dtype=torch.uint8)
+    check_threads(lambda: unpack_planes(codes, 72, dtype=dtype))
+
+
+def test_unpack_planes_contract():
+    codes = torch.randint(0, 256, (5, 4), dtype=torch.uint8)
+    check_op("unpack_planes", codes, 11, torch.float32)
+    check_compiled(
+        lambda codes: unpack_planes(codes, 11) * 2,
+        [(codes.repeat(rows, 1),) for rows in (2, 3, 5)],
+        backward=False,
+    )
+    with pytest.raises(ValueError, match="1 to 24 planes"):
+        _op.ops()["unpack_planes"](codes.repeat(1, 10), 8, torch.float32)
+    for dim, dtype in ((33, torch.float32), (0, torch.float32), (8, torch.int8)):
+        with pytest.raises(RuntimeError, match="emblas: "):
+            torch.ops.emblas.unpack_planes(codes, dim, dtype)
 
 
 def test_straight_through():

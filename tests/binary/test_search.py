@@ -17,6 +17,8 @@ from emblas.binary import (
     pack_sign,
     range_search,
     range_search_csr,
+    reference,
+    search,
     symmetric_topk,
     unpack_planes,
 )
@@ -170,6 +172,16 @@ def test_filters_are_exact(isa, queries, share):
             for q in range(queries):
                 pairs = zip(*(part[q].tolist() for part in found), strict=True)
                 assert list(pairs) == expected[q]
+
+
+def test_repeated_ids_on_a_gpu():
+    """Their number must not be known there: they are replaced by what is no row."""
+    ids = torch.tensor([7, 0, 3, 7, 0, 7])
+    assert search._without_repeats(ids).tolist() == [0, -1, 3, 7, -1, -1]
+    assert search._without_repeats(ids[:0]).tolist() == []
+    codes = random_codes(9, 2)
+    found = reference.hamming_topk(codes[:1], codes, 4, search._without_repeats(ids))
+    assert sorted(found[1][0].tolist()) == [-1, 0, 3, 7]
 
 
 def test_some_queries_gather_and_some_mask(isa):

@@ -41,6 +41,24 @@ def _thresholds(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return x, threshold.to(torch.float64 if dtype == torch.float64 else torch.float32)
 
 
+def _unpack_planes() -> Iterator[tuple[str, Callable[[], Case]]]:
+    for dtype in _op.FLOATS:
+        for planes in (1, 4):
+            yield (
+                f"{short(dtype)}, {planes} planes",
+                lambda a=dtype, b=planes: Case((_codes(33, 17 * b), 131, a)),
+            )
+    for rows, dim, planes in ((0, 5, 1), (1, 1, 2), (5, 8, 1), (2, 127, 3), (70, 9, 2), (2, 5, 24)):
+        yield (
+            f"{rows} x {dim}, {planes} planes",
+            lambda a=(rows, dim, planes): Case(
+                (_codes(a[0], (a[1] + 7) // 8 * a[2]), a[1], torch.float32)
+            ),
+        )
+    yield "aligned", lambda: Case((_codes(9, 10), 40, torch.float32))
+    yield "strided", lambda: Case((_codes(9, 13)[:, 3:9], 24, torch.bfloat16))
+
+
 def _rotate() -> Iterator[tuple[str, Callable[[], Case]]]:
     def rotation(rows: int, dim: int, rounds: int = 3, dtype: torch.dtype = torch.float32) -> Case:
         signs = torch.randint(0, 2, (rounds, dim), dtype=torch.int8) * 2 - 1
@@ -320,11 +338,12 @@ def _maxsim() -> Iterator[tuple[str, Callable[[], Case]]]:
     query_lengths, lengths = (3, 0, 35), (2, 0, 70, 1)
     bits = torch.uint8
     for name, options in {
-        **{short(dtype): {"dtype": dtype} for dtype in (torch.float32, *HALVES)},
+        **{short(t): {"dtype": t, "query_dtype": t} for t in (torch.float32, *HALVES)},
         "no argmax": {"need_argmax": False},
         "floats and bits": {"dtype": bits},
         "bits": {"dtype": bits, "query_dtype": bits},
         "strided": {"strided": True},
+        "strided bfloat16": {"dtype": HALVES[0], "query_dtype": HALVES[0], "strided": True},
         "strided bits": {"dtype": bits, "query_dtype": bits, "strided": True},
     }.items():
         yield name, lambda a=options: Case(_maxsim_arguments(query_lengths, lengths, 37, **a), 37)
@@ -335,12 +354,14 @@ def _maxsim() -> Iterator[tuple[str, Callable[[], Case]]]:
         ("no dimension", (3,), (2,), 0),
     ):
         yield name, lambda a=(queries, documents, dim): Case(_maxsim_arguments(*a))
-    yield "ties", lambda: Case((*_ties(), 4, True))
+    for dtype in (torch.float32, *HALVES):
+        yield f"ties, {short(dtype)}", lambda a=dtype: Case((*_ties(a), 4, True))
 
 
-def _ties() -> tuple[Tensor, ...]:
+def _ties(dtype: torch.dtype) -> tuple[Tensor, ...]:
     """Whole numbers that come again, within a tile and in the next."""
-    return _whole(5, 4, 1), packed((5,)), _whole(150, 4, 1), packed((150,))
+    q, d = _whole(5, 4, 1).to(dtype), _whole(150, 4, 1).to(dtype)
+    return q, packed((5,)), d, packed((150,))
 
 
 def _maxsim_backward() -> Iterator[tuple[str, Callable[[], Case]]]:
@@ -371,6 +392,7 @@ def _codes_k(queries: int, rows: int, width: int, k: int) -> tuple[Tensor, int]:
 
 CASES: dict[str, dict[str, Callable[[], Case]]] = {
     "pack_sign": dict(_pack_sign()),
+    "unpack_planes": dict(_unpack_planes()),
     "hadamard_rotate": dict(_rotate()),
     "hadamard_unrotate": dict(_rotate()),
     "hamming_distance": dict(_hamming_distance()),

@@ -62,6 +62,7 @@ NO_WIDE_LOADS = {
 NO_WIDE_LOADS_IN_FILE = {
     "lexical": "all lanes of a warp read the same ids and weights",
     "merge": "lists hold 8 bytes for each lane of a warp",
+    "unpack_planes": "a thread reads the bits of the 16 bytes that it writes",
 }
 # Calls of kernels for tensor cores that need no product.
 NO_PRODUCT = {

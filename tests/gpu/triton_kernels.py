@@ -201,6 +201,7 @@ def _binary() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
         yield "pack_sign", _short(dtype), (x, None)
         threshold = x[0] if dtype == torch.float64 else x[0].float()
         yield "pack_sign", f"{_short(dtype)}, threshold", (x, threshold)
+        yield "unpack_planes", _short(dtype), (torch.empty(64, 96, dtype=torch.uint8), 384, dtype)
     for dim in (384, 1024, 3072):
         signs = torch.ones(4, dim, dtype=torch.int8)
         for dtype in _op.FLOATS if dim == 384 else (torch.float32,):
@@ -258,8 +259,9 @@ def _late_interaction() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
     queries = torch.empty(64, 128)
     codes = torch.empty(512, 16, dtype=torch.uint8)
     documents = {_short(dtype): torch.empty(512, 128, dtype=dtype) for dtype in DTYPES}
-    for words, some in (*documents.items(), ("floats and bits", codes)):
-        yield "maxsim", words, (queries, starts, some, starts, 128, False)
+    for words, some in documents.items():
+        yield "maxsim", words, (some[:64], starts, some, starts, 128, False)
+    yield "maxsim", "floats and bits", (queries, starts, codes, starts, 128, False)
     yield "maxsim", "bits", (codes, starts, codes, starts, 128, False)
     some = documents["float32"]
     yield "maxsim", "float32, argmax", (queries, starts, some, starts, 128, True)

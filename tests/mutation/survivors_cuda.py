@@ -55,7 +55,7 @@ REASONS: dict[str, list[tuple[str, str]]] = {
         ("scan_dense", "} while (offset «<» args.bytes);"),
         ("scan_scores", "for (int offset = 0; offset «<» args.bytes; offset += kScoreBytes) {"),
         ("score_pairs", "const int left = min(pieces «-» piece, kTilePieces);"),
-        ("score_pairs", "const int pieces = int((args.dim + kPieceValues<Q> «-» 1) / kPieceValues<Q>);"),
+        ("score_pairs", "const int pieces = int((args.dim + values «-» 1) / values) * together;"),
         ("score_pairs", "for (int piece = 0; piece «<» pieces; piece += kTilePieces) {"),
         ("score_pairs", "for (int64_t i = query.begin; i «<» query.end; i += kQueryTokens) {"),
         ("score_pairs", "for (int64_t j = document.begin; j «<» document.end; j += kDocumentTokens) {"),

@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <bit>
 
 #include "binary/binary.h"
 #include "binary/dense.h"
@@ -291,6 +292,38 @@ NATIVE_TEST(hamming_topk) {
   for (int64_t bytes : {1, 7, 8, 32, 33, 48, 64, 128, 300}) {
     check_search(1, 211, bytes, 5);
     check_search(6, 97, bytes, 120);
+  }
+}
+
+double widened(double x) { return x; }
+double widened(emblas::bfloat16 x) { return std::bit_cast<float>(uint32_t(x.bits) << 16); }
+
+template <class T>
+void check_unpack(int64_t dim, int64_t planes) {
+  const int64_t width = (dim + 7) / 8, stride = planes * width + 3;
+  const auto codes = native::random_bits<uint8_t>(3 * stride, 1);
+  std::vector<T> out(3 * dim);
+  emblas::kernels<emblas::UnpackPlanesKernels>().of(T{}).unpack(
+      {codes.data(), stride, 3, dim, planes, out.data()}, 0, 3);
+  for (int64_t r = 0; r < 3; ++r) {
+    for (int64_t i = 0; i < dim; ++i) {
+      double value = 0;
+      for (int64_t p = 0; p < planes; ++p) {
+        const int bit = codes[r * stride + p * width + i / 8] >> (7 - i % 8) & 1;
+        value += std::ldexp(2 * bit - 1, -int(p));
+      }
+      CHECK(widened(out[r * dim + i]) == value);
+    }
+  }
+}
+
+NATIVE_TEST(unpack_planes) {
+  for (int64_t dim : {1, 8, 63, 64, 200}) {
+    for (int64_t planes : {1, 2, 4}) {
+      check_unpack<float>(dim, planes);
+      check_unpack<double>(dim, planes);
+      check_unpack<emblas::bfloat16>(dim, planes);
+    }
   }
 }
 

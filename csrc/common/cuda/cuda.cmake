@@ -34,6 +34,7 @@ add_library(
   csrc/binary/maxsim_ops_cuda.cpp
   csrc/binary/merge_cuda.cu
   csrc/binary/pack_sign_cuda.cu
+  csrc/binary/unpack_planes_cuda.cu
   csrc/pooling/attention_pool_cuda.cu
   csrc/pooling/attention_pool_ops_cuda.cpp
   csrc/pooling/finish_cuda.cu

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from emblas import _op
-from emblas.binary import op, reference
+from emblas.binary import op
 
 # Of the uniform quantizer of a normal distribution with the least squared error, for 1 to 4 bits.
 _BEST_STEP = (1.596, 0.9957, 0.5860, 0.3352)
@@ -110,9 +110,17 @@ def unpack_sign(codes: Tensor, dim: int, *, dtype: torch.dtype = torch.float32) 
             f"codes must end in ceil(dim / 8) = {(dim + 7) // 8} bytes for dim={dim}, "
             f"got shape {tuple(codes.shape)}"
         )
-    shifts = torch.arange(7, -1, -1, dtype=torch.uint8, device=codes.device)
-    bits = (codes[..., None] >> shifts & 1).flatten(-2)[..., :dim]
-    return bits.to(dtype) * 2 - 1
+    if dim == 0:
+        return codes.new_empty(codes.shape, dtype=dtype)
+    rows = codes[None] if codes.dim() == 1 else codes.flatten(0, -2)
+    return _unpack(rows, dim, dtype).view(*codes.shape[:-1], dim)
+
+
+def _unpack(codes: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
+    """Unpack rows to any dtype; the operator knows the floating-point ones."""
+    if dtype in _op.FLOATS:
+        return op.unpack_planes(_op.rows(codes), dim, dtype)
+    return op.unpack_planes(_op.rows(codes), dim, torch.float32).to(dtype)
 
 
 def pack_planes(x: Tensor, bits: int, *, scale: Tensor | float | None = None) -> Tensor:
@@ -184,16 +192,16 @@ def unpack_planes(codes: Tensor, dim: int, *, dtype: torch.dtype = torch.float32
     TypeError
         If ``codes`` is no uint8 tensor.
     ValueError
-        If ``codes`` are not a multiple of ``ceil(dim / 8)`` bytes wide.
+        If ``codes`` are not 1 to 24 times ``ceil(dim / 8)`` bytes wide.
     """
     _op.check_tensor("codes", codes, ndim=2, dtypes=(torch.uint8,))
     width = (dim + 7) // 8
-    if dim < 1 or codes.shape[1] == 0 or codes.shape[1] % width:
+    if dim < 1 or codes.shape[1] % width or not 1 <= codes.shape[1] // width <= 24:
         raise ValueError(
-            f"codes must be a multiple of ceil(dim / 8) = {width} bytes wide for dim={dim}, "
+            f"codes must be 1 to 24 times ceil(dim / 8) = {width} bytes wide for dim={dim}, "
             f"got {codes.shape[1]}"
         )
-    return reference.plane_values(codes, dim).to(dtype)
+    return _unpack(codes, dim, dtype)
 
 
 def sign_ste(

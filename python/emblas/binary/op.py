@@ -15,6 +15,10 @@ def _pack_sign_fake(x: Tensor, threshold: Tensor | None = None) -> Tensor:
     return x.new_empty(x.shape[0], (x.shape[1] + 7) // 8, dtype=torch.uint8)
 
 
+def _unpack_planes_fake(codes: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
+    return codes.new_empty(codes.shape[0], dim, dtype=dtype)
+
+
 def _rotate_fake(x: Tensor, signs: Tensor) -> Tensor:
     return x.new_empty(x.shape)
 
@@ -180,6 +184,12 @@ _pack_sign = Op(
     fake=_pack_sign_fake,
     triton="emblas.binary.triton",
 )
+_unpack_planes = Op(
+    "unpack_planes",
+    reference=reference.unpack_planes,
+    fake=_unpack_planes_fake,
+    triton="emblas.binary.triton",
+)
 _hadamard_rotate = Op(
     "hadamard_rotate",
     reference=reference.hadamard_rotate,
@@ -335,6 +345,12 @@ def pack_sign(x: Tensor, threshold: Tensor | None) -> Tensor:
     return reference.pack_sign(x, threshold) if use_reference() else _pack_sign(x, threshold)
 
 
+def unpack_planes(codes: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
+    """Unpack checked arguments; see :func:`emblas.binary.unpack_planes`."""
+    args = (codes, dim, dtype)
+    return reference.unpack_planes(*args) if use_reference() else _unpack_planes(*args)
+
+
 def hamming_distance(a: Tensor, b: Tensor) -> Tensor:
     """Compute with checked arguments; see :func:`emblas.binary.hamming_distance`."""
     return reference.hamming_distance(a, b) if use_reference() else _hamming_distance(a, b)
@@ -402,6 +418,12 @@ def _accumulated(x: Tensor) -> Tensor:
     return (x.float() if x.dtype in (torch.bfloat16, torch.float16) else x).contiguous()
 
 
+def _query_tokens(queries: Tensor, documents: Tensor) -> Tensor:
+    """Return queries as the operator takes them: in the documents' dtype, float32 beside codes."""
+    beside_codes = queries.dtype != torch.uint8 and documents.dtype == torch.uint8
+    return (queries.float() if beside_codes else queries).contiguous()
+
+
 class _MaxSim(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -412,7 +434,7 @@ class _MaxSim(torch.autograd.Function):
         document_offsets: Tensor,
         dim: int,
     ) -> Tensor:
-        wanted, given = _accumulated(queries), rows(documents)
+        wanted, given = queries.contiguous(), rows(documents)
         scores, argmax = _maxsim(wanted, query_offsets, given, document_offsets, dim, True)
         ctx.save_for_backward(queries, query_offsets, documents, document_offsets, argmax)
         return scores
@@ -440,5 +462,5 @@ def maxsim(
         return reference.maxsim(*args, False)[0]
     if documents.dtype != torch.uint8 and needs_grad(queries, documents):
         return _MaxSim.apply(*args)
-    wanted = _accumulated(queries)
+    wanted = _query_tokens(queries, documents)
     return _maxsim(wanted, query_offsets, rows(documents), document_offsets, dim, False)[0]

@@ -75,9 +75,9 @@ def allowed(filter: Tensor | None, queries: int, rows: int, device: torch.device
         return torch.ones(queries, rows, dtype=torch.bool, device=device)
     if filter.dtype == torch.uint8:
         return unpack_bits(filter)[:, :rows].expand(queries, rows)
-    mask = torch.zeros(rows, dtype=torch.bool, device=device)
-    mask[filter] = True
-    return mask.expand(queries, rows)
+    mask = torch.zeros(rows + 1, dtype=torch.bool, device=device)
+    mask[filter] = True  # the last one for id -1, which is no row
+    return mask[:rows].expand(queries, rows)
 
 
 def _nearest(distances: Tensor, found: Tensor, k: int, none: float) -> tuple[Tensor, Tensor]:
@@ -146,6 +146,11 @@ def plane_values(codes: Tensor, dim: int) -> Tensor:
     signs = unpack_bits(planes)[..., :dim].double() * 2 - 1
     weights = 0.5 ** torch.arange(planes.shape[1], dtype=torch.float64, device=codes.device)
     return (signs * weights[:, None]).sum(1)
+
+
+def unpack_planes(codes: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
+    """Return :func:`plane_values` in another dtype."""
+    return plane_values(codes, dim).to(dtype)
 
 
 def asymmetric_topk(

@@ -34,7 +34,8 @@ def _filter(filter: Tensor | None, queries: Tensor, rows: int) -> Tensor | None:
     if filter.dtype in (torch.int64, torch.int32):
         if filter.dim() != 1:
             raise ValueError(f"filter must be a vector of ids, got shape {tuple(filter.shape)}")
-        return filter.long().unique()
+        ids = filter.long()
+        return _without_repeats(ids) if ids.is_cuda else ids.unique()
     length = rows if filter.dtype == torch.bool else (rows + 7) // 8
     what = "values" if filter.dtype == torch.bool else "bytes"
     if filter.dim() not in (1, 2) or filter.shape[-1] != length:
@@ -50,6 +51,12 @@ def _filter(filter: Tensor | None, queries: Tensor, rows: int) -> Tensor | None:
             f"{filter.shape[0]}"
         )
     return pack_sign(filter.float()) if filter.dtype == torch.bool else filter.contiguous()
+
+
+def _without_repeats(ids: Tensor) -> Tensor:
+    """Sort ids and replace repeated ones by -1, which GPU kernels pass over, without waiting."""
+    ordered = ids.sort().values
+    return ordered.masked_fill(ordered.diff(prepend=ordered.new_full((1,), -1)) == 0, -1)
 
 
 def hamming_distance(a: Tensor, b: Tensor) -> Tensor:

@@ -26,6 +26,23 @@ class Packing:
         return (torch.rand(self.rows, self.dim).to(self.dtype),)
 
 
+@dataclasses.dataclass(frozen=True)
+class Unpacking(Packing):
+    """Values of codes of two planes."""
+
+    def arguments(self) -> tuple[Any, ...]:
+        codes = torch.randint(0, 256, (self.rows, 2 * -(-self.dim // 8)), dtype=torch.uint8)
+        return codes, self.dim, self.dtype
+
+
+def _unpack(kernel: str) -> Callable[[Unpacking], dict[str, Work]]:
+    def works(u: Unpacking) -> dict[str, Work]:
+        read = 2 * u.rows * -(-u.dim // 8)
+        return {kernel: Work(read, u.rows * u.dim * u.dtype.itemsize)}
+
+    return works
+
+
 def _pack(kernel: str) -> Callable[[Packing], dict[str, Work]]:
     def works(p: Packing) -> dict[str, Work]:
         return {kernel: Work(p.rows * p.dim * p.dtype.itemsize, p.rows * -(-p.dim // 8))}
@@ -281,17 +298,28 @@ class MaxSim:
     tokens: int
     lengths: tuple[int, ...]  # of documents
     dim: int
+    dtype: torch.dtype
 
     def __str__(self) -> str:
-        return f"{self.tokens} x {len(self.lengths)} documents of {self.lengths[0]}, dim {self.dim}"
+        dtype = "bits" if self.bits else str(self.dtype).removeprefix("torch.")
+        words = f"{self.tokens} x {len(self.lengths)} documents of {self.lengths[0]}"
+        return f"{words}, dim {self.dim}, {dtype}"
+
+    @property
+    def bits(self) -> bool:
+        return self.dtype == torch.uint8
+
+    @property
+    def token(self) -> int:
+        return self.dim // 8 if self.bits else self.dim * self.dtype.itemsize
 
     @property
     def query(self) -> int:
-        return 4 * self.tokens * self.dim
+        return self.token * self.tokens
 
     @property
     def documents(self) -> int:
-        return 4 * sum(self.lengths) * self.dim
+        return self.token * sum(self.lengths)
 
     @property
     def offsets(self) -> int:
@@ -308,7 +336,8 @@ class MaxSim:
     def arguments(self) -> tuple[Any, ...]:
         offsets = torch.tensor([0, *self.lengths]).cumsum(0).int()
         query = torch.tensor([0, self.tokens], dtype=torch.int32)
-        tokens = (torch.rand(n, self.dim) for n in (self.tokens, sum(self.lengths)))
+        width = self.dim // 8 if self.bits else self.dim
+        tokens = (torch.rand(n, width).to(self.dtype) for n in (self.tokens, sum(self.lengths)))
         return next(tokens), query, next(tokens), offsets, self.dim, True
 
 
@@ -380,8 +409,12 @@ def _maxsim_backward_triton(m: MaxSimBackward) -> dict[str, Work]:
 
 
 def _maxsim_cuda(m: MaxSim) -> dict[str, Work]:
-    read = m.query + m.documents + m.offsets
-    return {"score_pairs": Work(read, 4 * len(m.lengths) + m.argmax, m.products)}
+    read, written = m.query + m.documents + m.offsets, 4 * len(m.lengths) + m.argmax
+    if m.bits:  # what both have, and what neither has
+        return {"score_pairs": Work(read, written, binary_flops=2 * m.products)}
+    if m.dtype.itemsize == 2:
+        return {"score_pairs": Work(read, written, tensor_flops=m.products)}
+    return {"score_pairs": Work(read, written, m.products)}
 
 
 def _maxsim_backward_cuda(m: MaxSimBackward) -> dict[str, Work]:
@@ -399,6 +432,8 @@ _BF16, _F32 = torch.bfloat16, torch.float32
 MODELS: dict[tuple[str, str], Callable[[Any], dict[str, Work]]] = {
     ("pack_sign", "CUDA C++"): _pack("pack_rows"),
     ("pack_sign", "Triton"): _pack("_pack_sign"),
+    ("unpack_planes", "CUDA C++"): _unpack("unpack_rows"),
+    ("unpack_planes", "Triton"): _unpack("_unpack_planes"),
     ("hadamard_rotate", "CUDA C++"): _rotation("rotate_rows"),
     ("hadamard_rotate", "Triton"): _rotation("_rotate"),
     ("hadamard_unrotate", "CUDA C++"): _rotation("rotate_rows"),
@@ -424,6 +459,7 @@ MODELS: dict[tuple[str, str], Callable[[Any], dict[str, Work]]] = {
 }
 SMALL: dict[str, tuple[Any, ...]] = {
     "pack_sign": (Packing(40, 100, _F32), Packing(3, 64, _BF16)),
+    "unpack_planes": (Unpacking(40, 100, _F32), Unpacking(3, 64, _BF16)),
     "hadamard_rotate": (Rotation(5, 64),),
     "hadamard_unrotate": (Rotation(5, 64),),
     "hamming_distance": (Distances(4, 512, 16), Distances(32, 256, 32)),
@@ -433,11 +469,16 @@ SMALL: dict[str, tuple[Any, ...]] = {
     "asymmetric_topk": (Scores(16, 128, 8, 20), Scores(16, 512, 16, 5)),
     "dense_topk": (Dense(16, 128, 64, _F32, 20), Dense(16, 128, 64, _BF16, 5)),
     "gather_scores": (Gather(3, 90, 40, _F32, 10),),
-    "maxsim": (MaxSim(32, (64, 64), 32),),
-    "maxsim_backward": (MaxSimBackward(32, (64, 64), 32),),
+    "maxsim": (
+        MaxSim(32, (64, 64), 32, _F32),
+        MaxSim(32, (64, 64), 32, _BF16),
+        MaxSim(32, (64, 64), 256, torch.uint8),
+    ),
+    "maxsim_backward": (MaxSimBackward(32, (64, 64), 32, _F32),),
 }
 LARGE: dict[str, tuple[Any, ...]] = {
     "pack_sign": (Packing(1 << 20, 1024, _BF16),),
+    "unpack_planes": (Unpacking(1 << 20, 1024, _BF16),),
     "hadamard_rotate": (Rotation(1 << 20, 1024),),
     "hadamard_unrotate": (Rotation(1 << 20, 1024),),
     "hamming_distance": (Distances(1024, 100_000, 128),),
@@ -447,6 +488,6 @@ LARGE: dict[str, tuple[Any, ...]] = {
     "asymmetric_topk": (Scores(1, 8_000_000, 128, 50), Scores(64, 8_000_000, 128, 50)),
     "dense_topk": (Dense(64, 1_000_000, 384, _BF16, 50),),
     "gather_scores": (Gather(256, 1_000_000, 384, _BF16, 100),),
-    "maxsim": (MaxSim(32, (180,) * 1000, 128),),
-    "maxsim_backward": (MaxSimBackward(32, (180,) * 1000, 128),),
+    "maxsim": tuple(MaxSim(32, (180,) * 1000, 128, t) for t in (_F32, _BF16, torch.uint8)),
+    "maxsim_backward": (MaxSimBackward(32, (180,) * 1000, 128, _F32),),
 }

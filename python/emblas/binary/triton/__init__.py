@@ -1,6 +1,6 @@
 """The bit-code operators in Triton: kernels and, by its name, what runs them for each operator."""
 
-from emblas.binary.triton.codes import pack_sign
+from emblas.binary.triton.codes import pack_sign, unpack_planes
 from emblas.binary.triton.hamming import (
     hamming_distance,
     hamming_topk,
@@ -24,4 +24,5 @@ __all__ = [
     "pack_sign",
     "range_search",
     "range_search_csr",
+    "unpack_planes",
 ]

@@ -2,7 +2,8 @@
 
 Bits are unpacked to +1 and -1 and multiplied like any vector: an unpacked tile serves 16 queries
 and more. Products of float32 are made of three in TF32 (the upper and the lower half of the bits;
-lower times lower is left out), which errs by about 2^-21; of signs with signs in float16, exactly.
+lower times lower is left out), which errs by about 2^-21; those of two 16-bit values, and of signs
+with signs, are exact.
 """
 
 import triton
@@ -37,9 +38,9 @@ def load_values(
 
 
 @triton.jit
-def add_dots(total, a, b, SIGNS: tl.constexpr):
-    """Add the inner products of the rows of two tiles."""
-    if SIGNS:
-        return tl.dot(a.to(tl.float16), tl.trans(b.to(tl.float16)), total)
-    else:
+def add_dots(total, a, b, dtype: tl.constexpr):
+    """Add the inner products of the rows of two tiles, whose values ``dtype`` can hold."""
+    if dtype == tl.float32:
         return tl.dot(a, tl.trans(b), total, input_precision="tf32x3")
+    else:
+        return tl.dot(a.to(dtype), tl.trans(b.to(dtype)), total)

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from emblas import _op
-from emblas._triton import FLOATS, segment_bounds
+from emblas._triton import segment_bounds
 from emblas.binary.triton.dots import add_dots, load_values
 
 _BLOCK_QUERY_TOKENS, _BLOCK_TOKENS, _BLOCK_DIM = 16, 64, 32
@@ -41,6 +41,7 @@ def _maxsim(
     dim,
     QUERY_BITS: tl.constexpr,
     BITS: tl.constexpr,
+    DTYPE: tl.constexpr,
     BLOCK_I: tl.constexpr,
     BLOCK_J: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -65,7 +66,7 @@ def _maxsim(
                 values = load_values(
                     documents, document_stride, j, j < end, first, dim, BITS, BLOCK_J, BLOCK_D
                 )
-                dots = add_dots(dots, wanted, values, QUERY_BITS)
+                dots = add_dots(dots, wanted, values, DTYPE)
             dots = tl.where((j < end)[None, :], dots, float("-inf"))
             highest, at = tl.max(dots, 1, return_indices=True)
             where = tl.where(highest > best, (start + at).to(tl.int32), where)
@@ -140,11 +141,14 @@ def _grad_documents(
     tl.store(grad_documents + j[:, None] * dim + d[None, :], total, mask=inside)
 
 
-def _maxsim_supports(queries: Tensor, query_offsets: Tensor, documents: Tensor, *_: object) -> bool:
-    return queries.dtype in (torch.float32, torch.uint8) and documents.dtype in (
-        *FLOATS,
-        torch.uint8,
-    )
+_DOT_DTYPES = {  # in which the values of queries are multiplied
+    torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16,
+    torch.uint8: tl.float16,
+}  # fmt: skip
+
+
+def _maxsim_supports(queries: Tensor, *_: object) -> bool:
+    return queries.dtype in _DOT_DTYPES
 
 
 @_op.kernel(_maxsim_supports)
@@ -165,6 +169,7 @@ def maxsim(
         document_offsets, scores, argmax if need_argmax else None, sets, count,
         queries.shape[0], documents.shape[0], dim,
         QUERY_BITS=queries.dtype == torch.uint8, BITS=documents.dtype == torch.uint8,
+        DTYPE=_DOT_DTYPES[queries.dtype],
         BLOCK_I=_BLOCK_QUERY_TOKENS, BLOCK_J=_BLOCK_TOKENS, BLOCK_D=_BLOCK_DIM, num_stages=2,
     )  # fmt: skip
     return scores, argmax

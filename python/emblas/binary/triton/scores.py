@@ -82,7 +82,7 @@ def _scores(
             values = load_values(
                 plane_start, document_stride, row, given, first, dim, BITS, BLOCK_N, BLOCK_D
             )
-            dots = add_dots(dots, wanted, values, False)
+            dots = add_dots(dots, wanted, values, tl.float32)
             if METRIC != _DOT:
                 squares += tl.sum(values * values, 1)
             if METRIC == _L2:
