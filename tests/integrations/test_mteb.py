@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 
 pytest.importorskip("transformers", reason="needs emblas[hf]")
 
-from emblas.encoder import Encoder, EncoderPair
+from emblas.encoder import Encoder, EncoderPair, TruncationWarning
 from emblas.integrations.mteb import MtebEncoder
 from integrations.models import TEXTS, make_tokenizer, tiny
 
@@ -56,6 +56,8 @@ def test_both_protocols():
     pair = MtebEncoder(EncoderPair(make(pooling="cls"), make()))
     np.testing.assert_array_equal(pair.encode(TEXTS), plain)
     assert pair.mteb_model_meta is None
+    with pytest.warns(TruncationWarning, match="1 of 1 texts were cut"):
+        MtebEncoder(make(max_length=4)).encode([" ".join(["rain"] * 9)])
     with pytest.raises(ValueError, match="prompt_type must be"):
         model.encode(TEXTS, prompt_type="title")
     with pytest.raises(TypeError, match="a field 'text', got"):

@@ -35,6 +35,7 @@ CALLS = {
     "likelihood_alignment, reference": (
         lambda p, i, n, a, b: losses.likelihood_alignment(p, i, n, reference=(a, b)),
         (LABELS, LABELS / 2, -Y, -LABELS, Z)),
+    "information_bound": (losses.information_bound, (X, Y, Z)),
     "self_distill": (lambda a, b: losses.self_distill([a, b]), (X, Y)),
     "InfoNCE": (losses.InfoNCE(0.1, symmetric=True), (X, Y)),
     "MatryoshkaLoss": (losses.MatryoshkaLoss(losses.InfoNCE(), [2, 3]), (X, Y)),

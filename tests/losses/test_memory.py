@@ -74,6 +74,7 @@ CALLS = {
         similarity="dot"),
     "token_log_probs": lambda: losses.token_log_probs(
         rows(), rows(), torch.randint(N, (N,))).sum(),
+    "information_bound": lambda: losses.information_bound(rows(), rows(), rows()),
     "likelihood_alignment": lambda: losses.likelihood_alignment(
         rows(dim=1)[:, 0], torch.randn(N), torch.randn(N, 4)),
     "self_distill": lambda: losses.self_distill([rows(64, N // 8) for _ in range(3)]),

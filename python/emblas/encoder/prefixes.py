@@ -47,8 +47,8 @@ class ParallelPrefixes(nn.Module):
 
     Notes
     -----
-    The parallel paths of PDF (Parallel Decoupling Framework); its loss, which drives them apart, is
-    not part of this. :func:`emblas.losses.spread_out` of the vectors of a text does that, too.
+    The parallel paths of PDF (Parallel Decoupling Framework, arXiv 2511.01588), which are driven
+    apart by :func:`emblas.losses.information_bound` between any two of them.
     """
 
     def __init__(self, count: int, dim: int, length: int = 1, *, std: float = 0.02) -> None:

@@ -58,10 +58,15 @@ class MtebEncoder:
         -------
         ndarray
             float32 ``(texts, dim)``.
+
+        Warns
+        -----
+        TruncationWarning
+            If texts were cut.
         """
         texts = list(_texts(inputs))
         kind = getattr(prompt_type, "value", prompt_type)
-        options: dict[str, Any] = {"progress": self.progress, "truncation": "ignore"}
+        options: dict[str, Any] = {"progress": self.progress}
         if kind == "query":
             return self.encoder.encode_query(texts, **options)
         if kind in ("document", "passage"):

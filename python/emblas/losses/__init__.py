@@ -4,6 +4,7 @@ from emblas.losses.distillation import distill, self_distill
 from emblas.losses.functions import info_nce, mix_negatives, spread_out
 from emblas.losses.gather import gather_rows
 from emblas.losses.generative import likelihood_alignment, token_log_probs
+from emblas.losses.information import information_bound
 from emblas.losses.modules import CachedLoss, InfoNCE, MatryoshkaLoss
 from emblas.losses.pairs import (
     contrastive_loss,
@@ -26,6 +27,7 @@ __all__ = [
     "distill",
     "gather_rows",
     "info_nce",
+    "information_bound",
     "likelihood_alignment",
     "listwise_rank",
     "mix_negatives",
