@@ -367,7 +367,8 @@ def _gradients(
     )  # fmt: skip
     above = grad_out, grad_out.stride(0), grad_out.stride(1)
 
-    grad_pairs, matrices = None, (None, 0, 0)
+    grad_pairs: Tensor | None = None
+    matrices: tuple[Tensor | None, int, int] = (None, 0, 0)
     if shaping.pair_bias is not None and need_pair_bias:
         grad_pairs = torch.zeros(shaping.pair_bias.shape, dtype=torch.float32, device=q.device)
         matrices = pair_matrices(grad_pairs, q, k, *offsets)
