@@ -20,7 +20,16 @@ from torch import Tensor
 
 from emblas import _op
 from emblas.attention.op import Shaping
-from emblas.attention.triton.scores import add_biases, any_of, cap, kept, keys_seen, options, sees
+from emblas.attention.triton.scores import (
+    add_biases,
+    any_of,
+    cap,
+    kept,
+    keys_seen,
+    options,
+    sees,
+    width,
+)
 from emblas.attention.triton.tiles import (
     LN_2,
     LOG2_E,
@@ -219,7 +228,7 @@ def varlen_attention(
     )  # fmt: skip
     out = q.new_empty(tokens, heads, value_dim)
     lse = q.new_empty(heads if return_lse else 0, tokens, dtype=torch.float32)
-    block_m, block_n, num_warps, num_stages = _tile(q.dtype, max(head_dim, value_dim))
+    block_m, block_n, num_warps, num_stages = _tile(q.dtype, width(head_dim, value_dim, shaping))
     _attend[(batch * heads, triton.cdiv(max_seqlen_q, block_m))](
         q, q.stride(0), q.stride(1), k, k.stride(0), k.stride(1), v, v.stride(0), v.stride(1),
         out, lse if return_lse else None, cu_seqlens_q, cu_seqlens_k, tokens, k.shape[0],

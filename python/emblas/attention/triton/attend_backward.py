@@ -35,6 +35,7 @@ from emblas.attention.triton.scores import (
     pair_matrices,
     pairs_at,
     sees,
+    width,
 )
 from emblas.attention.triton.tiles import (
     LOG2_E,
@@ -261,8 +262,9 @@ def _grad_keys(
         for start in range(lowest, highest + 1, BLOCK_M):
             i = start + tl.arange(0, BLOCK_M)
             position = i + ahead
-            seen = sees(position[None, :], j[:, None], keys, left, right, prefix, branch, block_ids)
-            if (branch is None and block_ids is None) or any_of(seen):
+            if (branch is None and block_ids is None) or any_of(
+                sees(position[None, :], j[:, None], keys, left, right, prefix, branch, block_ids)
+            ):
                 q_tile = load_vectors(of_head, i, queries, q_token, head_dim, BLOCK_D)
                 above = load_vectors(above_head, i, queries, grad_out_token, value_dim, BLOCK_V)
                 row = head * q_tokens + q_begin + i
@@ -279,15 +281,19 @@ def _grad_keys(
                     keys, slopes, slopes_stride, distance_bias, bias_radius, pair_bias,
                     pair_starts, pair_head, pair_query,
                 )  # fmt: skip
+                seen = sees(  # again: it takes registers to remember
+                    position[None, :], j[:, None], keys, left, right, prefix, branch, block_ids
+                )
                 weights = tl.where(seen, tl.exp2(scores - logarithm[None, :]), 0.0)
-                grad_weights = tl.dot(v_tile, tl.trans(above), input_precision=PRECISION)
                 dropped = weights
                 if seeds is not None:
                     seed = tl.load(seeds + sequence)
                     keep = kept(seed, head, position, first, threshold, factor, BLOCK_N)
                     dropped = weights * tl.trans(keep)
-                    grad_weights *= tl.trans(keep)
                 v_total = tl.dot(dropped.to(above.dtype), above, v_total, input_precision=PRECISION)
+                grad_weights = tl.dot(v_tile, tl.trans(above), input_precision=PRECISION)
+                if seeds is not None:
+                    grad_weights *= tl.trans(keep)
                 grad_scores = weights * (grad_weights - delta[None, :])
                 if softcap is not None:
                     grad_scores *= slope
@@ -356,7 +362,7 @@ def _gradients(
     scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
     grad_q, grad_k, grad_v = (x.new_empty(x.shape) for x in (q, k, v))
     deltas = q.new_empty(heads, tokens, dtype=torch.float32)
-    for_queries, for_keys = _tiles(q.dtype, max(head_dim, value_dim))
+    for_queries, for_keys = _tiles(q.dtype, width(head_dim, value_dim, shaping))
     group, offsets = heads // key_heads, (cu_seqlens_q, cu_seqlens_k)
     sizes = *offsets, tokens, k.shape[0], scale, radius(window_left), radius(window_right)
     how = options(shaping, q, k, *offsets) | {

@@ -191,3 +191,16 @@ def options(
         "threshold": int(shaping.dropout_p * 2**32),
         "factor": 1 / (1 - shaping.dropout_p),
     }
+
+
+def width(head_dim: int, value_dim: int, shaping: Shaping) -> int:
+    """Return the width of vectors by which tiles are chosen.
+
+    Most of what shapes scores takes registers as twice the width does.
+    """
+    dim = max(head_dim, value_dim)
+    tensors = (
+        shaping.distance_bias, shaping.branch, shaping.block_ids, shaping.pair_bias,
+        shaping.dropout_seeds,
+    )  # fmt: skip
+    return dim if all(x is None for x in tensors) else 2 * dim
