@@ -25,6 +25,15 @@ std::vector<std::string> names(const std::vector<emblas::Isa>& isas) {
   return out;
 }
 
+bool cpu_is_amd() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  return __builtin_cpu_is("amd");
+#else
+  return false;
+#endif
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
@@ -40,6 +49,7 @@ PYBIND11_MODULE(_C, module) {
   module.def(
       "supported_isas", [] { return names(emblas::supported_isas()); },
       "Return those of compiled_isas() that this CPU can run.");
+  module.def("cpu_is_amd", &cpu_is_amd, "Tell whether AMD has made this CPU.");
   module.def(
       "build_info",
       [] {

@@ -21,6 +21,7 @@ from emblas.binary import (
     rescore,
     unpack_sign,
 )
+from emblas.linear import linear
 from emblas.pooling import (
     Matryoshka,
     attention_pool,
@@ -79,6 +80,7 @@ CALLS = {
     "row_sums": lambda: attend_rows(
         *[torch.randn(8, 1, 16, requires_grad=True)] * 3, CU, 5, torch.arange(8)
     ),
+    "linear": lambda: linear(torch.randn(8, 4), torch.randn(3, 4)),
     "maxsim": lambda: maxsim(*[torch.randn(8, 4, requires_grad=True)] * 2, CU, CU),
     "pack_sign": lambda: pack_sign(torch.randn(2, 9)),
     "unpack_planes": lambda: unpack_sign(CODES, 20),
@@ -114,12 +116,13 @@ NO_GRADIENT = {
     "compose_bag_backward_rows": "a gradient itself",
     "compose_bag_update_": "a gradient's use",
     "varlen_attention_biases_backward": "a gradient itself",
+    "linear": "torch's own product, where a gradient is wanted",
     "lexical_index": "integers: values are picked, and differentiated, by torch",
 }
 # Operators whose GPU tensors take the reference, with a warning: no GPU kernels yet.
 NO_TRITON = (
-    "compose_bag_backward_rows", "compose_bag_update_", "quantized_bag", "quantized_bag_backward",
-    "rotary_", "row_dots", "row_outer", "row_sums",
+    "compose_bag_backward_rows", "compose_bag_update_", "linear", "quantized_bag",
+    "quantized_bag_backward", "rotary_", "row_dots", "row_outer", "row_sums",
 )  # fmt: skip
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy
 import numpy.typing
 import typing
-__all__: list[str] = ['asymmetric_topk', 'build_info', 'compiled_isas', 'hamming_distance', 'hamming_topk', 'hash_bag', 'hash_keys', 'isa', 'murmur3_x64_128', 'murmur64a', 'pack_sign', 'quantized_bag', 'range_search_csr', 'segment_pool', 'set_isa', 'supported_isas', 'text_ids_of_bytes', 'text_ids_of_strings', 'varlen_attention']
+__all__: list[str] = ['asymmetric_topk', 'build_info', 'compiled_isas', 'cpu_is_amd', 'hamming_distance', 'hamming_topk', 'hash_bag', 'hash_keys', 'isa', 'murmur3_x64_128', 'murmur64a', 'pack_sign', 'quantized_bag', 'range_search_csr', 'segment_pool', 'set_isa', 'supported_isas', 'text_ids_of_bytes', 'text_ids_of_strings', 'varlen_attention']
 def asymmetric_topk(queries: numpy.ndarray, codes: numpy.ndarray, k: typing.SupportsInt | typing.SupportsIndex, scale: numpy.ndarray | None) -> tuple[numpy.ndarray, numpy.ndarray]:
     ...
 def build_info() -> dict[str, str]:
@@ -15,6 +15,10 @@ def build_info() -> dict[str, str]:
 def compiled_isas() -> list[str]:
     """
     Return the instruction sets in this binary, slowest first.
+    """
+def cpu_is_amd() -> bool:
+    """
+    Tell whether AMD has made this CPU.
     """
 def hamming_distance(a: numpy.ndarray, b: numpy.ndarray) -> numpy.ndarray:
     ...

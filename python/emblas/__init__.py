@@ -6,7 +6,7 @@ from importlib.metadata import version as _version
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 from typing import Any as _Any
 
-from emblas import _op, attention, binary, evaluation, losses, packed, pooling, tables
+from emblas import _op, attention, binary, evaluation, linear, losses, packed, pooling, tables
 from emblas._info import info
 from emblas._op import use_backend
 
@@ -39,6 +39,7 @@ __all__ = [
     "binary",
     "evaluation",
     "info",
+    "linear",
     "losses",
     "optimize",
     "packed",

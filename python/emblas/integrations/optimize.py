@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from emblas import packed
-from emblas.integrations import last_layer, versions
+from emblas.integrations import last_layer, linear_layers, versions
 from emblas.integrations import transformers as hf
 from emblas.integrations.transformers_modules import replace_modules, replaceable
 
@@ -93,6 +93,8 @@ class Optimized:
     def _apply(self) -> None:
         for transformer in _transformers(self.model):
             self._pack(transformer)
+        if linear_layers.is_quicker():
+            self._multiply()
         for name, module in self.model.named_modules():
             self._fuse(name, module)
         if _is_sentence_transformer(self.model):
@@ -130,6 +132,13 @@ class Optimized:
                 self._undo.callback(setattr, config, "_attn_implementation", before)
         replace_modules(model)
         self.changes.append(f"{type(model.base_model).__name__} runs packed with {hf.NAME} modules")
+
+    def _multiply(self) -> None:
+        found = [module for module in self.model.modules() if linear_layers.is_plain(module)]
+        for module in found:
+            self._patch(module, "forward", linear_layers.forward)
+        if found:
+            self.changes.append(f"{len(found)} linear layers are one kernel without a gradient")
 
     def _patch(self, module: nn.Module, name: str, function: Callable[..., Any]) -> None:
         """Put a function in the place of a method."""
