@@ -105,6 +105,10 @@ __device__ inline void load_tokens(const TokenRows& tokens, int64_t first, int64
   }
 }
 
+// Products of a tile, or numbers of bits that agree, in the registers of a thread.
+template <class Sum>
+using Sums = Sum[4][4];
+
 // The products of a tile that are a thread's own: of the query tokens query(r) and the document
 // tokens document(c). Lanes that differ in the bits first_flip to last_flip share query tokens.
 template <bool tensor_cores>
@@ -121,7 +125,7 @@ struct OwnProducts {
     return threadIdx.x % 16 + c * 16;
   }
   template <class Sum>
-  __device__ static Sum& product(Sum (&sum)[4][4], int r, int c) {
+  __device__ static Sum& product(Sums<Sum>& sum, int r, int c) {
     return tensor_cores ? sum[c / 2][c % 2 * 2 + r] : sum[r][c];
   }
 };
@@ -132,7 +136,7 @@ using GivenTile = uint4[kDocumentTokens][kTilePieces + 1];
 // Adds the own products of two pieces, or the numbers of bits that agree.
 template <class P, class Sum>
 __device__ inline void add_by_mma(const WantedTile& wanted, const GivenTile& given, int piece,
-                                  Sum (&sum)[4][4]) {
+                                  Sums<Sum>& sum) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   uint32_t q[2];
@@ -170,7 +174,7 @@ __device__ inline void add_product(const uint4& q, const uint4& d, Sum& sum) {
 // The same of one piece, in the thread itself.
 template <class P, class Sum>
 __device__ inline void add_by_thread(const WantedTile& wanted, const GivenTile& given, int piece,
-                                     Sum (&sum)[4][4]) {
+                                     Sums<Sum>& sum) {
   using Own = OwnProducts<false>;
   uint4 q[Own::queries], d[Own::documents];
   for (int r = 0; r < Own::queries; ++r) q[r] = simt::load_16_bytes(&wanted[Own::query(r)][piece]);
@@ -207,7 +211,7 @@ __global__ void __launch_bounds__(kPairThreads, 4) score_pairs(MaxSimArgs<Score<
       where[r] = -1;
     }
     for (int64_t j = document.begin; j < document.end; j += kDocumentTokens) {
-      std::conditional_t<bits, int, A> sum[4][4] = {};
+      Sums<std::conditional_t<bits, int, A>> sum = {};
       for (int piece = 0; piece < pieces; piece += kTilePieces) {
         const int left = min(pieces - piece, kTilePieces);
         load_tokens<Q, P, aligned>(args.queries, i, query.end, piece, left, wanted);

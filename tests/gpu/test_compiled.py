@@ -55,6 +55,7 @@ NO_WIDE_LOADS = {
     ("_hash_keys", ""): "reads nothing but 8-byte ids, one for each thread",
     ("_maxsim", "bits"): "the 32 bits of each row that a tile holds are 4 bytes",
     ("_nearest_of_chunk", "16 queries, k = 16, odd width"): _ODD,
+    ("_unpack_planes", ""): "a byte becomes eight values: its threads read as they write",
     ("_row_gradients", ""): "but for the generalized mean it reads what segments contribute, "
     "64 columns at a time, from the caches",
 }

@@ -13,6 +13,7 @@ from torch import Tensor
 from emblas import _op
 
 _BLOCK_ROWS, _BLOCK_BYTES = 32, 16
+_UNPACKED_ROWS = 16
 
 
 @triton.jit
@@ -90,8 +91,8 @@ def _unpack_planes(
 def unpack_planes(codes: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
     rows, width = codes.shape[0], triton.cdiv(dim, 8)
     out = codes.new_empty(rows, dim, dtype=dtype)
-    _unpack_planes[(triton.cdiv(rows, _BLOCK_ROWS), triton.cdiv(width, _BLOCK_BYTES))](
+    _unpack_planes[(triton.cdiv(rows, _UNPACKED_ROWS), triton.cdiv(width, _BLOCK_BYTES))](
         codes, codes.stride(0), out, rows, dim, width, codes.shape[1] // width,
-        BLOCK_R=_BLOCK_ROWS, BLOCK_B=_BLOCK_BYTES,
+        BLOCK_R=_UNPACKED_ROWS, BLOCK_B=_BLOCK_BYTES,
     )  # fmt: skip
     return out
