@@ -264,7 +264,8 @@ __global__ void __launch_bounds__(kTeamThreads* kTeamsOfQueries<dim>, 3 - kTeams
       const int key = start + 8 * n + lane % 4 * 2 + i % 2;
       return Pair{position[i / 2], key, logarithm[i / 2], delta[i / 2]};
     };
-    float weights[tile_keys / 8][4] = {}, slopes[tile_keys / 8][4] = {};
+    float weights[tile_keys / 8][4] = {};
+    float slopes[tile_keys / 8][4] = {};
     weigh<T, dim, teams>(rows, k_tile, v_tile, shape, window, masked, pair_at, weights, slopes);
     if constexpr (teams == 2) {
       SIMT_SHARED(float, passed, [2 * kTileRows * tile_keys]);
@@ -365,7 +366,8 @@ __global__ void __launch_bounds__(kTeamThreads* kTeamsOfKeys<dim>, 3 - kTeamsOfK
       const int query = 8 * n + lane % 4 * 2 + i % 2;
       return Pair{first_position + query, key + i / 2 * 8, tile_logarithms[query], of_tile[query]};
     };
-    float weights[tile_queries / 8][4] = {}, slopes[tile_queries / 8][4] = {};
+    float weights[tile_queries / 8][4] = {};
+    float slopes[tile_queries / 8][4] = {};
     weigh<T, dim, teams>(rows, q_tile, grad_tile, shape, window, masked, pair_at, weights, slopes);
     if constexpr (teams == 2) {
       SIMT_SHARED(float, passed, [kTileRows * tile_queries]);

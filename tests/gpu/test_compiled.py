@@ -21,6 +21,7 @@ ARCHITECTURES = tuple(map(int, os.environ.get("EMBLAS_ARCHITECTURES", "80 90 120
 # Warps that hide the latency of memory; a kernel for tensor cores pipelines its loads instead.
 FLOOR, FLOOR_WITH_TENSOR_CORES = 16, 8
 _TWO_WORDS = "ptxas spills two words for another four warps"
+_ALL_REGISTERS = "two words on sm_90, with all of its registers"
 _WIDE_ROWS = "rows of 1 KiB: the smallest tile that tensor cores take, 16 x 16, spills some words"
 # Bytes of local memory that are allowed, and why.
 LOCAL_MEMORY = {
@@ -30,6 +31,8 @@ LOCAL_MEMORY = {
     ("_grad_queries", "bfloat16, head_dim 256"): (8, _TWO_WORDS),
     ("_grad_keys", "float32, head_dim 256"): (208, _WIDE_ROWS),
     ("_grad_weights", ""): (8, "ptxas spills two words to get by with 32 or 40 registers"),
+    ("grad_keys_tile", "bfloat16, 256"): (8, _ALL_REGISTERS),
+    ("grad_keys_tile", "float16, 256"): (8, _ALL_REGISTERS),
     ("_compose_bags", "product, float32, bags, max"): (8, "two words, to get by with 72 registers"),
     ("_highest_of_chunk", ""): (16, "ptxas spills two to four words for another four warps"),
     ("sum_chunks", "double, true, true"): (
