@@ -29,7 +29,15 @@ from emblas.pooling import (
     segment_pool,
     vocab_pool,
 )
-from emblas.tables import HashEmbedding, TableSpec, hash_bag, hash_keys, optim, quantized_bag
+from emblas.tables import (
+    HashEmbedding,
+    TableSpec,
+    hash_bag,
+    hash_keys,
+    optim,
+    quantized_bag,
+    random_codes,
+)
 
 CU = packed((3, 5))
 CODES = torch.zeros(2, 3, dtype=torch.uint8)
@@ -97,6 +105,7 @@ CALLS = {
     "compose_bag_update_": fused_step,
     "hash_bag": lambda: HashEmbedding(10, 4, seed=1)(torch.arange(5)),
     "hash_keys": lambda: hash_keys(torch.arange(5), TableSpec(10, seed=1)),
+    "random_codes": lambda: random_codes(torch.arange(5), 7),
     "quantized_bag": lambda: quantized_bag(
         torch.arange(2), CODES, torch.ones(2), 8, 3, None, torch.ones(2, requires_grad=True)
     ),
@@ -117,12 +126,13 @@ NO_GRADIENT = {
     "compose_bag_update_": "a gradient's use",
     "varlen_attention_biases_backward": "a gradient itself",
     "linear": "torch's own product, where a gradient is wanted",
+    "random_codes": "functions of integers",
     "lexical_index": "integers: values are picked, and differentiated, by torch",
 }
 # Operators whose GPU tensors take the reference, with a warning: no GPU kernels yet.
 NO_TRITON = (
     "compose_bag_backward_rows", "compose_bag_update_", "linear", "quantized_bag",
-    "quantized_bag_backward", "rotary_", "row_dots", "row_outer", "row_sums",
+    "quantized_bag_backward", "random_codes", "rotary_", "row_dots", "row_outer", "row_sums",
 )  # fmt: skip
 
 

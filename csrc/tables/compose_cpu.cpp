@@ -7,24 +7,39 @@
 namespace emblas {
 namespace {
 
-constexpr int kMostNumbers = 4096;  // of one block
+constexpr int kMostNumbers = 4096;  // kept at once
 
-// The rows of up to kBlock consecutive ids of a feature, with their sign bits.
-class NumberBlock {
+// The rows of consecutive ids of a feature, with their sign bits. Ids are taken a block at a time
+// and the numbers of two blocks are kept, so that those of later ids are known at every id.
+class Numbers {
  public:
-  NumberBlock(const Feature& feature, const int64_t* padding_id)
-      : feature_(feature), padding_id_(padding_id) {
-    const int64_t most = kMostNumbers / (feature.num_parts > 0 ? feature.num_parts : 1);
-    size_ = most < kBlock ? int(most) : kBlock;
+  // Of the ids [first, last).
+  Numbers(const Feature& feature, const int64_t* padding_id, int64_t first, int64_t last)
+      : feature_(feature), padding_id_(padding_id), first_(first), last_(last), filled_(first) {
+    while (size_ * feature.num_parts > kMostNumbers) size_ /= 2;
   }
 
-  int fill(int64_t first, int64_t last) {
-    const int count = last - first < size_ ? int(last - first) : size_;
-    for (int i = 0; i < count; ++i) ids_[i] = feature_.ids[(first + i) * feature_.step];
+  int most_ahead() const { return size_ / 2; }
+
+  // Makes the rows of an id known; those of ids more than most_ahead() before are lost.
+  void reach(int64_t id) {
+    while (filled_ <= id && filled_ < last_) fill();
+  }
+  uint32_t of(int64_t id, int64_t part) const {
+    return numbers_[part * size_ + ((id - first_) & (size_ - 1))];
+  }
+
+ private:
+  static constexpr int lanes = EMBLAS_VECTOR_BYTES / 8;
+
+  void fill() {
+    const int half = size_ / 2, count = last_ - filled_ < half ? int(last_ - filled_) : half;
+    const int at = int((filled_ - first_) & (size_ - 1));
+    for (int i = 0; i < count; ++i) ids_[i] = feature_.ids[(filled_ + i) * feature_.step];
     const Part* hashed = nullptr;  // the part that words_ belong to
     for (int64_t p = 0; p < feature_.num_parts; ++p) {
       const Part& part = feature_.parts[p];
-      uint32_t* to = numbers_ + p * size_;
+      uint32_t* to = numbers_ + p * size_ + at;
       if (KeyKind(part.kind) == KeyKind::radix) {
         const uint64_t a = uint64_t(part.a), rows = uint64_t(part.rows);
         for (int i = 0; i < count; ++i) {
@@ -48,15 +63,10 @@ class NumberBlock {
     }
     for (int i = 0; padding_id_ && i < count; ++i) {
       if (ids_[i] != *padding_id_) continue;
-      for (int64_t p = 0; p < feature_.num_parts; ++p) numbers_[p * size_ + i] = kNoRow;
+      for (int64_t p = 0; p < feature_.num_parts; ++p) numbers_[p * size_ + at + i] = kNoRow;
     }
-    return count;
+    filled_ += count;
   }
-
-  uint32_t number(int i, int64_t part) const { return numbers_[part * size_ + i]; }
-
- private:
-  static constexpr int lanes = EMBLAS_VECTOR_BYTES / 8;
 
   void hash(const Part& part, int count) {
     const auto family =
@@ -87,20 +97,20 @@ class NumberBlock {
 
   const Feature& feature_;
   const int64_t* padding_id_;
-  int size_;
+  const int64_t first_, last_;
+  int64_t filled_;         // the ids before it are done
+  int size_ = 2 * kBlock;  // of a part's numbers, a power of two
   alignas(64) int64_t ids_[kBlock] = {};
   alignas(64) uint64_t words_[2][kBlock];
   alignas(64) uint32_t numbers_[kMostNumbers];
 };
 
 void write_numbers(const Feature& feature, const int64_t* padding_id, int64_t first, int64_t last) {
-  NumberBlock block(feature, padding_id);
-  for (int count; first < last; first += count) {
-    count = block.fill(first, last);
-    uint32_t* to = feature.numbers + first * feature.num_parts;
-    for (int i = 0; i < count; ++i) {
-      for (int64_t p = 0; p < feature.num_parts; ++p) *to++ = block.number(i, p);
-    }
+  Numbers numbers(feature, padding_id, first, last);
+  uint32_t* to = feature.numbers + first * feature.num_parts;
+  for (int64_t id = first; id < last; ++id) {
+    numbers.reach(id);
+    for (int64_t p = 0; p < feature.num_parts; ++p) *to++ = numbers.of(id, p);
   }
 }
 
@@ -217,16 +227,20 @@ void forward(const ComposeArgs<T>& args, const Feature& feature, int64_t first, 
   const bool far = is_far<T>(feature);
   int64_t id_bytes = 0;
   for (int64_t p = 0; p < feature.num_parts; ++p) id_bytes += feature.parts[p].width * sizeof(T);
-  const int ahead = prefetch_distance(id_bytes);
-  NumberBlock block(feature, args.padding_id);
-  int64_t block_begin = position(first), block_end = block_begin;
-  const int64_t ids_end = position(last);
+  const int64_t ids_begin = position(first), ids_end = position(last);
+  Numbers numbers(feature, args.padding_id, ids_begin, ids_end);
+  int ahead = prefetch_distance(id_bytes);
+  if (ahead > numbers.most_ahead()) ahead = numbers.most_ahead();
   const auto prefetch_id = [&](int64_t id) {
     for (int64_t p = 0; p < feature.num_parts; ++p) {
       const Part& part = feature.parts[p];
-      prefetch(row_of(args.table, part, block.number(int(id - block_begin), p)), part.width);
+      prefetch(row_of(args.table, part, numbers.of(id, p)), part.width);
     }
   };
+  for (int64_t id = ids_begin; far && id < ids_begin + ahead && id < ids_end; ++id) {
+    numbers.reach(id);
+    prefetch_id(id);
+  }
   const bool single = args.mode != BagMode::max;
   const bool one_sum = single && slot_end(feature, 0) == feature.num_parts &&
                        (args.combine == Combine::sum || feature.num_parts == 1);
@@ -239,24 +253,22 @@ void forward(const ComposeArgs<T>& args, const Feature& feature, int64_t first, 
     }
     int64_t used = 0;
     const bool in_order = one_sum && end - begin > 1;
-    RowSum<T> sum(scratch, width);
+    RowSum<T> sum(scratch, width, far);
     if (in_order) std::memset(scratch, 0, width * sizeof(A));
     for (int64_t id = begin; id < end; ++id) {
-      if (id == block_end) {
-        block_begin = block_end;
-        block_end += block.fill(block_begin, ids_end);
-        for (int64_t i = id; far && i < id + ahead && i < block_end; ++i) prefetch_id(i);
-      }
-      if (far && id + ahead < block_end) prefetch_id(id + ahead);
-      const int i = int(id - block_begin);
-      if (block.number(i, 0) == kNoRow) continue;
+      const int64_t later = id + ahead < ids_end ? id + ahead : id;
+      numbers.reach(later);
+      if (far && !in_order) prefetch_id(later);
+      if (numbers.of(id, 0) == kNoRow) continue;
       const A weight = id_weight(args, feature, id);
-      const auto number = [&](int64_t p) { return block.number(i, p); };
+      const auto number = [&](int64_t p) { return numbers.of(id, p); };
       if (in_order) {
         ++used;
         for (int64_t p = 0; p < feature.num_parts; ++p) {
-          sum.add(row_of(args.table, feature.parts[p], number(p)),
-                  weight * sign_of<A>(number(p)) * part_weight(args, feature, id, p));
+          const Part& part = feature.parts[p];
+          sum.add(row_of(args.table, part, number(p)),
+                  weight * sign_of<A>(number(p)) * part_weight(args, feature, id, p),
+                  far ? row_of(args.table, part, numbers.of(later, p)) : nullptr);
         }
         continue;
       }
@@ -357,7 +369,7 @@ void add_lookups(const ComposeGradient<T>& gradient, const Lookup* first, const 
   const ComposeArgs<T>& args = gradient.args;
   const bool product = args.combine == Combine::product, max = args.mode == BagMode::max;
   const int64_t width = gradient.parts[first->part].width;
-  RowSum<T> sum(total, width);
+  RowSum<T> sum(total, width, false);
   const int ahead = prefetch_distance(width * int64_t(sizeof(T)));
   const auto grad_row = [&](const Lookup& lookup) {
     const Part& part = gradient.parts[lookup.part];

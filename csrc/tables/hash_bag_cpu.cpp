@@ -12,16 +12,32 @@ bool is_padding(const HashedIds& hashed, int64_t i) {
   return hashed.padding_id && hashed.ids[i * hashed.stride] == *hashed.padding_id;
 }
 
-// The rows of up to kBlock consecutive ids.
-class Block {
+// The rows of consecutive ids. They are hashed a block at a time and two blocks are kept, so that
+// the rows of later ids are known at every id.
+class Rows {
  public:
-  explicit Block(const HashedIds& hashed) : hashed_(hashed), modulo_(hashed.num_embeddings) {}
+  // Of the ids [first, last).
+  Rows(const HashedIds& hashed, int64_t first, int64_t last)
+      : hashed_(hashed),
+        modulo_(hashed.num_embeddings),
+        first_(first),
+        last_(last),
+        filled_(first) {}
 
-  // Hash the ids [first, last) or the first kBlock of them; returns how many.
-  int hash(int64_t first, int64_t last) {
+  // Makes the rows of an id known; those of ids more than kBlock before are lost.
+  void reach(int64_t id) {
+    while (filled_ <= id && filled_ < last_) fill();
+  }
+  uint64_t of(int64_t id, int64_t j) const { return rows_[j][(id - first_) & (kKept - 1)]; }
+
+ private:
+  static constexpr int kKept = 2 * kBlock;
+
+  void fill() {
     constexpr int lanes = EMBLAS_VECTOR_BYTES / 8;
-    const int count = last - first < kBlock ? int(last - first) : kBlock;
-    for (int i = 0; i < count; ++i) ids_[i] = hashed_.ids[(first + i) * hashed_.stride];
+    const int64_t at = (filled_ - first_) & (kKept - 1);
+    const int count = last_ - filled_ < kBlock ? int(last_ - filled_) : kBlock;
+    for (int i = 0; i < count; ++i) ids_[i] = hashed_.ids[(filled_ + i) * hashed_.stride];
     for (int i = 0; i < count; i += lanes) {  // lanes past the count hold ids of before
       vuint64 id;
       std::memcpy(&id, ids_ + i, sizeof id);
@@ -31,31 +47,28 @@ class Block {
                                  words.high >> 32};
         for (int j = 0; j < 4 && key + j < hashed_.num_hashes; ++j) {
           const vuint64 rows = modulo_(keys[j]);
-          std::memcpy(rows_[key + j] + i, &rows, sizeof rows);
+          std::memcpy(rows_[key + j] + at + i, &rows, sizeof rows);
         }
       }
     }
-    return count;
+    filled_ += count;
   }
 
-  uint64_t row(int i, int j) const { return rows_[j][i]; }
-
- private:
   const HashedIds& hashed_;
   const Modulo modulo_;
+  const int64_t first_, last_;
+  int64_t filled_;  // the ids before it are done
   alignas(64) int64_t ids_[kBlock] = {};
-  alignas(64) uint64_t rows_[kMaxHashes][kBlock];
+  alignas(64) uint64_t rows_[kMaxHashes][kKept];
 };
 
 template <class Row>
-void hash_ids(const HashedIds& hashed, int64_t first, int64_t last, Row* rows) {
-  Block block(hashed);
-  for (int count; first < last; first += count) {
-    count = block.hash(first, last);
-    Row* to = rows + first * hashed.num_hashes;
-    for (int i = 0; i < count; ++i) {
-      for (int j = 0; j < hashed.num_hashes; ++j) *to++ = Row(block.row(i, j));
-    }
+void hash_ids(const HashedIds& hashed, int64_t first, int64_t last, Row* keys) {
+  Rows rows(hashed, first, last);
+  Row* to = keys + first * hashed.num_hashes;
+  for (int64_t id = first; id < last; ++id) {
+    rows.reach(id);
+    for (int j = 0; j < hashed.num_hashes; ++j) *to++ = Row(rows.of(id, j));
   }
 }
 
@@ -64,42 +77,49 @@ template <class T>
 class RowStream {
  public:
   RowStream(const HashBagArgs<T>& args, int64_t first, int64_t last)
-      : block_(args.hashed),
+      : numbers_(args.hashed, first, last),
         args_(args),
         far_(int64_t(args.hashed.num_embeddings) * args.dim * int64_t(sizeof(T)) > kCachedBytes),
         ahead_(prefetch_distance(args.hashed.num_hashes * args.dim * int64_t(sizeof(T)))),
-        first_(first),
-        last_(last) {}
+        next_(first),
+        last_(last) {
+    for (int64_t id = first; far_ && id < first + ahead_ && id < last; ++id) {
+      numbers_.reach(id);
+      prefetch_rows(id);
+    }
+  }
+
+  bool far() const { return far_; }
 
   // num_hashes rows of the next id; null if it is the padding id.
   const T* const* next() {
-    if (position_ == count_) {
-      first_ += count_;
-      count_ = block_.hash(first_, last_);
-      position_ = 0;
-      for (int i = 0; far_ && i < ahead_ && i < count_; ++i) prefetch_rows(i);
-    }
-    if (far_ && position_ + ahead_ < count_) prefetch_rows(position_ + ahead_);
-    const int i = position_++;
-    if (is_padding(args_.hashed, first_ + i)) return nullptr;
-    for (int j = 0; j < args_.hashed.num_hashes; ++j) rows_[j] = row(i, j);
+    const int64_t id = next_++;
+    later_ = id + ahead_ < last_ ? id + ahead_ : id;
+    numbers_.reach(later_);
+    if (is_padding(args_.hashed, id)) return nullptr;
+    for (int j = 0; j < args_.hashed.num_hashes; ++j) rows_[j] = row(id, j);
     return rows_;
+  }
+  // Row j of the id that comes `ahead` after the one that next() gave; null if the table is near.
+  const T* later(int j) const { return far_ ? row(later_, j) : nullptr; }
+  // Asks for the rows of that id at once.
+  void prefetch_later() const {
+    if (far_) prefetch_rows(later_);
   }
 
  private:
-  const T* row(int i, int j) const {
-    return args_.table + int64_t(block_.row(i, j)) * args_.row_stride;
+  const T* row(int64_t id, int j) const {
+    return args_.table + int64_t(numbers_.of(id, j)) * args_.row_stride;
   }
-  void prefetch_rows(int i) const {
-    for (int j = 0; j < args_.hashed.num_hashes; ++j) prefetch(row(i, j), args_.dim);
+  void prefetch_rows(int64_t id) const {
+    for (int j = 0; j < args_.hashed.num_hashes; ++j) prefetch(row(id, j), args_.dim);
   }
 
-  Block block_;
+  Rows numbers_;
   const HashBagArgs<T>& args_;
   const bool far_;
   const int ahead_;  // ids
-  int64_t first_, last_;
-  int position_ = 0, count_ = 0;
+  int64_t next_, last_, later_ = 0;
   const T* rows_[kMaxHashes];
 };
 
@@ -119,7 +139,7 @@ void forward(const HashBagArgs<T>& args, int64_t first, int64_t last, Accumulato
     const int64_t begin = first_id(args, b), end = first_id(args, b + 1);
     T* to = out + b * args.dim;
     const bool single = end - begin == 1;
-    RowSum<T> sum(scratch, args.dim);
+    RowSum<T> sum(scratch, args.dim, stream.far());
     if (!single) std::memset(scratch, 0, args.dim * sizeof(A));
     bool empty = true;
     for (int64_t i = begin; i < end; ++i) {
@@ -128,9 +148,10 @@ void forward(const HashBagArgs<T>& args, int64_t first, int64_t last, Accumulato
       empty = false;
       const A weight = args.weights ? args.weights[i] : A(1);
       if (single) {
+        stream.prefetch_later();
         sum_rows<false>(to, rows, num_hashes, weight, args.dim);
       } else {
-        for (int j = 0; j < num_hashes; ++j) sum.add(rows[j], weight);
+        for (int j = 0; j < num_hashes; ++j) sum.add(rows[j], weight, stream.later(j));
       }
     }
     sum.flush();
@@ -171,6 +192,7 @@ void grad_weights(const HashBagArgs<T>& args, int64_t first, int64_t last, const
     const T* grad = grad_out + b * args.dim;
     for (int64_t i = first_id(args, b); i < first_id(args, b + 1); ++i) {
       const T* const* rows = stream.next();
+      stream.prefetch_later();
       grad_weights[i] = rows ? dot_rows(rows, num_hashes, grad, args.dim) : Accumulator<T>(0);
     }
   }

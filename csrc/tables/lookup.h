@@ -11,11 +11,13 @@ constexpr int kBlock = 64;                 // ids hashed at once
 constexpr int64_t kCachedBytes = 1 << 20;  // a smaller table needs no prefetching
 constexpr int kCacheLine = 64;
 
+// Asks for every line that holds a byte of the row.
 template <class T>
 void prefetch(const T* row, int64_t dim) {
-  const char* begin = reinterpret_cast<const char*>(row);
   const char* end = reinterpret_cast<const char*>(row + dim);
-  for (; begin < end; begin += kCacheLine) __builtin_prefetch(begin);
+  const char* line = reinterpret_cast<const char*>(row);
+  line -= reinterpret_cast<uintptr_t>(line) % kCacheLine;
+  for (; line < end; line += kCacheLine) __builtin_prefetch(line);
   // GCC drops calls of functions that do nothing but prefetch, for want of an effect.
   asm volatile("");
 }
@@ -119,26 +121,44 @@ void put(Out* to, Vector<Out> x) {
   store(to, x);
 }
 
-// total += sum_l coefficients[l] * rows[l], in this order, in registers: the same bits however a
-// longer sum is cut into calls.
+// Rows to be added, or to be added later: where they are, and how many.
 template <class T>
-void add_scaled(Accumulator<T>* total, const T* const* rows, const Accumulator<T>* coefficients,
-                int count, int64_t width) {
+struct RowList {
+  static constexpr int kMost = 32;
+  int count = 0;
+  const T* rows[kMost];
+  const T* later[kMost];  // asked for while the row of the same number is added
+  Accumulator<T> coefficients[kMost];
+};
+
+// total += sum_l coefficients[l] * rows[l], in this order, in registers: the same bits however a
+// longer sum is cut into calls. If `ahead`, each piece of a row is paid with a request for that of
+// a later one: requests in a burst would fill the queue of cache misses and stall what comes after,
+// and leave it empty while rows are added.
+template <bool ahead, class T>
+void add_scaled(Accumulator<T>* total, const RowList<T>& list, int64_t width) {
   constexpr int lanes = kLanes<T>, unroll = 4;
   int64_t i = 0;
   for (; i + unroll * lanes <= width; i += unroll * lanes) {
     Vector<T> sums[unroll];
     for (int u = 0; u < unroll; ++u) sums[u] = load(total + i + u * lanes);
-    for (int l = 0; l < count; ++l) {
-      for (int u = 0; u < unroll; ++u) sums[u] += coefficients[l] * load(rows[l] + i + u * lanes);
+    for (int l = 0; l < list.count; ++l) {
+      if constexpr (ahead) prefetch(list.later[l] + i, unroll * lanes);
+      for (int u = 0; u < unroll; ++u) {
+        sums[u] += list.coefficients[l] * load(list.rows[l] + i + u * lanes);
+      }
     }
     for (int u = 0; u < unroll; ++u) store(total + i + u * lanes, sums[u]);
   }
+  if (i == width) return;
+  for (int l = 0; ahead && l < list.count; ++l) prefetch(list.later[l] + i, width - i);
   map_lanes<T>(
       width - i,
       [&](int64_t k, auto lane) {
         auto sum = value(total + i + k, lane);
-        for (int l = 0; l < count; ++l) sum += coefficients[l] * value(rows[l] + i + k, lane);
+        for (int l = 0; l < list.count; ++l) {
+          sum += list.coefficients[l] * value(list.rows[l] + i + k, lane);
+        }
         return sum;
       },
       [&](int64_t k, auto sum) { put(total + i + k, sum); });
@@ -148,25 +168,27 @@ void add_scaled(Accumulator<T>* total, const T* const* rows, const Accumulator<T
 template <class T>
 class RowSum {
  public:
-  RowSum(Accumulator<T>* total, int64_t width) : total_(total), width_(width) {}
+  // far: rows come from memory, and each is told which one to ask for meanwhile.
+  RowSum(Accumulator<T>* total, int64_t width, bool far)
+      : total_(total), width_(width), far_(far) {}
 
-  void add(const T* row, Accumulator<T> coefficient) {
-    rows_[count_] = row;
-    coefficients_[count_++] = coefficient;
-    if (count_ == kMost) flush();
+  void add(const T* row, Accumulator<T> coefficient, const T* later = nullptr) {
+    list_.rows[list_.count] = row;
+    list_.later[list_.count] = later;
+    list_.coefficients[list_.count++] = coefficient;
+    if (list_.count == RowList<T>::kMost) flush();
   }
   void flush() {
-    if (count_ > 0) add_scaled(total_, rows_, coefficients_, count_, width_);
-    count_ = 0;
+    if (list_.count > 0 && far_) add_scaled<true>(total_, list_, width_);
+    if (list_.count > 0 && !far_) add_scaled<false>(total_, list_, width_);
+    list_.count = 0;
   }
 
  private:
-  static constexpr int kMost = 32;
   Accumulator<T>* total_;
   int64_t width_;
-  int count_ = 0;
-  const T* rows_[kMost];
-  Accumulator<T> coefficients_[kMost];
+  bool far_;
+  RowList<T> list_;
 };
 
 template <class T>

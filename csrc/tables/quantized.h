@@ -1,15 +1,19 @@
 // Tables of integers with a scale for each row, looked up without a table of floats.
 //
-//   e(id)  = s[id] (q[id] - 2^(bits-1))               q: unsigned integers of 2, 4, 8 or 16 bits
+//   e(id)  = s[id] (q[id] - z[id])                    q: unsigned integers of 2, 4, 8 or 16 bits
 //   out_b  = sum | mean | max of w_i e(id_i) over the ids of bag b; zero if the bag is empty
 //
 // Backward, g_b = d loss / d out_b, bag b of id i:   dw_i = e(id_i) . g_b
 //
+// The zero point z is a number of the row, or 2^(bits-1) for all. The difference is rounded once,
+// if at all, and so is its product with the scale.
+//
 // The integers of a row are packed least significant bit first; the last byte ends in zeros.
 //
-// Bytes: each id reads its row, bits / 8 bytes for an element, and its scale; each bag writes its
-// result once. So a large table is bound by the latency of memory, which prefetching hides, and a
-// cached one by the instructions that widen integers: about three for each vector of products.
+// Bytes: each id reads its row, bits / 8 bytes for an element, its scale and zero point; each bag
+// writes its result once. So a large table is bound by the latency of memory, which prefetching
+// hides, and a cached one by the instructions that widen integers: about three for each vector of
+// products.
 #pragma once
 
 #include <cstdint>
@@ -26,7 +30,11 @@ constexpr int64_t packed_bytes(int64_t dim, int64_t bits) { return (dim * bits +
 // The first id that is neither a row nor the padding id; null if there is none.
 inline const int64_t* find_id_outside(const int64_t* ids, int64_t count, int64_t rows,
                                       const int64_t* padding_id) {
+  uint64_t bits = 0;  // the highest is set if one is negative or too large: vectors can tell this
   for (int64_t i = 0; i < count; ++i) {
+    bits |= uint64_t(ids[i]) | (uint64_t(rows) - 1 - uint64_t(ids[i]));
+  }
+  for (int64_t i = 0; bits >> 63 && i < count; ++i) {
     const bool inside = uint64_t(ids[i]) < uint64_t(rows);
     if (!inside && !(padding_id && ids[i] == *padding_id)) return ids + i;
   }
@@ -43,6 +51,7 @@ struct QuantizedArgs {
   const int32_t* offsets;         // [bags + 1], or null: every id is a bag of its own
   const Accumulator<T>* weights;  // [ids] or null; for BagMode::sum
   const int64_t* padding_id;      // contributes nothing; null for none
+  const Accumulator<T>* zero;     // [rows], or null: 2^(bits-1)
 };
 
 template <class T>

@@ -1,5 +1,7 @@
 // Quantized lookups on a CPU: the integers of some rows are widened in registers, a vector of
 // columns at a time, and added there, as in lookup.h.
+#include <utility>
+
 #include "common/isa.h"
 #include "tables/lookup.h"
 #include "tables/quantized.h"
@@ -8,6 +10,7 @@ namespace emblas {
 namespace {
 
 constexpr int kStep = kLanes<float>;  // elements widened at once: whole bytes for any bits
+constexpr std::make_integer_sequence<int, kStep> kLaneNumbers{};
 
 typedef uint8_t vbytes __attribute__((vector_size(kStep), aligned(1), may_alias));
 typedef uint8_t vpairs __attribute__((vector_size(kStep / 2), aligned(1), may_alias));
@@ -66,46 +69,127 @@ vint32 unpack(const uint8_t* from) {
   }
 }
 
-// Integers with their sign, as kParts vectors of accumulators.
+// Integers as numbers, in kParts vectors of accumulators.
 template <class A>
 constexpr int kParts = sizeof(A) / sizeof(float);
-template <class A, int bits>
+template <class A>
 Vector<A> part(vint32 codes, int number) {
   if constexpr (kParts<A> == 1) {
-    return __builtin_convertvector(codes - (1 << (bits - 1)), vfloat);
+    return __builtin_convertvector(codes, vfloat);
   } else {
     vint32_half half;
     std::memcpy(&half, reinterpret_cast<const char*>(&codes) + number * sizeof half, sizeof half);
-    return __builtin_convertvector(half - (1 << (bits - 1)), vdouble);
+    return __builtin_convertvector(half, vdouble);
   }
 }
 
-// total[i] (0 at first if `fresh`) + sum_l coefficients[l] * rows[l][i], in this order.
-template <class A, int bits, int unroll>
-void add_rows(A* total, const uint8_t* const* rows, const A* coefficients, int count, bool fresh,
-              int64_t i) {
+// What codes of 4 bits mean in a row with some zero point. Bits above these don't matter.
+#if defined(EMBLAS_HAS_AVX512) && !defined(EMBLAS_EMULATE_AVX512)
+class Nibbles {  // a table of 16 numbers in one register
+ public:
+  explicit Nibbles(float zero) {
+    for (int i = 0; i < 16; ++i) numbers_[i] = float(i);
+    numbers_ -= zero;
+  }
+  vfloat of(vint32 codes) const {
+    return (vfloat)_mm512_permutexvar_ps((__m512i)codes, (__m512)numbers_);
+  }
+
+ private:
+  vfloat numbers_;
+};
+#else
+class Nibbles {
+ public:
+  explicit Nibbles(float zero) : zero_(zero) {}
+  vfloat of(vint32 codes) const { return __builtin_convertvector(codes & 15, vfloat) - zero_; }
+
+ private:
+  float zero_;
+};
+#endif
+
+// Columns of even and of odd number in a vector each, instead of one after the other, and back.
+template <int... lane>
+void split(vfloat* pair, std::integer_sequence<int, lane...>) {
+  const vfloat low = pair[0], high = pair[1];
+  pair[0] = __builtin_shufflevector(low, high, (2 * lane)...);
+  pair[1] = __builtin_shufflevector(low, high, (2 * lane + 1)...);
+}
+template <int... lane>
+void interleave(vfloat* pair, std::integer_sequence<int, lane...>) {
+  const vfloat even = pair[0], odd = pair[1];
+  pair[0] = __builtin_shufflevector(even, odd, (lane / 2 + lane % 2 * kStep)...);
+  pair[1] = __builtin_shufflevector(even, odd, (kStep / 2 + lane / 2 + lane % 2 * kStep)...);
+}
+
+// Rows to be added, and rows to be asked for meanwhile.
+template <class A>
+struct Pending {
+  static constexpr int kMost = 32;
+  int count = 0;
+  const uint8_t* rows[kMost];
+  const uint8_t* later[kMost];
+  A coefficients[kMost], zeros[kMost];
+};
+
+// total[i] (0 at first if `fresh`) + sum_l coefficients[l] * (rows[l][i] - zeros[l]), in this
+// order.
+template <bool ahead, class A, int bits, int unroll>
+void add_rows(A* total, const Pending<A>& pending, bool fresh, int64_t i) {
   constexpr int vectors = unroll * kParts<A>, lanes = kLanes<A>;
+  // Two codes of 4 bits in a byte are taken apart most quickly if they stay in different vectors.
+  constexpr bool in_halves = bits == 4 && kParts<A> == 1 && unroll % 2 == 0;
   Vector<A> sums[vectors];
   for (int v = 0; v < vectors; ++v) sums[v] = fresh ? Vector<A>{} : load(total + i + v * lanes);
-  for (int l = 0; l < count; ++l) {
-    const uint8_t* from = rows[l] + i * bits / 8;
-    for (int u = 0; u < unroll; ++u) {
-      const vint32 codes = unpack<bits>(from + u * kStep * bits / 8);
-      for (int n = 0; n < kParts<A>; ++n) {
-        sums[u * kParts<A> + n] += coefficients[l] * part<A, bits>(codes, n);
+  if constexpr (in_halves) {
+    for (int v = 0; v < vectors; v += 2) split(sums + v, kLaneNumbers);
+  }
+  for (int l = 0; l < pending.count; ++l) {
+    const uint8_t* from = pending.rows[l] + i * bits / 8;
+    const A coefficient = pending.coefficients[l], zero = pending.zeros[l];
+    if constexpr (ahead) prefetch(pending.later[l] + i * bits / 8, unroll * kStep * bits / 8);
+    if constexpr (in_halves) {
+      const Nibbles numbers(zero);
+      for (int v = 0; v < vectors; v += 2) {
+        const vint32 pairs = widen_bytes(from + v * kStep / 2);
+        sums[v] += coefficient * numbers.of(pairs);
+        sums[v + 1] += coefficient * numbers.of(pairs >> 4);
+      }
+    } else {
+      for (int u = 0; u < unroll; ++u) {
+        const vint32 codes = unpack<bits>(from + u * kStep * bits / 8);
+        for (int n = 0; n < kParts<A>; ++n) {
+          sums[u * kParts<A> + n] += coefficient * (part<A>(codes, n) - zero);
+        }
       }
     }
+  }
+  if constexpr (in_halves) {
+    for (int v = 0; v < vectors; v += 2) interleave(sums + v, kLaneNumbers);
   }
   for (int v = 0; v < vectors; ++v) store(total + i + v * lanes, sums[v]);
 }
 
-// total[i] = the larger of what it is (nothing yet if `fresh`) and coefficient * row[i].
+template <bool ahead, class A, int bits>
+void add_rows(A* total, const Pending<A>& pending, bool fresh, int64_t dim, int64_t width) {
+  int64_t i = 0;
+  for (; i + 8 * kStep <= width; i += 8 * kStep) {
+    add_rows<ahead, A, bits, 8>(total, pending, fresh, i);
+  }
+  for (; i + 2 * kStep <= width; i += 2 * kStep) {
+    add_rows<ahead, A, bits, 2>(total, pending, fresh, i);
+  }
+  if (i < dim) add_rows<ahead, A, bits, 1>(total, pending, fresh, i);
+}
+
+// total[i] = the larger of what it is (nothing yet if `fresh`) and coefficient * (row[i] - zero).
 template <class A, int bits>
-void take_maximum(A* total, const uint8_t* row, A coefficient, bool fresh, int64_t i) {
+void take_maximum(A* total, const uint8_t* row, A coefficient, A zero, bool fresh, int64_t i) {
   const vint32 codes = unpack<bits>(row + i * bits / 8);
   for (int n = 0; n < kParts<A>; ++n) {
     A* const to = total + i + n * kLanes<A>;
-    const Vector<A> x = coefficient * part<A, bits>(codes, n);
+    const Vector<A> x = coefficient * (part<A>(codes, n) - zero);
     const Vector<A> best = fresh ? x : load(to);
     store(to, x > best ? x : best);
   }
@@ -134,16 +218,29 @@ class Rows {
     return from + (id < first_copied_ ? id : id - first_copied_) * bytes_;
   }
 
-  // Asks for the row and the scale of the id that comes `ahead` after i, if it comes before `end`.
-  void prefetch_after(int64_t i, int64_t end) const {
-    if (!far_ || i + ahead_ >= end) return;
-    const int64_t id = args_.ids[i + ahead_];
-    if (uint64_t(id) >= uint64_t(args_.rows)) return;  // a padding id outside the table
-    prefetch(args_.packed + id * bytes_, bytes_);
-    prefetch(args_.scale + id, 1);
+  bool far() const { return far_; }
+
+  // Asks for the scale of the id that comes `ahead` after i and tells where its row is: row i
+  // itself if there is none before `end`.
+  const uint8_t* request_after(int64_t i, int64_t end) const {
+    return request(i + ahead_ < end ? i + ahead_ : i);
   }
+  // Asks for the first rows of the ids [i, end).
+  void request_first(int64_t i, int64_t end) const {
+    for (int64_t k = i; far_ && k < end && k < i + ahead_; ++k) prefetch(request(k), bytes_);
+  }
+  int64_t bytes() const { return bytes_; }
 
  private:
+  const uint8_t* request(int64_t i) const {
+    const int64_t id = args_.ids[i];
+    if (uint64_t(id) >= uint64_t(args_.rows))
+      return args_.packed;  // a padding id outside the table
+    prefetch(args_.scale + id, 1);
+    if (args_.zero) prefetch(args_.zero + id, 1);
+    return args_.packed + id * bytes_;
+  }
+
   const QuantizedArgs<T>& args_;
   const int64_t bytes_;
   const bool far_;
@@ -157,6 +254,11 @@ bool is_padding(const QuantizedArgs<T>& args, int64_t id) {
   return args.padding_id && id == *args.padding_id;
 }
 
+template <class T, int bits>
+Accumulator<T> zero_of(const QuantizedArgs<T>& args, int64_t id) {
+  return args.zero ? args.zero[id] : Accumulator<T>(1 << (bits - 1));
+}
+
 template <class T>
 int64_t first_id(const QuantizedArgs<T>& args, int64_t bag) {
   return args.offsets ? args.offsets[bag] : bag;
@@ -166,11 +268,11 @@ template <class T, int bits>
 void pool(const QuantizedArgs<T>& args, int64_t first, int64_t last, Accumulator<T>* scratch,
           T* out) {
   using A = Accumulator<T>;
-  constexpr int most = 32;  // rows at once
   const int64_t dim = args.dim, width = padded_dim(dim), ids_end = first_id(args, last);
   const Rows<T, bits> rows(args, scratch + width);
-  const uint8_t* pending[most];
-  A coefficients[most];
+  const bool far = rows.far(), maximum = args.mode == BagMode::max;
+  rows.request_first(first_id(args, first), ids_end);
+  Pending<A> pending;
   for (int64_t b = first; b < last; ++b) {
     T* const to = out + b * dim;
     A* total = scratch;
@@ -178,32 +280,29 @@ void pool(const QuantizedArgs<T>& args, int64_t first, int64_t last, Accumulator
     const int64_t end = first_id(args, b + 1);
     int64_t used = 0;
     for (int64_t i = first_id(args, b); i < end;) {
-      int count = 0;
-      const int at_once = args.mode == BagMode::max ? 1 : most;
-      for (; i < end && count < at_once; ++i) {
-        rows.prefetch_after(i, ids_end);
+      pending.count = 0;
+      for (; i < end && pending.count < (maximum ? 1 : pending.kMost); ++i) {
         const int64_t id = args.ids[i];
         if (is_padding(args, id)) continue;
         const A scale = to_accumulator(args.scale[id]);
-        pending[count] = rows.of(id);
-        coefficients[count++] = args.weights ? args.weights[i] * scale : scale;
+        pending.rows[pending.count] = rows.of(id);
+        pending.zeros[pending.count] = zero_of<T, bits>(args, id);
+        if (far) pending.later[pending.count] = rows.request_after(i, ids_end);
+        pending.coefficients[pending.count++] = args.weights ? args.weights[i] * scale : scale;
       }
       const bool fresh = used == 0;
-      used += count;
-      int64_t k = 0;
-      if (args.mode == BagMode::max) {
-        for (; count > 0 && k < dim; k += kStep) {
-          take_maximum<A, bits>(total, pending[0], coefficients[0], fresh, k);
+      used += pending.count;
+      if (maximum) {
+        if (far && pending.count > 0) prefetch(pending.later[0], rows.bytes());
+        for (int64_t k = 0; pending.count > 0 && k < dim; k += kStep) {
+          take_maximum<A, bits>(total, pending.rows[0], pending.coefficients[0], pending.zeros[0],
+                                fresh, k);
         }
-        continue;
+      } else if (far) {
+        add_rows<true, A, bits>(total, pending, fresh, dim, width);
+      } else {
+        add_rows<false, A, bits>(total, pending, fresh, dim, width);
       }
-      for (; k + 8 * kStep <= width; k += 8 * kStep) {
-        add_rows<A, bits, 8>(total, pending, coefficients, count, fresh, k);
-      }
-      for (; k + 2 * kStep <= width; k += 2 * kStep) {
-        add_rows<A, bits, 2>(total, pending, coefficients, count, fresh, k);
-      }
-      if (k < dim) add_rows<A, bits, 1>(total, pending, coefficients, count, fresh, k);
     }
     if (!used) {
       std::memset(to, 0, dim * sizeof(T));
@@ -220,21 +319,23 @@ void dot_ids(const QuantizedArgs<T>& args, int64_t first, int64_t last, const T*
   using A = Accumulator<T>;
   const int64_t width = padded_dim(args.dim), ids_end = first_id(args, last);
   const Rows<T, bits> rows(args, scratch + width);
+  rows.request_first(first_id(args, first), ids_end);
   for (int64_t k = args.dim; k < width; ++k) scratch[k] = 0;
   for (int64_t b = first; b < last; ++b) {
     const T* const grad = grad_out + b * args.dim;
     for (int64_t k = 0; k < args.dim; ++k) scratch[k] = to_accumulator(grad[k]);
     for (int64_t i = first_id(args, b); i < first_id(args, b + 1); ++i) {
-      rows.prefetch_after(i, ids_end);
+      if (rows.far()) prefetch(rows.request_after(i, ids_end), rows.bytes());
       const int64_t id = args.ids[i];
       grad_weights[i] = 0;
       if (is_padding(args, id)) continue;
       const uint8_t* row = rows.of(id);
+      const A zero = zero_of<T, bits>(args, id);
       Vector<A> products[kParts<A>] = {};
       for (int64_t k = 0; k < width; k += kStep) {
         const vint32 codes = unpack<bits>(row + k * bits / 8);
         for (int n = 0; n < kParts<A>; ++n) {
-          products[n] += load(scratch + k + n * kLanes<A>) * part<A, bits>(codes, n);
+          products[n] += load(scratch + k + n * kLanes<A>) * (part<A>(codes, n) - zero);
         }
       }
       for (int n = 1; n < kParts<A>; ++n) products[0] += products[n];

@@ -15,19 +15,21 @@ constexpr char kDtypes[] = "scale must be float32, float64, bfloat16 or float16"
 // The arguments that forward and backward have in common, checked.
 struct Call {
   const Tensor &ids, &packed, &scale;
-  std::optional<Tensor> offsets, weights;
+  std::optional<Tensor> offsets, weights, zero_point;
   int64_t bits, dim, bags;
   BagMode mode;
   std::optional<int64_t> padding_id;
 
   Call(const Tensor& ids, const Tensor& packed, const Tensor& scale,
        const std::optional<Tensor>& offsets, const std::optional<Tensor>& weights, int64_t bits,
-       int64_t dim, int64_t mode_number, std::optional<int64_t> padding)
+       int64_t dim, int64_t mode_number, std::optional<int64_t> padding,
+       const std::optional<Tensor>& zero_point)
       : ids(ids),
         packed(packed),
         scale(scale),
         offsets(offsets),
         weights(weights),
+        zero_point(zero_point),
         bits(bits),
         dim(dim),
         mode(BagMode(mode_number)),
@@ -44,7 +46,13 @@ struct Call {
     check(scale.is_cpu() && scale.dim() == 1 && scale.is_contiguous() &&
               scale.size(0) == packed.size(0),
           "scale must be a contiguous CPU vector of one scale per row");
-    check_id_weights(weights, ids.size(0), has_dtype<double>(scale));
+    const char* zero_message =
+        "zero_point must be a contiguous CPU vector of one number per row, float64 where scale is "
+        "float64 and float32 otherwise";
+    const bool is_double = has_dtype<double>(scale);
+    if (zero_point && is_double) check_vector<double>(*zero_point, packed.size(0), zero_message);
+    if (zero_point && !is_double) check_vector<float>(*zero_point, packed.size(0), zero_message);
+    check_id_weights(weights, ids.size(0), is_double);
     bags = check_offsets(offsets, ids.size(0));
     const int64_t* padding_value = padding_id ? &*padding_id : nullptr;
     if (const int64_t* id =
@@ -66,7 +74,8 @@ struct Call {
             read<int64_t>(ids),
             read_optional<int32_t>(offsets),
             read_optional<Accumulator<T>>(weights),
-            padding_id ? &*padding_id : nullptr};
+            padding_id ? &*padding_id : nullptr,
+            read_optional<Accumulator<T>>(zero_point)};
   }
 
   // body(first, last, scratch) over the bags.
@@ -83,8 +92,9 @@ struct Call {
 
 Tensor quantized_bag(const Tensor& ids, const Tensor& packed, const Tensor& scale,
                      const std::optional<Tensor>& offsets, const std::optional<Tensor>& weights,
-                     int64_t bits, int64_t dim, int64_t mode, std::optional<int64_t> padding_id) {
-  const Call call(ids, packed, scale, offsets, weights, bits, dim, mode, padding_id);
+                     int64_t bits, int64_t dim, int64_t mode, std::optional<int64_t> padding_id,
+                     const std::optional<Tensor>& zero_point) {
+  const Call call(ids, packed, scale, offsets, weights, bits, dim, mode, padding_id, zero_point);
   return visit_float(scale.scalar_type(), kDtypes, [&](auto element) {
     using T = decltype(element);
     Tensor out = empty_cpu<2>(scale.scalar_type(), {call.bags, dim});
@@ -100,8 +110,9 @@ Tensor quantized_bag(const Tensor& ids, const Tensor& packed, const Tensor& scal
 
 Tensor quantized_bag_backward(const Tensor& grad_out, const Tensor& ids, const Tensor& packed,
                               const Tensor& scale, const std::optional<Tensor>& offsets,
-                              int64_t bits, int64_t dim, std::optional<int64_t> padding_id) {
-  const Call call(ids, packed, scale, offsets, std::nullopt, bits, dim, 0, padding_id);
+                              int64_t bits, int64_t dim, std::optional<int64_t> padding_id,
+                              const std::optional<Tensor>& zero_point) {
+  const Call call(ids, packed, scale, offsets, std::nullopt, bits, dim, 0, padding_id, zero_point);
   check(grad_out.is_cpu() && grad_out.scalar_type() == scale.scalar_type() && grad_out.dim() == 2 &&
             grad_out.size(0) == call.bags && grad_out.size(1) == dim && grad_out.is_contiguous(),
         "grad_out must be a contiguous (bags, dim) CPU tensor of the dtype of scale");
@@ -125,10 +136,11 @@ Tensor quantized_bag_backward(const Tensor& grad_out, const Tensor& ids, const T
 STABLE_TORCH_LIBRARY_FRAGMENT(emblas, library) {
   library.def(
       "quantized_bag(Tensor ids, Tensor packed, Tensor scale, Tensor? offsets, Tensor? weights,"
-      " int bits, int dim, int mode, int? padding_id) -> Tensor out");
+      " int bits, int dim, int mode, int? padding_id, Tensor? zero_point=None) -> Tensor out");
   library.def(
       "quantized_bag_backward(Tensor grad_out, Tensor ids, Tensor packed, Tensor scale,"
-      " Tensor? offsets, int bits, int dim, int? padding_id) -> Tensor grad_weights");
+      " Tensor? offsets, int bits, int dim, int? padding_id, Tensor? zero_point=None)"
+      " -> Tensor grad_weights");
 }
 STABLE_TORCH_LIBRARY_IMPL(emblas, CPU, library) {
   library.impl("quantized_bag", TORCH_BOX(&emblas::quantized_bag));

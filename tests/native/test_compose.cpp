@@ -3,7 +3,6 @@
 #include "native.h"
 #include "tables/compose.h"
 #include "tables/plan.h"
-#include "tables/text.h"
 
 namespace {
 
@@ -198,31 +197,5 @@ NATIVE_TEST(compose_linear_keys) {
   for (int64_t i = 0; i < 70; ++i) {
     const uint64_t q = uint64_t(ids[i]) % p;  // a q fits 64 bits
     CHECK(numbers[i] == (a * q + b) % p % 999);
-  }
-}
-
-NATIVE_TEST(text_ids_of_any_bytes) {
-  using emblas::TextKind;
-  const auto ascii = [](uint32_t c) -> char {
-    return 'A' <= c && c <= 'Z' ? 'X' : 'a' <= c && c <= 'z' ? 'x' : '0' <= c && c <= '9' ? 'd' : 0;
-  };
-  const auto ids_of = [&](TextKind kind, std::string_view text) {
-    std::vector<int64_t> ids;
-    emblas::TextIds append({kind, 1, 3, 1000000007}, ascii);
-    append.append(text, &ids);
-    return ids;
-  };
-  CHECK(uint64_t(ids_of(TextKind::norm, "APPLE")[0]) == 8566208034543834098u);
-  CHECK(uint64_t(ids_of(TextKind::shape, "WNUT17")[0]) == 15842436937160261016u);
-  CHECK(uint64_t(ids_of(TextKind::suffix, "WNUT17")[0]) == 7463336318720370622u);
-  CHECK(emblas::fasttext_hash("na\xc3\xaf") == 3249590546u);
-  const auto bytes = native::random_bits<uint8_t>(4000, 3);
-  for (int64_t kind = 0; kind <= int64_t(TextKind::kmers); ++kind) {
-    for (size_t size : {0, 1, 2, 3, 4, 150}) {
-      for (size_t at = 0; at + size <= bytes.size(); at += 37) {  // mostly not UTF-8
-        const std::vector<char> own(bytes.begin() + at, bytes.begin() + at + size);
-        ids_of(TextKind(kind), std::string_view(own.data(), size));
-      }
-    }
   }
 }

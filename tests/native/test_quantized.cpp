@@ -9,7 +9,7 @@ using emblas::QuantizedArgs;
 
 // Any integers, of a table that ends where its memory does: AddressSanitizer sees a read beyond.
 template <class T>
-void check_quantized(int64_t bits, int64_t dim, BagMode mode, double unit) {
+void check_quantized(int64_t bits, int64_t dim, BagMode mode, bool has_zero, double unit) {
   const std::vector<int32_t> offsets{0, 0, 5, 6, 150};
   const int64_t bags = 4, count = 150, rows = 19, padding_id = 25;
   const bool weighted = mode == BagMode::sum;
@@ -18,13 +18,20 @@ void check_quantized(int64_t bits, int64_t dim, BagMode mode, double unit) {
   const int64_t row_bytes = emblas::packed_bytes(dim, bits);
   const auto packed = native::random_bits<uint8_t>(rows * row_bytes, 2);
   const auto scale = native::random_values<T>(rows, 3),
-             weights = native::random_values<T>(count, 4);
+             weights = native::random_values<T>(count, 4), zero = native::random_values<T>(rows, 6);
   const auto grad_out = native::random_values<T>(bags * dim, 5);
   std::vector<T> out(bags * dim), scratch(2 * emblas::padded_dim(dim)), grad_weights(count);
-  const QuantizedArgs<T> args{packed.data(), scale.data(),   rows,
-                              dim,           bits,           mode,
-                              ids.data(),    offsets.data(), weighted ? weights.data() : nullptr,
-                              &padding_id};
+  const QuantizedArgs<T> args{packed.data(),
+                              scale.data(),
+                              rows,
+                              dim,
+                              bits,
+                              mode,
+                              ids.data(),
+                              offsets.data(),
+                              weighted ? weights.data() : nullptr,
+                              &padding_id,
+                              has_zero ? zero.data() : nullptr};
   const auto& kernel = emblas::kernels<emblas::QuantizedKernels>().quantized.of(T{});
   kernel.forward(args, 0, 2, scratch.data(), out.data());
   kernel.forward(args, 2, bags, scratch.data(), out.data());
@@ -38,7 +45,8 @@ void check_quantized(int64_t bits, int64_t dim, BagMode mode, double unit) {
       const int64_t at = k * bits + bit;
       code |= int64_t(packed[row * row_bytes + at / 8] >> at % 8 & 1) << bit;
     }
-    return double(scale[row]) * double(code - (int64_t(1) << (bits - 1)));
+    const double origin = has_zero ? double(zero[row]) : double(int64_t(1) << (bits - 1));
+    return double(scale[row]) * (double(code) - origin);
   };
   const double largest = double(int64_t(1) << bits), limit = 1e3 * unit * largest;
   for (int64_t b = 0; b < bags; ++b) {
@@ -70,7 +78,7 @@ void check_all(double unit) {
   for (int64_t bits : {2, 4, 8, 16}) {
     for (int64_t dim : {1, 3, 8, 16, 37, 64, 70, 131}) {
       for (BagMode mode : {BagMode::sum, BagMode::mean, BagMode::max}) {
-        check_quantized<T>(bits, dim, mode, unit);
+        check_quantized<T>(bits, dim, mode, dim % 3 == 1, unit);
       }
     }
   }

@@ -27,7 +27,6 @@ ANY_ID = {
     "WeightedHashEmbedding": lambda: tables.WeightedHashEmbedding(5, 4, 9),
     "DeepHashEmbedding": lambda: tables.DeepHashEmbedding(4, 3, code_dim=8),
 }
-WITHOUT_BAGS = ("MemComEmbedding", "TensorTrainEmbedding")
 
 
 @pytest.mark.parametrize("name", [*VOCABULARY, *ANY_ID])
@@ -49,8 +48,6 @@ def test_ids_outside_of_the_vocabulary(name):
 
 @pytest.mark.parametrize("name", [*VOCABULARY, *ANY_ID])
 def test_offsets(name):
-    if name in WITHOUT_BAGS:
-        pytest.skip("takes no bags")
     for train in (True, False):
         module = {**VOCABULARY, **ANY_ID}[name]().train(train)
         for wrong in ([0, 2, 1, 3], [0, 4], [1, 3], [0, 2]):

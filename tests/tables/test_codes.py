@@ -6,7 +6,8 @@ import math
 
 import pytest
 import torch
-from contract import packed
+from contract import check_compiled, check_op, check_threads, packed
+from emblas import use_backend
 from emblas._philox import philox4x32
 from emblas.tables import (
     CodeSpec,
@@ -88,6 +89,50 @@ def test_bits_of_codes():
     assert torch.equal(
         random_codes(many, 5, CodeSpec("uniform"))[-20:], random_codes(last, 5, CodeSpec("uniform"))
     )
+
+
+@pytest.mark.parametrize("kind", ["normal", "uniform", "sparse"])
+def test_same_bits_as_the_reference(isa, kind):
+    """On every instruction set, to the last bit of float64."""
+    ids = torch.randint(-(2**63), 2**63 - 1, (3, 5))
+    ids[0, 0] = 0
+    sequences = torch.tensor([[0], [2**32 - 1], [3]])
+    for seed, sparsity in ((0, 1), (2**64 - 1, 3), (5, 2**31)):
+        spec = CodeSpec(kind, seed, sparsity)
+        for dim in (1, 4, 31, 67):
+            for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+                got = random_codes(ids, dim, spec, sequence=sequences, dtype=dtype)
+                with use_backend("reference"):
+                    plain = random_codes(ids, dim, spec, sequence=sequences, dtype=dtype)
+                assert got.dtype == dtype
+                assert torch.equal(got, plain)
+
+
+def test_extreme_words():
+    """Where normal numbers end: no infinity, no NaN, and the tails of 2^32 numbers."""
+    codes = random_codes(torch.arange(2**12), 2**10, dtype=torch.float64)
+    assert bool(codes.isfinite().all())
+    assert 4.5 < float(codes.abs().max()) < math.sqrt(64 * math.log(2))
+
+
+def test_operator_contract():
+    ids, sequence = torch.arange(6), torch.arange(6)
+    for kind in range(3):
+        check_op("random_codes", ids, sequence, 7, kind, 3, 2, kind)
+    check_op("random_codes", ids, sequence[:1], 7, 0, -1, 1, 3)
+    check_threads(lambda: random_codes(torch.arange(3000), 96))
+    check_compiled(lambda x: random_codes(x, 5), [(torch.arange(n),) for n in (3, 9, 5)],
+                   backward=False)  # fmt: skip
+    op = torch.ops.emblas.random_codes.default
+    good = [ids, sequence, 7, 0, 3, 2, 0]
+    for position, value in (
+        (0, ids.int()), (0, ids[None]), (1, sequence[:2]), (1, sequence - 1), (1, sequence.int()),
+        (2, 0), (3, 3), (5, 0), (6, 4),
+    ):  # fmt: skip
+        bad = [*good]
+        bad[position] = value
+        with pytest.raises(RuntimeError, match="emblas: "):
+            op(*bad)
 
 
 @pytest.mark.parametrize(("sparsity", "kind"), [(1, "normal"), (1, "sparse"), (30, "sparse")])

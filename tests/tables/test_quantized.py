@@ -51,6 +51,37 @@ def test_quantized_table(bits):
     assert torch.equal(twin.table(), module.table())
 
 
+@pytest.mark.parametrize("bits", [2, 4, 8, 16])
+def test_asymmetric_table(bits):
+    """Rows that lie far from zero lose nothing to it; constant and zero rows are exact."""
+    table = torch.rand(9, 5) * torch.logspace(-3, 3, 9)[:, None] + 5
+    table[3], table[4] = 0, -2.5
+    table[5] = torch.tensor([1.0, 1, 1, 1, 1 + 2**-23])
+    table[6] = torch.tensor([0, 0, 1e-42, 0, 0])
+    module = QuantizedEmbedding.from_table(table, bits, asymmetric=True, padding_id=2)
+    step = (table.amax(1) - table.amin(1)) / (2**bits - 1)
+    error = (module.table() - table).abs().amax(1)
+    assert bool((error <= 0.51 * step + table.abs().amax(1) * 2.0**-21 + 1e-38).all())
+    assert module.table()[[3, 4]].tolist() == [[0.0] * 5, [-2.5] * 5]
+    symmetric = QuantizedEmbedding.from_table(table, bits).table()
+    assert bool((error[[0, 1]] < (symmetric - table).abs().amax(1)[[0, 1]]).all())
+    assert module.num_bytes == 9 * (row_bytes(5, bits) + 8)
+    codes = module.codes(torch.arange(9))
+    assert torch.equal(module.table(), (codes - module.zero_point) * module.scale)
+    twin = QuantizedEmbedding(9, 5, bits, asymmetric=True)
+    twin.load_state_dict(module.state_dict())
+    assert torch.equal(twin.eval()(torch.arange(9)), module.table())
+    trained = module.train()(torch.tensor([1, 2, 1]), packed((3,)))
+    torch.testing.assert_close(module.eval()(torch.tensor([1, 2, 1]), packed((3,))), trained)
+    for wrong in (QuantizedEmbedding(9, 5, bits), QuantizedEmbedding(9, 4, bits, asymmetric=True)):
+        with pytest.raises((ValueError, RuntimeError), match=r"zero_point|holds a table of"):
+            wrong.load_state_dict(module.state_dict())
+    with pytest.raises(ValueError, match="modules must have no zero points"):
+        ALPT(module)
+    fitted = QuantizedEmbedding.from_budget(9 * (row_bytes(5, bits) + 8), 9, 5, asymmetric=True)
+    assert fitted.bits == bits
+
+
 def test_extremes_of_integers():
     """Clipped, never wrapped."""
     module = QuantizedEmbedding(2, 3, 8, scale=1.0)

@@ -34,6 +34,12 @@ def random_table(rows, dim, bits, dtype=torch.float32):
     return codes - 2 ** (bits - 1), pack_codes(codes, bits), scale.to(dtype)
 
 
+def random_zeros(rows, bits, dtype=torch.float32):
+    """Zero points among the codes and outside of them, whole and not, with codes from 0 on."""
+    zero = (torch.rand(rows, dtype=dtype) * 2 - 0.5) * 2**bits
+    return torch.where(torch.arange(rows) % 2 == 0, zero.round(), zero)
+
+
 def oracle(ids, codes, scale, cu=None, weights=None, padding_id=None, mode="sum"):
     """The definition in float64."""
     cu = range(len(ids) + 1) if cu is None else cu.tolist()
@@ -70,6 +76,40 @@ def test_equals_oracle(isa, dtype, bits, mode):
                 ids, table, scale, bits, dim, cu, weights, mode=mode, padding_id=4
             )
         torch.testing.assert_close(plain.double(), expected, **limit)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("bits", BITS)
+def test_zero_points(isa, dtype, bits):
+    ids, cu, weights = torch.randint(0, 30, (80,)), packed((0, 60, 1, 19)), torch.randn(80)
+    limit = tolerance(dtype, 60)
+    limit["atol"] *= 10
+    for dim in (1, 16, 37, 130):
+        codes, table, scale = random_table(30, dim, bits, dtype)
+        zero = random_zeros(30, bits, torch.float64 if dtype == torch.float64 else torch.float32)
+        rows = codes + 2 ** (bits - 1) - zero.double()[:, None]
+        for mode, w in (("sum", weights), ("mean", None), ("max", None)):
+            expected = oracle(ids, rows, scale, cu, w, 4, mode)
+            for backend in ("cpu", "reference"):
+                leaf = None if w is None else w.clone().requires_grad_()
+                with use_backend(backend):
+                    got = quantized_bag(
+                        ids, table, scale, bits, dim, cu, leaf, mode=mode, padding_id=4,
+                        zero_point=zero[:, None],
+                    )  # fmt: skip
+                torch.testing.assert_close(got.detach().double(), expected, **limit)
+                if leaf is not None:
+                    (grad,) = torch.autograd.grad(got.double().sum(), leaf)
+                    along = (rows * scale.double()[:, None]).sum(1)[ids] * (ids != 4)
+                    torch.testing.assert_close(grad.double(), along, rtol=1e-4, atol=1e-3)
+    # Half of the range is the default, bit for bit; one id on its own is exact.
+    middle = torch.full_like(zero, 2 ** (bits - 1))
+    default = quantized_bag(ids, table, scale, bits, dim, cu, weights)
+    same = quantized_bag(ids, table, scale, bits, dim, cu, weights, zero_point=middle)
+    assert torch.equal(default, same)
+    alone = quantized_bag(ids, table, scale, bits, dim, zero_point=zero)
+    exact = (codes + 2 ** (bits - 1)).to(zero.dtype) - zero[:, None]
+    assert torch.equal(alone, (exact * scale[:, None].to(zero.dtype)).to(dtype)[ids])
 
 
 @given(
@@ -200,12 +240,18 @@ def test_module_takes_the_kernel():
 def test_numpy_door(isa, dtype, bits):
     _, table, scale = random_table(20, 13, bits, torch.from_numpy(np.zeros(1, dtype)).dtype)
     ids, cu, weights = torch.randint(0, 20, (9,)), packed((4, 0, 5)), torch.randn(9).to(scale.dtype)
-    for offsets, w, mode in ((None, None, "sum"), (cu, weights, "sum"), (cu, None, "max")):
-        expected = quantized_bag(ids, table, scale, bits, 13, offsets, w, mode=mode, padding_id=3)
+    zero = random_zeros(20, bits, scale.dtype)
+    for offsets, w, mode, zeros in (
+        (None, None, "sum", None), (cu, weights, "sum", zero), (cu, None, "max", None),
+    ):  # fmt: skip
+        expected = quantized_bag(
+            ids, table, scale, bits, 13, offsets, w, mode=mode, padding_id=3, zero_point=zeros
+        )
         got = arrays.quantized_bag(
             ids.numpy(), table.numpy(), scale.numpy()[:, None], bits, 13,
             None if offsets is None else offsets.numpy(), None if w is None else w.numpy(),
             mode=mode, padding_id=3,
+            zero_point=None if zeros is None else zeros.numpy()[:, None],
         )  # fmt: skip
         assert torch.equal(torch.from_numpy(got), expected)
         assert got.dtype == dtype
@@ -236,10 +282,13 @@ def test_numpy_door_refuses():
         ("offsets must start at 0, never decrease", {"offsets": (0, 2, 1, 2)}),
         ("offsets must start at 0, never decrease", {"offsets": (0, 3)}),
         ("offsets must have at least one", {"offsets": ()}),
+        ("zero_point must hold 4 numbers", {"zero_point": np.ones(3, np.float32)}),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             call(**options)
-    for options in ({"ids": (0.0, 1.0)}, {"table": TABLE.int()}):
+    for options in (
+        {"ids": (0.0, 1.0)}, {"table": TABLE.int()}, {"zero_point": np.ones(4)},
+    ):  # fmt: skip
         with pytest.raises(TypeError, match="must be a C-contiguous array of"):
             call(**options)
 
@@ -250,6 +299,9 @@ def test_operator_contract():
     for offsets, weights, mode in ((None, None, 0), (cu, torch.randn(6), 0), (cu, None, 2)):
         check_op("quantized_bag", ids, table, scale, offsets, weights, 4, 7, mode, 3)
     check_op("quantized_bag_backward", torch.randn(3, 7), ids, table, scale, cu, 4, 7, None)
+    zero = random_zeros(9, 4)
+    check_op("quantized_bag", ids, table, scale, cu, torch.randn(6), 4, 7, 0, 3, zero)
+    check_op("quantized_bag_backward", torch.randn(3, 7), ids, table, scale, cu, 4, 7, None, zero)
 
 
 def test_compiled():
@@ -289,6 +341,13 @@ IDS = torch.tensor([0, 3])
         (ValueError, r"scale must have shape \(4,\) or \(4, 1\), got \(3,\)",
          lambda: quantized_bag(IDS, TABLE, torch.ones(3), 8, 3)),
         (TypeError, "scale must have dtype", lambda: quantized_bag(IDS, TABLE, IDS, 8, 3)),
+        (ValueError, r"zero_point must have shape \(4,\) or \(4, 1\), got \(3,\)",
+         lambda: quantized_bag(IDS, TABLE, torch.ones(4), 8, 3, zero_point=torch.ones(3))),
+        (TypeError, "zero_point must have dtype float32, got int64",
+         lambda: quantized_bag(IDS, TABLE, torch.ones(4), 8, 3, zero_point=torch.arange(4))),
+        (TypeError, "zero_point must have dtype float64, got float32",
+         lambda: quantized_bag(
+             IDS, TABLE, torch.ones(4).double(), 8, 3, zero_point=torch.ones(4))),
         (ValueError, "mode 'mean' needs offsets",
          lambda: quantized_bag(IDS, TABLE, torch.ones(4), 8, 3, mode="mean")),
         (ValueError, "mode must be one of",
@@ -314,13 +373,13 @@ def test_bad_arguments(error, message, call):
 def test_direct_call_is_guarded():
     """What reaches the operator without the public function can't read other memory."""
     op = torch.ops.emblas.quantized_bag.default
-    good = [IDS, TABLE, torch.ones(4), None, None, 8, 3, 0, None]
+    good = [IDS, TABLE, torch.ones(4), None, None, 8, 3, 0, None, None]
     assert op(*good).shape == (2, 3)
     for position, value in (
         (0, IDS.int()), (0, IDS + 1), (0, IDS[None]), (1, TABLE[:, :2]), (1, TABLE.int()),
         (2, torch.ones(3)), (2, torch.ones(4, 1)), (2, IDS.repeat(2)), (3, torch.tensor([0, 2])),
         (3, torch.tensor([1, 2]).int()), (4, torch.ones(3)), (4, torch.ones(2).double()), (5, 7),
-        (6, 4), (6, 0), (7, 1), (7, 3),
+        (6, 4), (6, 0), (7, 1), (7, 3), (9, torch.ones(3)), (9, torch.ones(4).double()),
     ):  # fmt: skip
         bad = [*good]
         bad[position] = value

@@ -111,6 +111,24 @@ def test_recorded_hashes():
     assert text_ids(["hel"], "byte_ngrams", n=3)[0][-1] == -2680462829257303593
 
 
+def test_lower_case_is_pythons():
+    """Every character with a lower case, and what that is after and before letters."""
+    capitals = [chr(c) for c in range(0x110000) if chr(c).lower() != chr(c)]
+    assert len(capitals) > 1300
+    sigma = "\N{GREEK CAPITAL LETTER SIGMA}"
+    texts = [*capitals, *(f"\u00e9{c}1" for c in capitals), f"A{sigma}", f"{sigma}A", f"A{sigma}'A"]
+    expected = text_ids([text.lower() for text in texts])
+    assert torch.equal(text_ids(texts, "norm")[0], expected[0])
+
+
+def test_arrow_of_int32():
+    data = np.frombuffer("naïveé".encode(), np.uint8)
+    for dtype in (np.int32, np.int64):
+        ids, offsets = text_ids((data, np.array([0, 6, 6, 8], dtype)), "code_points")
+        assert ids.tolist() == [ord(c) for c in "naïveé"]
+        assert offsets.tolist() == [0, 5, 5, 6]
+
+
 def test_kmers():
     ids, offsets = text_ids(["ACGTNacg", "AC"], "kmers", n=3)
     assert ids.tolist() == [0b000110, 0b011011, 0b000110]
@@ -133,6 +151,11 @@ def test_bad_arguments():
         (ValueError, "n must be 1 to 31", lambda: text_ids(["a"], "kmers", n=32)),
         (ValueError, "modulus must be", lambda: text_ids(["a"], modulus=0)),
         (TypeError, "strings must be a list of str", lambda: text_ids([b"a"])),
+        (TypeError, "strings must be a sequence of str, got str", lambda: text_ids("a")),
+        (ValueError, "strings must be .bytes, offsets., got 1 arrays",
+         lambda: text_ids((np.zeros(2, np.uint8),))),
+        (ValueError, "strings must be UTF-8, number 0 is not",  # a longer form of "A"
+         lambda: text_ids((np.array([0xC1, 0x81], np.uint8), np.array([0, 2])), "norm")),
         (ValueError, "strings must be UTF-8, number 1 is not",
          lambda: text_ids((np.array([65, 255], np.uint8), np.array([0, 1, 2])), "prefix")),
         (ValueError, "offsets must lie inside bytes",

@@ -42,6 +42,8 @@ MODULES = {
                    lambda: DeepLightEmbedding(N, DIM, 0.6)),
     "learned_step": (lambda **k: LearnedStepEmbedding(N, DIM, 4, **k),
                      lambda: LearnedStepEmbedding(N, DIM, 8)),
+    "memcom": (lambda **k: MemComEmbedding(N, DIM, 7, **k),
+               lambda: MemComEmbedding(N, DIM, 7, bias=True)),
     "mixed": (lambda **k: MixedDimensionEmbedding([10, 20], DIM, [4, 2], **k),
               lambda: MixedDimensionEmbedding([10, 20], DIM, [2, 2])),
     "granular": (lambda **k: MultiGranularQuantizedEmbedding(N, DIM, 2, 8, **k),
@@ -60,7 +62,11 @@ MODULES = {
                lambda: SparseEmbedding(N, 2 * DIM, 50)),
     "subspace": (lambda **k: SubspaceEmbedding(N, DIM, 2, 8, **k),
                  lambda: SubspaceEmbedding(N, DIM, 2, 7)),
+    "tensor_train": (lambda **k: TensorTrainEmbedding((2, 5, 3), (2, 1, 2), 3, **k),
+                     lambda: TensorTrainEmbedding((2, 5, 3), (2, 1, 2), 4)),
 }  # fmt: skip
+# Their resize() repeats something for a larger vocabulary.
+GROWING = ("clustered", "granular", "vq", "sx", "quantized", "subspace", "tensor_train")
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -102,13 +108,15 @@ def test_state(name):
         twin = SparseEmbedding(N, DIM, module.num_elements)
     twin.load_state_dict(module.state_dict())
     assert torch.equal(twin.table(), module.table())
-    with pytest.raises((ValueError, RuntimeError), match=r"holds a table of|size mismatch"):
+    with pytest.raises((ValueError, RuntimeError), match=r"holds a table of|size mismatch|Missing"):
         other().load_state_dict(module.state_dict())
 
 
 @pytest.mark.parametrize(
-    "name", ["adaptive", "auto_srh", "clustered", "deduplicated", "deep_light", "mixed", "pep"]
-)
+    "name",
+    ["adaptive", "auto_srh", "clustered", "deduplicated", "deep_light", "memcom", "mixed", "pep",
+     "tensor_train"],
+)  # fmt: skip
 def test_gradients(name):
     """Finite differences; the modules with straight-through gradients have tests of their own."""
     module = MODULES[name][0](padding_id=7, dtype=torch.float64)
@@ -132,12 +140,33 @@ def test_padding_sends_no_gradient():
     assert module.weight.grad[3].tolist() == [1.0] * DIM
 
 
-def test_other_modules_are_specified_too():
-    for module, other in (
-        (MemComEmbedding(9, 4, 3), MemComEmbedding(9, 4, 3, bias=True)),
-        (TensorTrainEmbedding((2, 6), (2, 2), 2), TensorTrainEmbedding((2, 6), (2, 2), 3)),
-    ):
-        with pytest.raises((ValueError, RuntimeError), match=r"holds a|mismatch|Missing"):
-            other.load_state_dict(module.state_dict())
+@pytest.mark.parametrize("name", GROWING)
+def test_larger_vocabulary(name):
+    module = MODULES[name][0](padding_id=7)
+    if name == "clustered":
+        module.cluster()
+    grown = module.resize(3)
+    assert grown.num_embeddings == 3 * N
+    assert grown.padding_id == 7
+    assert torch.equal(grown.table()[:N], module.table())
+    if name != "granular":  # there, new ids are rare ones
+        assert torch.equal(grown.table(), module.table().repeat(3, 1))
+    assert torch.equal(module.resize(1).table(), module.table())
+    with pytest.raises(ValueError, match="factor must be at least 1"):
+        module.resize(0)
+
+
+def test_no_larger_form():
+    with pytest.raises(TypeError, match=r"PepEmbedding has no larger form .* fit_rows"):
+        MODULES["pep"][0]().resize(2)
+    frozen = MODULES["granular"][0]().freeze()
+    with pytest.raises(ValueError, match="num_frequent must be num_embeddings = 30 to repeat"):
+        frozen.resize(2)
+    assert torch.equal(frozen.resize(1).table(), frozen.table())
+    asymmetric = QuantizedEmbedding.from_table(torch.randn(3, 4), 4, asymmetric=True)
+    assert torch.equal(asymmetric.resize(2).table(), asymmetric.table().repeat(2, 1))
+
+
+def test_largest_budget():
     huge = SubspaceEmbedding.from_budget(10**9, num_embeddings=9, embedding_dim=4, num_parts=2)
     assert huge.num_centroids == 2**16

@@ -132,6 +132,7 @@ def quantized_bag(
     *,
     mode: str = "sum",
     padding_id: int | None = None,
+    zero_point: npt.NDArray[Any] | None = None,
 ) -> npt.NDArray[Any]:
     """Look up rows of integers, multiply them by their scales and pool them in bags.
 
@@ -159,6 +160,8 @@ def quantized_bag(
         The others need ``offsets``.
     padding_id : int, optional
         An id that contributes nothing.
+    zero_point : ndarray, optional
+        ``(rows,)`` or ``(rows, 1)``, of the dtype of ``scale``.
 
     Returns
     -------
@@ -196,8 +199,14 @@ def quantized_bag(
                 f"per_sample_weights must have the shape of ids, {ids.shape}, got {weights.shape}"
             )
         weights = weights.reshape(-1)
+    if zero_point is not None:
+        if zero_point.shape not in ((len(packed),), (len(packed), 1)):
+            raise ValueError(
+                f"zero_point must hold {len(packed)} numbers, got shape {zero_point.shape}"
+            )
+        zero_point = zero_point.reshape(-1)
     out = _C.quantized_bag(
         _id_pattern(ids), packed, scale.reshape(-1), offsets, weights, bits, embedding_dim,
-        MODES.index(mode), padding_pattern(padding_id),
+        MODES.index(mode), padding_pattern(padding_id), zero_point,
     )  # fmt: skip
     return out if offsets is not None else out.reshape(*ids.shape, embedding_dim)

@@ -58,6 +58,19 @@ class TableModule(nn.Module):
     def advance(self) -> None:
         """Do what the method does after each step of the optimizer: nothing, for most."""
 
+    def resize(self, factor: int) -> TableModule:
+        """Return a larger copy that gives the same vectors, where the method allows it.
+
+        Raises
+        ------
+        TypeError
+            If it doesn't; the message says what would work.
+        """
+        raise TypeError(
+            f"{type(self).__name__} has no larger form with the same vectors: make a larger module "
+            "and set it by fit_rows, or train it, as near to the vectors as it can come"
+        )
+
     # The argument of the class that a budget decides on, None where there is none.
     _size_argument: ClassVar[str | None] = None
     _size_limit: ClassVar[int] = 2**31 - 1

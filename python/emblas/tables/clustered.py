@@ -104,6 +104,30 @@ class ClusteredCompositionalEmbedding(VocabularyEmbedding):
         return (first + second).transpose(0, 1).flatten(1)
 
     @torch.no_grad()
+    def resize(self, factor: int) -> ClusteredCompositionalEmbedding:
+        """Return a copy for ``factor`` times the vocabulary; ids of before keep their vectors.
+
+        The rows of ids are repeated: a new id starts with those of the old one that differs from it
+        by a multiple of the old ``num_embeddings``. (More rows for the same vocabulary: make a
+        larger module, and set it by :func:`fit_rows`.)
+
+        Parameters
+        ----------
+        factor : int
+            1 or more.
+        """
+        check_at_least(1, factor=factor)
+        grown = ClusteredCompositionalEmbedding(
+            self.num_embeddings * factor, self.embedding_dim, self.num_rows,
+            num_chunks=self.num_chunks, seed=self.seed, padding_id=self.padding_id,
+            device=self.weight.device, dtype=self.weight.dtype,
+        )  # fmt: skip
+        grown.index.copy_(self.index.repeat(1, 1, factor))
+        grown.clusterings.copy_(self.clusterings)
+        grown.weight.copy_(self.weight)
+        return grown
+
+    @torch.no_grad()
     def cluster(self, *, iterations: int = 20) -> None:
         """Learn the first hash of each chunk anew from the vectors, and draw the second.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -107,20 +108,50 @@ def random_codes(
         raise ValueError(f"dim must be at least 1, got {dim}")
     if dtype not in _op.FLOATS:
         raise TypeError(f"dtype must be a floating type, got {dtype}")
-    pattern = id_pattern(ids)
+    pattern = id_pattern(ids).contiguous()
     if isinstance(sequence, Tensor):
         _op.check_tensor("sequence", sequence, dtypes=(torch.int32, torch.int64), device=ids.device)
-        number = sequence.long().expand(ids.shape).reshape(-1)
+        number = sequence.long().expand(ids.shape).reshape(-1).contiguous()
+    elif 0 <= sequence <= WORD:
+        number = pattern.new_full((1,), sequence)
     else:
-        number = torch.full_like(pattern, sequence)
-    if ids.device.type == "cpu" and bool(((number < 0) | (number > WORD)).any()):
         raise ValueError(f"sequence must be 0 to {WORD}, got {sequence}")
+    seed = spec.seed - 2**64 if spec.seed >= 2**63 else spec.seed
+    numbers = (reference if _op.use_reference() else _random_codes)(
+        pattern, number, dim, CODES.index(spec.kind), seed, spec.sparsity, _op.FLOATS.index(dtype)
+    )
+    return numbers.reshape(*ids.shape, dim)
+
+
+# --- the operator ---------------------------------------------------------------------------------
+
+
+def reference(
+    ids: Tensor, sequence: Tensor, dim: int, kind: int, seed: int, sparsity: int, dtype: int
+) -> Tensor:
+    """Codes of ids ``(ids,)`` in sequences ``(ids,)`` or ``(1,)``; see ``csrc/tables/codes.h``."""
+    spec = CodeSpec(CODES[kind], seed % 2**64, sparsity)
     rows = max(1, _BLOCK // -(-dim // 4))
     parts = [
-        _numbers(some, count, dim, spec).to(dtype)
-        for some, count in zip(pattern.split(rows), number.split(rows), strict=True)
+        _numbers(some, number, dim, spec).to(_op.FLOATS[dtype])
+        for some, number in zip(ids.split(rows), sequence.expand(len(ids)).split(rows), strict=True)
     ]
-    return torch.cat(parts).reshape(*ids.shape, dim)
+    return torch.cat(parts)
+
+
+def _fake(
+    ids: Tensor, sequence: Tensor, dim: int, kind: int, seed: int, sparsity: int, dtype: int
+) -> Tensor:
+    return ids.new_empty(ids.shape[0], dim, dtype=_op.FLOATS[dtype])
+
+
+def _check_values(ids: Tensor, sequence: Tensor, *options: int) -> None:
+    wrong = (sequence < 0) | (sequence > WORD)
+    if wrong.any():
+        raise ValueError(f"sequence must be 0 to {WORD}, got {int(sequence[wrong][0])}")
+
+
+_random_codes = _op.Op("random_codes", reference=reference, fake=_fake, check_values=_check_values)
 
 
 def _numbers(ids: Tensor, sequence: Tensor, dim: int, spec: CodeSpec) -> Tensor:
@@ -156,7 +187,7 @@ def _normal(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
     exponent = exponent.double() - small.double()
     s = (mantissa - 1) / (mantissa + 1)
     logarithm = exponent * math.log(2) + 2 * s * _series(s * s, [1 / k for k in range(1, 22, 2)])
-    radius = (-2 * logarithm).sqrt()
+    radius = _square_root(-2 * logarithm)
     # The angle 2 pi second / 2^32, as a multiple of pi / 2 and a rest of -pi/4 to pi/4.
     quadrant = (second + 2**29) >> 30
     x = (second - (quadrant << 30)).double() * (2 * math.pi * 2.0**-32)
@@ -167,6 +198,11 @@ def _normal(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
     cos, sin = torch.where(odd, -sin, cos), torch.where(odd, cos, sin)
     radius = torch.where(half, -radius, radius)
     return radius * cos, radius * sin
+
+
+def _square_root(x: Tensor) -> Tensor:
+    """Square root, rounded exactly: that of torch on a CPU isn't, in the last bit."""
+    return torch.from_numpy(np.sqrt(x.numpy())) if x.device.type == "cpu" else x.sqrt()
 
 
 def _series(x: Tensor, coefficients: list[float]) -> Tensor:

@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from emblas.tables.base import ComposedEmbedding, TableModule, check_at_least, largest
+from emblas.tables.base import ComposedEmbedding, VocabularyEmbedding, check_at_least, largest
 from emblas.tables.compose import compose_bag
 from emblas.tables.composition import Composition, Part
-from emblas.tables.ids import checked_ids
 
 
 class QuotientRemainderEmbedding(ComposedEmbedding):
@@ -187,7 +186,7 @@ class QuotientRemainderEmbedding(ComposedEmbedding):
         return cls(num_embeddings, embedding_dim, modulus(k), **kwargs)
 
 
-class MemComEmbedding(TableModule):
+class MemComEmbedding(VocabularyEmbedding):
     """MEmCom: a shared row, scaled by a number of the id's own: ``U[id mod m] V[id] (+ b[id])``.
 
     Pansare et al. (2022), "Learning Compressed Embeddings for On-Device Inference".
@@ -202,11 +201,13 @@ class MemComEmbedding(TableModule):
         Rows of the shared table, m.
     bias : bool, default False
         Add a number of the id's own to all dimensions.
-    device, dtype : optional
+    padding_id, device, dtype : optional
+        As for :class:`HashEmbedding`.
     """
 
     _specified = ("num_embeddings", "embedding_dim", "num_rows", "has_bias")
     _size_argument = "num_rows"
+    num_embeddings: int
 
     def __init__(
         self,
@@ -215,14 +216,15 @@ class MemComEmbedding(TableModule):
         num_rows: int,
         *,
         bias: bool = False,
+        padding_id: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(num_embeddings, embedding_dim, padding_id=padding_id)
         own = Composition((Part(num_embeddings, 1, "radix", a=1, limit=num_embeddings),))
         shared = Composition((Part(num_rows, embedding_dim, "radix", a=1, limit=num_embeddings),))
-        self._own, self._shared, self.embedding_dim = own, shared, embedding_dim
-        self.num_embeddings, self.num_rows, self.has_bias = num_embeddings, num_rows, bias
+        self._own, self._shared = own, shared
+        self.num_rows, self.has_bias = num_rows, bias
         self.weight = nn.Parameter(
             torch.empty(num_rows, embedding_dim, device=device, dtype=dtype).uniform_(-0.05, 0.05)
         )
@@ -242,7 +244,7 @@ class MemComEmbedding(TableModule):
         check_at_least(1, factor=factor)
         grown = MemComEmbedding(
             self.num_embeddings, self.embedding_dim, self.num_rows * factor, bias=self.has_bias,
-            device=self.weight.device, dtype=self.weight.dtype,
+            padding_id=self.padding_id, device=self.weight.device, dtype=self.weight.dtype,
         )  # fmt: skip
         grown.weight.copy_(self.weight.repeat(factor, 1))
         grown.scale.copy_(self.scale)
@@ -250,14 +252,28 @@ class MemComEmbedding(TableModule):
             grown.bias.copy_(self.bias)
         return grown
 
-    def forward(self, ids: Tensor) -> Tensor:
-        """Embed ids of any shape."""
+    def forward(
+        self,
+        ids: Tensor,
+        offsets: Tensor | None = None,
+        per_sample_weights: Tensor | None = None,
+        *,
+        mode: str = "sum",
+    ) -> Tensor:
+        """Embed ids, or the bags of ids that ``offsets`` delimit; see :func:`compose_bag`."""
+        alone = offsets is None and per_sample_weights is None and mode == "sum"
+        if alone and self.padding_id is None:
+            return self.vectors(ids)
+        return super().forward(ids, offsets, per_sample_weights, mode=mode)
+
+    def vectors(self, ids: Tensor) -> Tensor:
+        """Embed ids of any shape, distinct or not."""
         scale = compose_bag(ids, self.scale, self._own)[..., 0]
         out = compose_bag(ids, self.weight, self._shared, per_sample_weights=scale)
         return out if self.bias is None else out + compose_bag(ids, self.bias, self._own)
 
 
-class TensorTrainEmbedding(TableModule):
+class TensorTrainEmbedding(VocabularyEmbedding):
     """TT-Rec: the table is a product of small cores, one for each digit of the id.
 
     Yin et al. (2021), "TT-Rec: Tensor Train Compression for Deep Learning Recommendation Models":
@@ -272,7 +288,8 @@ class TensorTrainEmbedding(TableModule):
         As many; their product is the dimension.
     rank : int
         All inner ranks.
-    device, dtype : optional
+    padding_id, device, dtype : optional
+        As for :class:`HashEmbedding`.
 
     Attributes
     ----------
@@ -284,6 +301,7 @@ class TensorTrainEmbedding(TableModule):
 
     _specified = ("row_factors", "dim_factors", "rank")
     _size_argument = "rank"
+    num_embeddings: int
 
     def __init__(
         self,
@@ -291,10 +309,10 @@ class TensorTrainEmbedding(TableModule):
         dim_factors: Sequence[int],
         rank: int,
         *,
+        padding_id: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
         if len(row_factors) != len(dim_factors) or len(row_factors) < 2:
             raise ValueError(
                 "row_factors and dim_factors must have the same length of at least 2, got "
@@ -302,10 +320,9 @@ class TensorTrainEmbedding(TableModule):
             )
         if rank < 1 or min(*row_factors, *dim_factors) < 1:
             raise ValueError("rank and all factors must be at least 1")
+        super().__init__(math.prod(row_factors), math.prod(dim_factors), padding_id=padding_id)
         self.row_factors, self.dim_factors = tuple(row_factors), tuple(dim_factors)
         self.rank = rank
-        self.num_embeddings = math.prod(row_factors)
-        self.embedding_dim = math.prod(dim_factors)
         ranks = [1, *[rank] * (len(row_factors) - 1), 1]
         self.cores = nn.ParameterList(
             torch.empty(p, ranks[k], q * ranks[k + 1], device=device, dtype=dtype)
@@ -315,13 +332,35 @@ class TensorTrainEmbedding(TableModule):
         for core in self.cores:
             nn.init.normal_(core, 0, variance ** (0.5 / len(row_factors)))
 
-    def forward(self, ids: Tensor) -> Tensor:
-        """Embed ids of any shape; each distinct id is computed once."""
-        pattern = checked_ids(ids, self.num_embeddings)
-        distinct, where = pattern.unique(return_inverse=True)
-        step, out = self.num_embeddings, self.cores[0].new_ones(len(distinct), 1, 1)
-        for core, radix in zip(self.cores, self.row_factors, strict=True):
+    def vectors(self, ids: Tensor) -> Tensor:
+        """Embed distinct ids, int64 ``(ids,)``, as ``(ids, embedding_dim)``."""
+        step, width = self.num_embeddings, 1
+        out = self.cores[0].new_ones(len(ids), 1, 1)
+        for core, radix, factor in zip(self.cores, self.row_factors, self.dim_factors, strict=True):
             step //= radix
             # (q_1 .. q_{k-1}, r_{k-1}) x (r_{k-1}, q_k r_k), then the next core's rank last.
-            out = out.reshape(len(distinct), -1, core.shape[1]) @ core[distinct // step % radix]
-        return out.reshape(len(distinct), self.embedding_dim)[where.reshape(ids.shape)]
+            out = out.reshape(len(ids), width, core.shape[1]) @ core[ids // step % radix]
+            width *= factor
+        return out.reshape(len(ids), self.embedding_dim)
+
+    @torch.no_grad()
+    def resize(self, factor: int) -> TensorTrainEmbedding:
+        """Return a copy for ``factor`` times the vocabulary; ids of before keep their vectors.
+
+        The first core, of the most significant digit, is repeated. A new id starts with the vector
+        of the old one that differs from it by a multiple of the old ``num_embeddings``.
+
+        Parameters
+        ----------
+        factor : int
+            1 or more.
+        """
+        check_at_least(1, factor=factor)
+        first = self.cores[0]
+        grown = TensorTrainEmbedding(
+            (self.row_factors[0] * factor, *self.row_factors[1:]), self.dim_factors, self.rank,
+            padding_id=self.padding_id, device=first.device, dtype=first.dtype,
+        )  # fmt: skip
+        for number, (to, core) in enumerate(zip(grown.cores, self.cores, strict=True)):
+            to.copy_(core.repeat(factor if number == 0 else 1, 1, 1))
+        return grown

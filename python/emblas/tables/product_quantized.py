@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from emblas import _op
-from emblas.tables.base import VocabularyEmbedding, largest
+from emblas.tables.base import VocabularyEmbedding, check_at_least, largest
 from emblas.tables.packed_codes import row_bytes
 from emblas.tables.subspace import MAX_CENTROIDS, SubspaceEmbedding, check_parts, code_bits
 
@@ -158,6 +158,31 @@ class ProductQuantizedEmbedding(VocabularyEmbedding):
         ids = torch.arange(self.num_embeddings, device=self.queries.device)
         module.set_codes(torch.cat([self.scores(part).argmax(2) for part in ids.split(2**14)]))
         return module
+
+    @torch.no_grad()
+    def resize(self, factor: int) -> ProductQuantizedEmbedding:
+        """Return a copy for ``factor`` times the vocabulary; ids of before keep their vectors.
+
+        Queries are repeated: a new id starts with that of the old one that differs from it by a
+        multiple of the old ``num_embeddings``, and so with its vector, but that in
+        :class:`MultiGranularQuantizedEmbedding` new ids are rare ones.
+
+        Parameters
+        ----------
+        factor : int
+            1 or more.
+        """
+        check_at_least(1, factor=factor)
+        grown = type(self)(
+            self.num_embeddings * factor, self.embedding_dim, self.num_parts, self.num_centroids,
+            kind=self.kind, padding_id=self.padding_id, device=self.queries.device,
+            dtype=self.queries.dtype, **self._granularity(),
+        )  # fmt: skip
+        grown.queries.copy_(self.queries.repeat(factor, 1))
+        grown.centroids.copy_(self.centroids)
+        if self.keys is not None and grown.keys is not None:
+            grown.keys.copy_(self.keys)
+        return grown
 
     def _granularity(self) -> dict[str, int]:
         return {}

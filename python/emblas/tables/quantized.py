@@ -88,6 +88,9 @@ def learned_step(x: Tensor, scale: Tensor, bits: int) -> Tensor:
 class QuantizedEmbedding(VocabularyEmbedding):
     """A table of 2, 4, 8 or 16-bit integers with a scale for each row: ``scale[id] code[id]``.
 
+    Or, asymmetric, with a zero point for each row as well: ``scale[id] (code[id] - zero[id])`` of
+    unsigned codes, which spends no codes on values that a row doesn't have.
+
     Rows are taken out of the integers when they are looked up; no table of floats exists, neither
     for inference nor in training, which :class:`ALPT` does. :meth:`from_table` quantizes a trained
     table. In ``eval()`` and without gradients a lookup is one pass, :func:`quantized_bag`.
@@ -100,21 +103,26 @@ class QuantizedEmbedding(VocabularyEmbedding):
         Of an integer.
     scale : float, default 0.01
         Of all rows at the start.
+    asymmetric : bool, default False
+        Have zero points. :class:`ALPT` trains tables without them.
     padding_id, device : optional
         As for :class:`HashEmbedding`.
 
     Attributes
     ----------
     packed : Tensor
-        uint8 ``(num_embeddings, bytes)``: the integers plus ``2^(bits-1)``, packed least
-        significant bit first.
+        uint8 ``(num_embeddings, bytes)``: unsigned codes, or signed ones plus ``2^(bits-1)``,
+        packed least significant bit first.
     scale : Parameter
         float32 ``(num_embeddings, 1)``.
+    zero_point : Tensor or None
+        float32 ``(num_embeddings, 1)``, at first ``2^(bits-1)``.
     """
 
     _specified = ("num_embeddings", "embedding_dim", "bits")
     num_embeddings: int
     packed: Tensor
+    zero_point: Tensor | None
 
     def __init__(
         self,
@@ -123,6 +131,7 @@ class QuantizedEmbedding(VocabularyEmbedding):
         bits: int = 8,
         *,
         scale: float = 0.01,
+        asymmetric: bool = False,
         padding_id: int | None = None,
         device: torch.device | str | None = None,
     ) -> None:
@@ -135,6 +144,8 @@ class QuantizedEmbedding(VocabularyEmbedding):
         packed = torch.empty(num_embeddings, size, dtype=torch.uint8, device=device)
         self.register_buffer("packed", packed)
         self.scale = nn.Parameter(torch.full((num_embeddings, 1), scale, device=device))
+        zero = torch.full((num_embeddings, 1), 2.0 ** (bits - 1), device=device)
+        self.register_buffer("zero_point", zero if asymmetric else None)
         # What a step of ALPT works on: the ids of the last lookup, and their rows as numbers.
         self._ids: Tensor | None = None
         self._rows: Tensor | None = None
@@ -151,7 +162,12 @@ class QuantizedEmbedding(VocabularyEmbedding):
 
     @classmethod
     def from_table(
-        cls, table: Tensor, bits: int = 8, *, padding_id: int | None = None
+        cls,
+        table: Tensor,
+        bits: int = 8,
+        *,
+        asymmetric: bool = False,
+        padding_id: int | None = None,
     ) -> QuantizedEmbedding:
         """Quantize a table; each row's scale lets its largest element just fit.
 
@@ -161,18 +177,57 @@ class QuantizedEmbedding(VocabularyEmbedding):
             ``(num_embeddings, embedding_dim)``.
         bits : {2, 4, 8, 16}, default 8
             Of an integer.
+        asymmetric : bool, default False
+            Let the codes of a row reach from its smallest element to its largest.
         padding_id : int, optional
             An id that embeds to zeros.
         """
         if table.dim() != 2:
             raise ValueError(f"table must have 2 dimensions, got shape {tuple(table.shape)}")
         rows, dim = table.shape
-        module = cls(rows, dim, bits, padding_id=padding_id, device=table.device)
+        module = cls(
+            rows, dim, bits, asymmetric=asymmetric, padding_id=padding_id, device=table.device
+        )
         with torch.no_grad():
-            largest = table.float().abs().amax(1, keepdim=True)
-            module.scale.copy_(torch.where(largest > 0, largest / (2 ** (bits - 1) - 1), 1))
-            module.write(torch.arange(rows, device=table.device), table.float())
+            values = table.float()
+            largest = values.abs().amax(1, keepdim=True)
+            if module.zero_point is None:
+                scale = largest / (2 ** (bits - 1) - 1)
+            else:
+                low = values.amin(1, keepdim=True)
+                scale = (values.amax(1, keepdim=True) - low) / (2**bits - 1)
+                # Of a row whose elements hardly differ: one step is an ulp of theirs.
+                scale = scale.maximum(largest * 2.0**-24)
+            scale = torch.where(scale >= torch.finfo(scale.dtype).tiny, scale, 1)
+            module.scale.copy_(scale)
+            if module.zero_point is not None:
+                module.zero_point.copy_(-low / scale)
+            module.write(torch.arange(rows, device=table.device), values)
         return module
+
+    @torch.no_grad()
+    def resize(self, factor: int) -> QuantizedEmbedding:
+        """Return a copy for ``factor`` times the vocabulary; ids of before keep their vectors.
+
+        Rows are repeated: a new id starts with that of the old one that differs from it by a
+        multiple of the old ``num_embeddings``.
+
+        Parameters
+        ----------
+        factor : int
+            1 or more.
+        """
+        check_at_least(1, factor=factor)
+        grown = QuantizedEmbedding(
+            self.num_embeddings * factor, self.embedding_dim, self.bits,
+            asymmetric=self.zero_point is not None, padding_id=self.padding_id,
+            device=self.packed.device,
+        )  # fmt: skip
+        grown.packed.copy_(self.packed.repeat(factor, 1))
+        grown.scale.copy_(self.scale.repeat(factor, 1))
+        if self.zero_point is not None and grown.zero_point is not None:
+            grown.zero_point.copy_(self.zero_point.repeat(factor, 1))
+        return grown
 
     @classmethod
     def from_budget(
@@ -185,7 +240,8 @@ class QuantizedEmbedding(VocabularyEmbedding):
         ValueError
             If not even 2 bits fit.
         """
-        sizes = [num_embeddings * (row_bytes(embedding_dim, bits) + 4) for bits in BITS]
+        other = 8 if kwargs.get("asymmetric") else 4
+        sizes = [num_embeddings * (row_bytes(embedding_dim, bits) + other) for bits in BITS]
         fitting = [bits for bits, size in zip(BITS, sizes, strict=True) if size <= num_bytes]
         if not fitting:
             raise ValueError(
@@ -196,17 +252,18 @@ class QuantizedEmbedding(VocabularyEmbedding):
 
     @property
     def num_parameters(self) -> int:
-        """Numbers that are trained: integers and scales."""
-        return self.num_embeddings * (self.embedding_dim + 1)
+        """Numbers that are trained: integers, scales and zero points."""
+        return self.num_embeddings * (self.embedding_dim + (1 if self.zero_point is None else 2))
 
     def codes(self, ids: Tensor) -> Tensor:
-        """Return the integers of ids ``(ids,)``, int64 ``(ids, embedding_dim)``."""
+        """Return the integers of ids ``(ids,)``, int64 ``(ids, embedding_dim)``: signed ones, or
+        unsigned ones where there are zero points."""
         unsigned = unpack_codes(self.packed[ids], self.bits, self.embedding_dim)
-        return unsigned - 2 ** (self.bits - 1)
+        return unsigned - 2 ** (self.bits - 1) if self.zero_point is None else unsigned
 
     @torch.no_grad()
     def write(self, ids: Tensor, rows: Tensor, *, step: int | None = None, seed: int = 0) -> None:
-        """Store rows with the scales as they are, clipped.
+        """Store rows with the scales and zero points as they are, clipped.
 
         Parameters
         ----------
@@ -219,13 +276,14 @@ class QuantizedEmbedding(VocabularyEmbedding):
         seed : int, default 0
             Of the stochastic rounding.
         """
-        ratio = rows / self.scale[ids]
+        ratio, half = rows / self.scale[ids], 2 ** (self.bits - 1)
+        if self.zero_point is not None:
+            ratio += self.zero_point[ids] - half
         if step is None:
             codes = ratio.round()
         else:
             columns = torch.arange(self.embedding_dim, device=ids.device)
             codes = stochastic_round(ratio, ids[:, None] * self.embedding_dim + columns, step, seed)
-        half = 2 ** (self.bits - 1)
         self.packed[ids] = pack_codes(codes.clamp(-half, half - 1).long() + half, self.bits)
 
     def forward(
@@ -241,7 +299,7 @@ class QuantizedEmbedding(VocabularyEmbedding):
             return super().forward(ids, offsets, per_sample_weights, mode=mode)
         return quantized_bag(
             ids, self.packed, self.scale, self.bits, self.embedding_dim, offsets,
-            per_sample_weights, mode=mode, padding_id=self.padding_id,
+            per_sample_weights, mode=mode, padding_id=self.padding_id, zero_point=self.zero_point,
         )  # fmt: skip
 
     def vectors(self, ids: Tensor) -> Tensor:
@@ -253,7 +311,9 @@ class QuantizedEmbedding(VocabularyEmbedding):
             if not torch.equal(ids, self._ids):
                 raise ValueError("closure must look up the ids of the forward pass before the step")
             return learned_step(self._rows, self.scale[ids], self.bits)
-        rows = quantized_bag(ids, self.packed, self.scale, self.bits, self.embedding_dim)
+        rows = quantized_bag(
+            ids, self.packed, self.scale, self.bits, self.embedding_dim, zero_point=self.zero_point
+        )
         if torch.is_grad_enabled() and self.training:
             if self._rows is not None and self._rows.grad is not None:
                 raise RuntimeError(
@@ -307,6 +367,8 @@ class ALPT(torch.optim.Optimizer):
         for module in self._modules:
             if not isinstance(module, QuantizedEmbedding):
                 raise TypeError(f"modules must be QuantizedEmbedding, got {type(module).__name__}")
+            if module.zero_point is not None:
+                raise ValueError("modules must have no zero points: ALPT learns scales only")
         for name, value in (("lr", lr), ("scale_lr", scale_lr), ("eps", eps)):
             if not value >= 0:
                 raise ValueError(f"{name} must not be negative, got {value}")

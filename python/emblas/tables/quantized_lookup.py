@@ -31,18 +31,19 @@ def quantized_bag(
     *,
     mode: str = "sum",
     padding_id: int | None = None,
+    zero_point: Tensor | None = None,
 ) -> Tensor:
     """Look up rows of integers, multiply them by their scales and pool them in bags, in one pass.
 
-    No row of floats reaches memory but the results.
+    A row of the table is ``scale (integers - zero_point)``. No row of floats reaches memory but the results.
 
     Parameters
     ----------
     ids : Tensor
         int64, 0 to ``rows - 1``: of any shape without ``offsets``, ``(ids,)`` with them.
     packed : Tensor
-        uint8 ``(rows, ceil(embedding_dim * bits / 8))``, contiguous: the integers plus
-        ``2^(bits-1)``, packed least significant bit first.
+        uint8 ``(rows, ceil(embedding_dim * bits / 8))``, contiguous: unsigned integers, packed
+        least significant bit first.
     scale : Tensor
         Of each row, ``(rows,)`` or ``(rows, 1)``: float32, float64, bfloat16 or float16. Sums are
         kept in float32 (float64 for float64).
@@ -60,6 +61,10 @@ def quantized_bag(
         How the ids of a bag are combined; the others need ``offsets``.
     padding_id : int, optional
         An id, maybe outside the table, that contributes nothing (a mean doesn't count it).
+    zero_point : Tensor, optional
+        The integer of each row that stands for zero, ``(rows,)`` or ``(rows, 1)``: float32, or
+        float64 where ``scale`` is; it needn't be whole, nor one that the row could hold. Default:
+        ``2^(bits-1)`` for all, so that the integers are signed ones.
 
     Returns
     -------
@@ -120,8 +125,17 @@ def quantized_bag(
             )
         accumulator = torch.float64 if scale.dtype == torch.float64 else torch.float32
         weights = weights.reshape(-1).to(accumulator).contiguous()
+    if zero_point is not None:
+        exact = torch.float64 if scale.dtype == torch.float64 else torch.float32
+        _op.check_tensor("zero_point", zero_point, dtypes=(exact,), device=ids.device)
+        if zero_point.shape not in ((rows,), (rows, 1)):
+            raise ValueError(
+                f"zero_point must have shape {(rows,)} or {(rows, 1)}, "
+                f"got {tuple(zero_point.shape)}"
+            )
+        zero_point = zero_point.reshape(-1).contiguous()
     out = quantized_op.quantized_bag(
         pattern, packed, scale.reshape(-1).contiguous(), offsets, weights, bits, embedding_dim,
-        mode, padding_pattern(padding_id),
+        mode, padding_pattern(padding_id), zero_point,
     )  # fmt: skip
     return out if offsets is not None else out.reshape(*ids.shape, embedding_dim)

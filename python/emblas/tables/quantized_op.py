@@ -22,14 +22,21 @@ def _check_ids(ids: Tensor, rows: int, padding_id: int | None) -> None:
 
 
 def _rows(
-    ids: Tensor, packed: Tensor, scale: Tensor, bits: int, dim: int, padding_id: int | None
+    ids: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    bits: int,
+    dim: int,
+    padding_id: int | None,
+    zero_point: Tensor | None,
 ) -> Tensor:
     """Rows of all ids as numbers, zero for the padding id."""
     used = torch.ones_like(ids, dtype=torch.bool) if padding_id is None else ids != padding_id
     dtype = torch.float64 if scale.dtype == torch.float64 else torch.float32
     rows = torch.zeros(ids.shape[0], dim, dtype=dtype, device=ids.device)
-    codes = unpack_codes(packed[ids[used]], bits, dim) - 2 ** (bits - 1)
-    rows[used] = codes * scale.to(dtype)[ids[used], None]
+    codes = unpack_codes(packed[ids[used]], bits, dim)
+    zero = 2 ** (bits - 1) if zero_point is None else zero_point[ids[used], None]
+    rows[used] = (codes - zero) * scale.to(dtype)[ids[used], None]
     return rows
 
 
@@ -43,10 +50,11 @@ def reference(
     dim: int,
     mode: int,
     padding_id: int | None,
+    zero_point: Tensor | None = None,
 ) -> Tensor:
     """Rows of integers times their scales, pooled in bags; see ``csrc/tables/quantized.h``."""
     _check_ids(ids, packed.shape[0], padding_id)
-    rows = _rows(ids, packed, scale, bits, dim, padding_id)
+    rows = _rows(ids, packed, scale, bits, dim, padding_id, zero_point)
     if weights is not None:
         rows = rows * weights[:, None]
     if offsets is None:
@@ -73,9 +81,10 @@ def reference_backward(
     bits: int,
     dim: int,
     padding_id: int | None,
+    zero_point: Tensor | None = None,
 ) -> Tensor:
     """Gradient of the weights, which stand inside a sum."""
-    rows = _rows(ids, packed, scale, bits, dim, padding_id)
+    rows = _rows(ids, packed, scale, bits, dim, padding_id, zero_point)
     return (rows * grad_out.to(rows.dtype)[bag_of(ids, offsets)]).sum(1)
 
 
@@ -89,6 +98,7 @@ def _fake(
     dim: int,
     mode: int,
     padding_id: int | None,
+    zero_point: Tensor | None = None,
 ) -> Tensor:
     return scale.new_empty(ids.shape[0] if offsets is None else offsets.shape[0] - 1, dim)
 
@@ -102,6 +112,7 @@ def _backward_fake(
     bits: int,
     dim: int,
     padding_id: int | None,
+    zero_point: Tensor | None = None,
 ) -> Tensor:
     dtype = torch.float64 if scale.dtype == torch.float64 else torch.float32
     return scale.new_empty(ids.shape[0], dtype=dtype)
@@ -117,6 +128,7 @@ def _check_values(
     dim: int,
     mode: int,
     padding_id: int | None,
+    zero_point: Tensor | None = None,
 ) -> None:
     if offsets is not None:
         check_offsets("offsets", offsets, ids.shape[0], "ids")
@@ -145,18 +157,20 @@ class _QuantizedBag(torch.autograd.Function):
         bits: int,
         dim: int,
         padding_id: int | None,
+        zero_point: Tensor | None,
     ) -> Tensor:
-        ctx.save_for_backward(ids, packed, scale, offsets)
+        ctx.save_for_backward(ids, packed, scale, offsets, zero_point)
         ctx.layout = bits, dim, padding_id
         sum_of_bags = MODES.index("sum")
         return _quantized_bag(
-            ids, packed, scale, offsets, weights, bits, dim, sum_of_bags, padding_id
+            ids, packed, scale, offsets, weights, bits, dim, sum_of_bags, padding_id, zero_point
         )
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        grad_weights = _backward(grad_out.contiguous(), *ctx.saved_tensors, *ctx.layout)
-        return None, None, None, None, grad_weights, None, None, None
+        *table, zero_point = ctx.saved_tensors
+        grad_weights = _backward(grad_out.contiguous(), *table, *ctx.layout, zero_point)
+        return None, None, None, None, grad_weights, None, None, None, None
 
 
 def quantized_bag(
@@ -169,13 +183,15 @@ def quantized_bag(
     dim: int,
     mode: str,
     padding_id: int | None,
+    zero_point: Tensor | None,
 ) -> Tensor:
     """Look up checked arguments; see :func:`emblas.tables.quantized_bag`."""
     scale = scale.detach()
-    if use_reference():
-        number = MODES.index(mode)
-        return reference(ids, packed, scale, offsets, weights, bits, dim, number, padding_id)
-    if weights is not None and needs_grad(weights):
-        return _QuantizedBag.apply(ids, packed, scale, offsets, weights, bits, dim, padding_id)
+    zero_point = None if zero_point is None else zero_point.detach()
+    if weights is not None and needs_grad(weights) and not use_reference():
+        return _QuantizedBag.apply(
+            ids, packed, scale, offsets, weights, bits, dim, padding_id, zero_point
+        )
+    call = reference if use_reference() else _quantized_bag
     number = MODES.index(mode)
-    return _quantized_bag(ids, packed, scale, offsets, weights, bits, dim, number, padding_id)
+    return call(ids, packed, scale, offsets, weights, bits, dim, number, padding_id, zero_point)

@@ -158,6 +158,41 @@ class SubspaceEmbedding(VocabularyEmbedding):
         parts = torch.arange(self.num_parts, device=ids.device)
         return self.codebooks[parts, self.codes(ids)].flatten(1)
 
+    @torch.no_grad()
+    def resize(self, factor: int) -> SubspaceEmbedding:
+        """Return a copy for ``factor`` times the vocabulary; ids of before keep their vectors.
+
+        Codes are repeated: a new id starts with those of the old one that differs from it by a
+        multiple of the old ``num_embeddings``.
+
+        Parameters
+        ----------
+        factor : int
+            1 or more.
+
+        Raises
+        ------
+        ValueError
+            If ``factor`` is below 1, or above it while rare ids have fewer centroids: the new ids
+            would be rare ones, and the codes of frequent ids mean nothing to them.
+        """
+        check_at_least(1, factor=factor)
+        if factor > 1 and self.num_frequent < self.num_embeddings:
+            raise ValueError(
+                f"num_frequent must be num_embeddings = {self.num_embeddings} to repeat codes, got "
+                f"{self.num_frequent}: resize the MultiGranularQuantizedEmbedding before it is "
+                "frozen, or copy the codes into a module whose ids can use all centroids"
+            )
+        grown = SubspaceEmbedding(
+            self.num_embeddings * factor, self.embedding_dim, self.num_parts, self.num_centroids,
+            num_frequent=self.num_frequent * factor, rare_centroids=self.rare_centroids,
+            padding_id=self.padding_id, device=self.codebooks.device, dtype=self.codebooks.dtype,
+        )  # fmt: skip
+        grown.packed.copy_(self.packed.repeat(factor, 1))
+        grown.packed_rare.copy_(self.packed_rare)
+        grown.codebooks.copy_(self.codebooks)
+        return grown
+
     @classmethod
     def from_table(
         cls,

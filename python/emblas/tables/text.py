@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
+from typing import Any, TypeGuard
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +18,30 @@ KINDS = (  # in the order of csrc/tables/text.h
 )  # fmt: skip
 BLT_PRIME = 1000000007
 
-Bytes = tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]
+# UTF-8 of all strings, and where each starts (one start more for the end), as Arrow stores them.
+Bytes = tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64] | npt.NDArray[np.int32]]
+
+
+def is_bytes(name: str, strings: object, *arrays: str) -> TypeGuard[tuple[Any, ...]]:
+    """Tell arrays of bytes and starts from a sequence of strings; the arrays must be all there."""
+    if not (isinstance(strings, tuple) and strings and isinstance(strings[0], np.ndarray)):
+        return False
+    if len(strings) != len(arrays):
+        raise ValueError(f"{name} must be ({', '.join(arrays)}), got {len(strings)} arrays")
+    return True
+
+
+def starts_of(starts: Any) -> npt.NDArray[np.int64]:
+    """Widen the int32 starts that most Arrow arrays have; other dtypes are refused in C++."""
+    array = np.ascontiguousarray(starts)
+    return array.astype(np.int64) if array.dtype == np.int32 else array
+
+
+def string_list(strings: Any) -> list[str]:
+    """Return a list of its own of a sequence of strings; a single string is no such sequence."""
+    if isinstance(strings, (str, bytes)):
+        raise TypeError(f"strings must be a sequence of str, got {type(strings).__name__}")
+    return list(strings)
 
 
 def text_ids(
@@ -39,8 +62,8 @@ def text_ids(
     Parameters
     ----------
     strings : sequence of str, or (bytes, offsets)
-        Or the UTF-8 bytes of all strings, uint8, and where each starts, int64 ``(strings + 1,)``,
-        as Arrow stores them.
+        Or the UTF-8 bytes of all strings, uint8, and where each starts, int64 or int32
+        ``(strings + 1,)``, as Arrow stores them.
     kind : str, default "string"
         One id for each string:
 
@@ -98,15 +121,9 @@ def text_ids(
         raise ValueError(f"modulus must be 1 to 2^62 - 1, got {modulus}")
     lengths = (min_n, max_n) if kind == "subwords" else (1, n)
     options = (KINDS.index(kind), *lengths, multiplier % 2**64, modulus or 0)
-    if isinstance(strings, tuple) and len(strings) == 2 and isinstance(strings[0], np.ndarray):
+    if is_bytes("strings", strings, "bytes", "offsets"):
         data, starts = strings
-        if kind == "norm" and (np.asarray(data) >= 0x80).any():
-            texts = [bytes(data[a:b]).decode() for a, b in pairwise(starts)]
-            return text_ids(texts, kind, modulus=modulus)
-        ids, offsets = _C.text_ids_of_bytes(data, starts, *options)
+        ids, offsets = _C.text_ids_of_bytes(data, starts_of(starts), *options)
     else:
-        texts = list(strings)
-        if kind == "norm":  # C++ knows the case of ASCII letters only
-            texts = [t.lower() if isinstance(t, str) and not t.isascii() else t for t in texts]
-        ids, offsets = _C.text_ids_of_strings(texts, *options)
+        ids, offsets = _C.text_ids_of_strings(string_list(strings), *options)
     return torch.from_numpy(ids), torch.from_numpy(offsets)
