@@ -108,19 +108,22 @@ def _large(dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor
     return x, cu_seqlens, padded, mask
 
 
-def _peers(dim: int) -> dict[str, Callable[..., Tensor]]:
+def _peers(
+    dim: int, mode: str | tuple[str, ...] = "mean", *, normalize: bool = True
+) -> dict[str, Callable[..., Tensor]]:
     """The modules of sentence-transformers on packed and on padded input."""
     modules = pytest.importorskip("sentence_transformers.sentence_transformer.modules")
-    pooling, normalize = modules.Pooling(dim, "mean"), modules.Normalize()
+    pooling = modules.Pooling(dim, mode)
+    last = modules.Normalize() if normalize else lambda features: features
 
     def flat(x: Tensor, cu_seqlens: Tensor, padded: Tensor, mask: Tensor) -> Tensor:
         features = {"token_embeddings": x[None], "cu_seq_lens_q": cu_seqlens}
-        result: Tensor = normalize(pooling(features))["sentence_embedding"]
+        result: Tensor = last(pooling(features))["sentence_embedding"]
         return result
 
     def filled(x: Tensor, cu_seqlens: Tensor, padded: Tensor, mask: Tensor) -> Tensor:
         features = {"token_embeddings": padded, "attention_mask": mask}
-        result: Tensor = normalize(pooling(features))["sentence_embedding"]
+        result: Tensor = last(pooling(features))["sentence_embedding"]
         return result
 
     return {"sentence-transformers, packed": flat, "sentence-transformers, padded": filled}
@@ -138,6 +141,37 @@ def bench_pooling_large(row: Any, dim: int, dtype: torch.dtype, train: bool, who
     size = 65_536 * dim * dtype.itemsize
     row(
         "pooling", "mean + normalize" + ", forward and backward" * train, who,
+        shape=f"65536 tokens in 256 sequences x {dim}",
+        dtype=str(dtype).removeprefix("torch."),
+        call=_backward(contender) if train else contender,
+        inputs=[_large(dim, dtype)], bytes=(1 + train) * size,
+    )  # fmt: skip
+
+
+MODES = ("cls", "mean", "max")
+
+
+def _one_by_one(x: Tensor, cu_seqlens: Tensor, padded: Tensor, mask: Tensor) -> Tensor:
+    return torch.cat([segment_pool(x, cu_seqlens, mode) for mode in MODES], 1)
+
+
+def _together(x: Tensor, cu_seqlens: Tensor, padded: Tensor, mask: Tensor) -> Tensor:
+    result: Tensor = segment_pool(x, cu_seqlens, MODES)
+    return result
+
+
+SEVERAL = {"emblas": _together, "emblas, one by one": _one_by_one}
+
+
+@pytest.mark.parametrize("who", [*SEVERAL, *LARGE[1:]])
+@pytest.mark.parametrize("train", [False, True], ids=["forward", "training"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def bench_pooling_modes(row: Any, dtype: torch.dtype, train: bool, who: str) -> None:
+    dim = 768
+    contender = SEVERAL[who] if who in SEVERAL else _peers(dim, MODES, normalize=False)[who]
+    size = 65_536 * dim * dtype.itemsize
+    row(
+        "pooling", "cls, mean and max" + ", forward and backward" * train, who,
         shape=f"65536 tokens in 256 sequences x {dim}",
         dtype=str(dtype).removeprefix("torch."),
         call=_backward(contender) if train else contender,

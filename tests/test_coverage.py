@@ -59,6 +59,9 @@ def fused_step():
 # One call through the public front door for each forward operator.
 CALLS = {
     "segment_pool": lambda: segment_pool(torch.randn(8, 4, requires_grad=True), CU),
+    "segment_pool_modes": lambda: segment_pool(
+        torch.randn(8, 4, requires_grad=True), CU, ("mean", "max")
+    ),
     "segment_max": lambda: segment_pool(torch.randn(8, 4, requires_grad=True), CU, "max"),
     "segment_gem": lambda: segment_pool(torch.randn(8, 4, requires_grad=True), CU, "gem"),
     "attention_pool": lambda: attention_pool(

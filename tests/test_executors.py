@@ -96,7 +96,14 @@ def _pool_wrongly(run, name, starts, ends=None, skip=None):
     else:
         index = torch.randint(-2, 143, (140,), dtype=torch.int32)
         for rest in ((ends, skip, None), (None, None, index)):  # lists share no position
-            if name == "segment_max":
+            if name == "segment_pool_modes":
+                modes = [6, Mode.last]
+                out, argmax = run[name](x, starts, weights, modes, *rest, False)
+                argmax = torch.randint(-2, 143, argmax.shape, dtype=torch.int32)
+                needs = (True, rest[2] is None)
+                args = (out, x, out, argmax, starts, weights, modes, *needs, *rest, False)
+                backward(*args)
+            elif name == "segment_max":
                 run[name](x, starts, weights, *rest)
             elif name == "segment_gem":
                 options = starts, weights, torch.tensor([3.0]), 0.25, *rest
@@ -110,7 +117,8 @@ def _pool_wrongly(run, name, starts, ends=None, skip=None):
 
 
 _POOLING = (
-    "attention_pool", "lexical_index", "segment_gem", "segment_max", "segment_pool", "vocab_max",
+    "attention_pool", "lexical_index", "segment_gem", "segment_max", "segment_pool",
+    "segment_pool_modes", "vocab_max",
 )  # fmt: skip
 
 

@@ -106,6 +106,7 @@ def test_value_checks_agree_with_the_cpu_kernels(name):
         "row_dots": lambda rows: (queries, q, rows, CU, 4),
         "row_sums": lambda rows: (torch.zeros(2, 1, 4), q, rows, CU),
         "segment_pool": lambda cu: (X, cu, None, False),
+        "segment_pool_modes": lambda cu: (X, cu, None, [0, 6], None, None, None, False),
         "segment_max": lambda cu: (X, cu, None),
         "segment_gem": lambda cu: (X, cu, None, torch.ones(1), 1e-6),
         "attention_pool": lambda cu: (X, X, cu, 1.0),

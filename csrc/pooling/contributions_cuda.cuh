@@ -9,8 +9,8 @@ template <class T>
 __device__ inline void keep_range(const Contributions<T>& parts, int64_t b,
                                   const Positions& range) {
   if (threadIdx.x == 0) {
-    parts.first[b] = int32_t(range.begin);
-    parts.last[b] = int32_t(range.end);
+    parts.begin[b] = int32_t(range.begin);
+    parts.end[b] = int32_t(range.end);
   }
   if (!parts.owner) return;
   for (int64_t p = range.begin + threadIdx.x; p < range.end; p += kThreads) {

@@ -12,7 +12,7 @@
 // Backward, g = d loss / d out, n_b = max(|m_b|, epsilon), a = 1, 0, 1/2 for the d_b above:
 //   dm_b = g, or with normalize (g - out (out . g)) / n_b; where |m_b| <= epsilon: g / epsilon
 //   dx_t = w_t dm_b / d_b             dw_t = x_t . dm_b / d_b - a (m_b . dm_b) / W_b
-// and sums of these where segments share a token.
+// and sums of these where segments share a token, and over the modes where there are several.
 //
 // max:   out_b[i] = max_t x_t[i] over tokens of weight other than 0; the first maximum takes the
 //        gradient. NaN counts as larger than any number, as in torch.
@@ -34,22 +34,24 @@ inline constexpr double kNormalizeEpsilon = 1e-12;
 template <class T>
 struct SegmentPoolArgs {
   Segments<T> segments;
-  PoolMode mode;
-  bool normalize;
+  PoolModes modes;
+  bool normalize;  // one linear mode only
   bool wide;
-  void* out;             // [batch, dim]
+  void* out;             // [batch, modes, dim]
   Accumulator<T>* norm;  // [batch] |m_b|, written if normalize; may be null
+  int32_t* argmax;       // [batch, dim] positions of the maxima (-1 in empty segments), if a mode
 };
 
 template <class T>
 struct SegmentPoolBackwardArgs {
   Segments<T> segments;
-  PoolMode mode;
+  PoolModes modes;
   bool normalize;
   bool wide;
-  const void* grad_out;        // [batch, dim]
-  const void* out;             // [batch, dim], read if normalize or for weights
+  const void* grad_out;        // [batch, modes, dim]
+  const void* out;             // [batch, modes, dim], read if normalize or for weights
   const Accumulator<T>* norm;  // [batch], read if normalize
+  const int32_t* argmax;       // [batch, dim], read if max is a mode
   int64_t batch;
   int64_t positions;
   T* grad_x;                     // [positions, dim] or null
@@ -59,16 +61,17 @@ struct SegmentPoolBackwardArgs {
 template <class T>
 struct SegmentPool {
   using A = Accumulator<T>;
-  // Segments [first, last); scratch holds dim accumulators.
+  // Segments [first, last); scratch holds modes + 1 rows of accumulators, as for `backward`.
   void (*forward)(const SegmentPoolArgs<T>&, int64_t first, int64_t last, A* scratch);
   // For segments in rising order that share no position: writes the rows of its segments and those
   // between them and their predecessors.
   void (*backward)(const SegmentPoolBackwardArgs<T>&, int64_t first, int64_t last, A* scratch);
-  // For any segments: shared = dm_b / d_b [dim], returns a (m_b . dm_b) / W_b.
-  A (*share)(const SegmentPoolBackwardArgs<T>&, int64_t b, A* shared);
-  // out = sum_i factors[i] rows[segments[i]], a row of dim values; scratch holds as many.
-  void (*combine)(const A* rows, int64_t dim, const int32_t* segments, const A* factors,
-                  int64_t count, T* out, A* scratch);
+  // For any segments, in the mode of this place: shared = dm_b / d_b [dim], returns
+  // a (m_b . dm_b) / W_b.
+  A (*share)(const SegmentPoolBackwardArgs<T>&, int64_t b, int64_t place, A* shared);
+  // out = the sum of shares of rows [dim]; scratch holds as many values.
+  void (*combine)(const A* rows, int64_t dim, const RowShare<A>* shares, int64_t count, T* out,
+                  A* scratch);
   A (*dot)(const T* x, const A* shared, int64_t dim);
 };
 using PoolingKernels = ByDtype<SegmentPool>;
@@ -81,10 +84,6 @@ struct MaxGradient {
 
 template <class T>
 struct SegmentMax {
-  // Segments [first, last) to out and argmax [batch, dim], the row of x that holds the maximum (-1
-  // in empty segments); scratch holds 2 dim accumulators.
-  void (*forward)(const Segments<T>&, int64_t first, int64_t last, T* out, int32_t* argmax,
-                  Accumulator<T>* scratch);
   // A column of grad_x, `stride` apart: the sum of the values of each row. Equal rows are adjacent.
   void (*scatter)(const MaxGradient<T>* gradients, int64_t count, T* grad_x, int64_t stride);
 };
@@ -100,9 +99,9 @@ struct SegmentGem {
   // segment's share of d loss / dp. scratch: dim.
   A (*share)(const Segments<T>&, A power, A epsilon, int64_t b, const A* grad_out, const A* out,
              A* shared, A* scratch);
-  // grad_x[i] = f'(x[i]) sum_j factors[j] rows[segments[j]][i]; scratch: 2 dim.
-  void (*combine)(const A* rows, int64_t dim, const int32_t* segments, const A* factors,
-                  int64_t count, const T* x, A power, A epsilon, T* grad_x, A* scratch);
+  // grad_x[i] = f'(x[i]) times the sum of shares of rows; scratch: 2 dim.
+  void (*combine)(const A* rows, int64_t dim, const RowShare<A>* shares, int64_t count, const T* x,
+                  A power, A epsilon, T* grad_x, A* scratch);
 };
 using SegmentGemKernels = ByDtype<SegmentGem>;
 

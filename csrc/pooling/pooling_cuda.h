@@ -46,6 +46,21 @@ struct SegmentPoolArgs {
 template <class T>
 void segment_pool(const SegmentPoolArgs<T>& args, void* stream);
 
+// Several modes at once. `sums` are those of the mode mean.
+template <class T>
+struct SegmentPoolModesArgs {
+  SegmentSums<T> sums;  // its workspace, and those that follow: null where no mode needs it
+  PoolModes modes;
+  bool wide;
+  Accumulator<T>* stepped;  // workspace [slots(), dim]: sums by position
+  Accumulator<T>* largest;  // workspace [slots(), dim]
+  int32_t* where;           // workspace [slots(), dim]: positions of the largest
+  void* out;                // [batch, modes, dim]
+  int32_t* argmax;          // [batch, dim] if max is a mode
+};
+template <class T>
+void segment_pool_modes(const SegmentPoolModesArgs<T>& args, void* stream);
+
 // out: [batch, dim].
 template <class T>
 void segment_gem(const SegmentSums<T>& sums, Accumulator<T>* out, void* stream);
@@ -62,12 +77,14 @@ template <class T>
 struct Contributions {
   using A = Accumulator<T>;
   SegmentRows<T> rows;
-  PoolMode mode;
-  int32_t *first, *last;  // [batch] positions that are pooled
+  PoolModes modes;
+  int32_t *begin, *end;   // [batch] positions that any mode pools
+  int32_t *first, *last;  // [batch, modes] positions that are pooled; `begin`, `end` if by one mode
   int32_t* owner;         // [positions] 1 + the segment of each, or 0 where none; null if no index
-  A* shared;              // [batch, dim] what a token of weight 1 gets
-  A* along;               // [batch] what the gradients of weights lose
+  A* shared;              // [batch, modes, dim] what a token of weight 1 gets
+  A* along;               // [batch, modes] what the gradients of weights lose
   int64_t* fingerprint;   // [batch] hashes of what segments contribute; null if in order
+  const int32_t* argmax;  // [batch, dim] positions of the maxima, if max is a mode
 };
 
 // The order in which segments, or positions of an index, are looked for.
@@ -82,8 +99,8 @@ template <class T>
 struct SegmentPoolBackwardArgs {
   Contributions<T> parts;
   bool normalize, wide;
-  const void* grad_out;        // [batch, dim]
-  const void* out;             // [batch, dim]
+  const void* grad_out;        // [batch, modes, dim]
+  const void* out;             // [batch, modes, dim]
   const Accumulator<T>* norm;  // [batch], read if normalize
 };
 // Fill the contributions.

@@ -28,13 +28,13 @@ py::array segment_pool_array(const Array<T>& x, const Array<int32_t>& cu_seqlens
     args.segments.begins = cu_seqlens.data();
     args.segments.ends = cu_seqlens.data() + 1;
     args.segments.weights = token_weights ? token_weights->data() : nullptr;
-    args.mode = PoolMode::mean;
+    args.modes = {{PoolMode::mean}, 1};
     args.normalize = normalize;
     args.out = out.mutable_data();
     const py::gil_scoped_release unlocked;
     check_array(valid_cu_seqlens(args.segments.begins, batch, tokens),
                 "cu_seqlens must start at 0, never decrease and end at the number of tokens");
-    const std::unique_ptr<T[]> scratch(new T[dim]);
+    const std::unique_ptr<T[]> scratch(new T[2 * dim]);
     kernels<PoolingKernels>().of(T{}).forward(args, 0, batch, scratch.get());
   }
   return std::move(out);

@@ -1,6 +1,7 @@
 // Segment pooling as torch operators on CPU tensors.
 #include <cstring>
 #include <tuple>
+#include <vector>
 
 #include "common/isa.h"
 #include "pooling/pooling.h"
@@ -14,9 +15,9 @@ using OptionalTensor = std::optional<Tensor>;
 constexpr char kPowerMessage[] =
     "power must be a CPU tensor of one element, float64 where x is float64 and float32 otherwise";
 
-PoolMode mode_of(int64_t mode) {
-  check(0 <= mode && mode < kPoolModes, "mode must be the number of a linear pooling mode");
-  return PoolMode(mode);
+PoolModes mode_of(int64_t mode) {
+  check(0 <= mode && mode < kLinearModes, "mode must be the number of a linear pooling mode");
+  return {{PoolMode(mode)}, 1};
 }
 
 template <class T>
@@ -24,27 +25,64 @@ ScalarType stored_dtype(bool wide) {
   return wide ? kScalarType<Accumulator<T>> : kScalarType<T>;
 }
 
+// out [batch, modes * dim]; norm [batch] if normalize; argmax [batch, dim], positions, if max is a
+// mode.
+std::tuple<Tensor, Tensor, Tensor> pool(const SegmentTensors& tensors, const PoolModes& modes,
+                                        bool normalize, bool wide) {
+  tensors.check_all();
+  const Tensor& x = tensors.x;
+  return visit_float(x.scalar_type(), kPoolingDtypes, [&](auto element) {
+    using T = decltype(element);
+    using A = Accumulator<T>;
+    const int64_t batch = tensors.batch(), dim = dim_of(x);
+    Tensor out = empty_cpu<2>(stored_dtype<T>(wide), {batch, modes.count * dim});
+    Tensor norm = empty_cpu<1>(kScalarType<A>, {normalize ? batch : 0});
+    Tensor argmax =
+        empty_cpu<2>(ScalarType::Int, {has_mode(modes, PoolMode::max) ? batch : 0, dim});
+    const SegmentPoolArgs<T> args{
+        tensors.view<T>(),     modes, normalize, wide, out.mutable_data_ptr(), write<A>(norm),
+        write<int32_t>(argmax)};
+    const auto& kernel = kernels<PoolingKernels>().of(element);
+    for_segments<A>(tensors, modes.count + 1, [&](int64_t first, int64_t last, A* scratch) {
+      kernel.forward(args, first, last, scratch);
+    });
+    return std::make_tuple(out, norm, argmax);
+  });
+}
+
 std::tuple<Tensor, Tensor> segment_pool(const Tensor& x, const Tensor& cu_seqlens,
                                         const OptionalTensor& weights, bool normalize, int64_t mode,
                                         const OptionalTensor& ends, const OptionalTensor& skip,
                                         const OptionalTensor& index, bool wide) {
   const SegmentTensors tensors{x, cu_seqlens, weights, ends, skip, index};
-  tensors.check_all();
-  const PoolMode pool_mode = mode_of(mode);
-  return visit_float(x.scalar_type(), kPoolingDtypes, [&](auto element) {
-    using T = decltype(element);
-    using A = Accumulator<T>;
-    const int64_t batch = tensors.batch();
-    Tensor out = empty_cpu<2>(stored_dtype<T>(wide), {batch, dim_of(x)});
-    Tensor norm = empty_cpu<1>(kScalarType<A>, {normalize ? batch : 0});
-    const SegmentPoolArgs<T> args{tensors.view<T>(),      pool_mode,     normalize, wide,
-                                  out.mutable_data_ptr(), write<A>(norm)};
-    const auto& kernel = kernels<PoolingKernels>().of(element);
-    for_segments<A>(tensors, 1, [&](int64_t first, int64_t last, A* scratch) {
-      kernel.forward(args, first, last, scratch);
+  const auto [out, norm, argmax] = pool(tensors, mode_of(mode), normalize, wide);
+  return {out, norm};
+}
+
+std::tuple<Tensor, Tensor> segment_pool_modes(const Tensor& x, const Tensor& cu_seqlens,
+                                              const OptionalTensor& weights,
+                                              std::vector<int64_t> modes,
+                                              const OptionalTensor& ends,
+                                              const OptionalTensor& skip,
+                                              const OptionalTensor& index, bool wide) {
+  const SegmentTensors tensors{x, cu_seqlens, weights, ends, skip, index};
+  const auto [out, norm, argmax] = pool(tensors, modes_of(modes), false, wide);
+  return {out, argmax};
+}
+
+std::tuple<Tensor, Tensor> segment_max(const Tensor& x, const Tensor& cu_seqlens,
+                                       const OptionalTensor& weights, const OptionalTensor& ends,
+                                       const OptionalTensor& skip, const OptionalTensor& index) {
+  const SegmentTensors tensors{x, cu_seqlens, weights, ends, skip, index};
+  const auto [out, norm, argmax] = pool(tensors, {{PoolMode::max}, 1}, false, false);
+  if (index) {
+    const int32_t* row = read<int32_t>(*index);
+    int32_t* at = write<int32_t>(argmax);
+    parallel_for(argmax.numel(), sizeof(int32_t), [&](int64_t low, int64_t high) {
+      for (int64_t i = low; i < high; ++i) at[i] = at[i] < 0 ? -1 : row[at[i]];
     });
-    return std::make_tuple(out, norm);
-  });
+  }
+  return {out, argmax};
 }
 
 // Gradients where segments share tokens: first what each segment contributes, then the sums.
@@ -52,29 +90,36 @@ template <class T>
 void shared_backward(const SegmentPoolBackwardArgs<T>& args, const SegmentTensors& tensors) {
   using A = Accumulator<T>;
   const auto& kernel = kernels<PoolingKernels>().of(T{});
-  const int64_t batch = tensors.batch(), dim = dim_of(tensors.x);
-  const std::unique_ptr<A[]> shared(new A[batch * dim]), along(new A[batch]);
+  const PoolModes& modes = args.modes;
+  const int64_t batch = tensors.batch(), dim = dim_of(tensors.x), count = modes.count;
+  const std::unique_ptr<A[]> shared(new A[batch * count * dim]), along(new A[batch * count]);
   for_segments<A>(tensors, 0, [&](int64_t first, int64_t last, A*) {
-    for (int64_t b = first; b < last; ++b) along[b] = kernel.share(args, b, &shared[b * dim]);
+    for (int64_t i = first * count; i < last * count; ++i) {
+      along[i] = kernel.share(args, i / count, i % count, &shared[i * dim]);
+    }
   });
+  const auto slope = [&](int64_t number, int64_t p) {
+    return kernel.dot(row_at(args.segments, p), &shared[number * dim], dim) - along[number];
+  };
   if (args.grad_weights && tensors.index) {  // a position of an index is in one segment only
     std::fill_n(args.grad_weights, args.positions, A(0));
     for_segments<A>(tensors, 0, [&](int64_t first, int64_t last, A*) {
       for (int64_t b = first; b < last; ++b) {
-        const Range range = range_of(args.segments, b, args.mode);
-        for (int64_t p = range.begin; p < range.end && !takes_one_token(args.mode); ++p) {
-          const A steps = args.mode == PoolMode::weighted_mean ? A(p - range.origin + 1) : A(1);
-          const A slope = kernel.dot(row_at(args.segments, p), &shared[b * dim], dim) - along[b];
-          args.grad_weights[p] = steps * slope;
+        const Range range = range_of(args.segments, b, PoolMode::mean);
+        for (int64_t p = range.begin; p < range.end; ++p) {
+          for (int64_t m = 0; m < count; ++m) {
+            if (!weighs(modes.at[m])) continue;
+            args.grad_weights[p] += steps_at<A>(range, p, modes.at[m]) * slope(b * count + m, p);
+          }
         }
       }
     });
   }
   if (args.grad_x) {
-    SharedRows<T>(tensors, args.mode, shared.get()).for_rows([&] {
-      return [&, scratch = std::unique_ptr<A[]>(new A[dim])](int64_t row, const int32_t* segments,
-                                                             const A* factors, int64_t count) {
-        kernel.combine(shared.get(), dim, segments, factors, count, args.grad_x + row * dim,
+    SharedRows<T>(tensors, modes, shared.get(), args.argmax).for_rows([&] {
+      return [&, scratch = std::unique_ptr<A[]>(new A[dim])](int64_t row, const RowShare<A>* shares,
+                                                             int64_t shares_count) {
+        kernel.combine(shared.get(), dim, shares, shares_count, args.grad_x + row * dim,
                        scratch.get());
       };
     });
@@ -83,14 +128,13 @@ void shared_backward(const SegmentPoolBackwardArgs<T>& args, const SegmentTensor
     // The slope at weight 0 counts too: the sums run with all weights 1.
     const std::optional<Tensor> none;
     const SegmentTensors all{tensors.x, tensors.starts, none, tensors.ends, tensors.skip, none};
-    const bool constant = takes_one_token(args.mode);
-    SharedRows<T>(all, args.mode, shared.get()).for_rows([&] {
-      return [&](int64_t row, const int32_t* segments, const A* factors, int64_t count) {
+    SharedRows<T>(all, modes, shared.get(), args.argmax).for_rows([&] {
+      return [&](int64_t row, const RowShare<A>* shares, int64_t shares_count) {
         A total = 0;
-        for (int64_t i = 0; i < count && !constant; ++i) {
-          const A* of_segment = &shared[segments[i] * dim];
-          total += factors[i] *
-                   (kernel.dot(row_at(args.segments, row), of_segment, dim) - along[segments[i]]);
+        for (const RowShare<A>* share = shares; share < shares + shares_count; ++share) {
+          if (weighs(modes.at[share->number % count])) {
+            total += share->factor * slope(share->number, row);
+          }
         }
         args.grad_weights[row] = total;
       };
@@ -98,42 +142,46 @@ void shared_backward(const SegmentPoolBackwardArgs<T>& args, const SegmentTensor
   }
 }
 
-std::tuple<Tensor, Tensor> segment_pool_backward(
-    const Tensor& grad_out, const Tensor& x, const Tensor& out, const Tensor& norm,
-    const Tensor& cu_seqlens, const OptionalTensor& weights, bool normalize, bool need_x,
-    bool need_weights, int64_t mode, const OptionalTensor& ends, const OptionalTensor& skip,
-    const OptionalTensor& index, bool wide) {
-  const SegmentTensors tensors{x, cu_seqlens, weights, ends, skip, index};
+std::tuple<Tensor, Tensor> pool_backward(const Tensor& grad_out, const Tensor& out,
+                                         const Tensor& norm, const Tensor& argmax,
+                                         const SegmentTensors& tensors, const PoolModes& modes,
+                                         bool normalize, bool need_x, bool need_weights,
+                                         bool wide) {
   tensors.check_all();
-  const PoolMode pool_mode = mode_of(mode);
+  const Tensor& x = tensors.x;
   return visit_float(x.scalar_type(), kPoolingDtypes, [&](auto element) {
     using T = decltype(element);
     using A = Accumulator<T>;
     const int64_t batch = tensors.batch(), positions = tensors.positions();
     const auto is_output = [&](const Tensor& tensor) {
       return tensor.is_cpu() && tensor.scalar_type() == stored_dtype<T>(wide) &&
-             tensor.dim() == 2 && tensor.size(0) == batch && tensor.size(1) == dim_of(x) &&
-             tensor.is_contiguous();
+             tensor.dim() == 2 && tensor.size(0) == batch &&
+             tensor.size(1) == modes.count * dim_of(x) && tensor.is_contiguous();
     };
     check(is_output(grad_out) && is_output(out),
-          "grad_out and out must be contiguous (batch, dim) CPU tensors of the forward's dtype");
+          "grad_out and out must be contiguous (batch, modes * dim) CPU tensors of the forward's "
+          "dtype");
     check_vector<A>(norm, normalize ? batch : 0, "norm must be the forward's second output");
+    check(argmax.is_cpu() && has_dtype<int32_t>(argmax) && argmax.is_contiguous() &&
+              argmax.numel() == (has_mode(modes, PoolMode::max) ? batch * dim_of(x) : 0),
+          "argmax must be the forward's second output");
     Tensor grad_x = empty_like_tokens(x, need_x);
     Tensor grad_weights = empty_cpu<1>(kScalarType<A>, {need_weights ? positions : 0});
     const SegmentPoolBackwardArgs<T> args{tensors.view<T>(),
-                                          pool_mode,
+                                          modes,
                                           normalize,
                                           wide,
                                           grad_out.const_data_ptr(),
                                           out.const_data_ptr(),
                                           read<A>(norm),
+                                          read<int32_t>(argmax),
                                           batch,
                                           positions,
                                           need_x ? write<T>(grad_x) : nullptr,
                                           need_weights ? write<A>(grad_weights) : nullptr};
     if (batch > 0 && tensors.disjoint()) {
       const auto& kernel = kernels<PoolingKernels>().of(element);
-      for_segments<A>(tensors, 1, [&](int64_t first, int64_t last, A* scratch) {
+      for_segments<A>(tensors, modes.count + 1, [&](int64_t first, int64_t last, A* scratch) {
         kernel.backward(args, first, last, scratch);
       });
     } else {
@@ -143,23 +191,25 @@ std::tuple<Tensor, Tensor> segment_pool_backward(
   });
 }
 
-std::tuple<Tensor, Tensor> segment_max(const Tensor& x, const Tensor& cu_seqlens,
-                                       const OptionalTensor& weights, const OptionalTensor& ends,
-                                       const OptionalTensor& skip, const OptionalTensor& index) {
-  const SegmentTensors tensors{x, cu_seqlens, weights, ends, skip, index};
-  tensors.check_all();
-  return visit_float(x.scalar_type(), kPoolingDtypes, [&](auto element) {
-    using T = decltype(element);
-    using A = Accumulator<T>;
-    Tensor out = empty_cpu<2>(x.scalar_type(), {tensors.batch(), dim_of(x)});
-    Tensor argmax = empty_cpu<2>(ScalarType::Int, {tensors.batch(), dim_of(x)});
-    const Segments<T> segments = tensors.view<T>();
-    const auto& kernel = kernels<SegmentMaxKernels>().of(element);
-    for_segments<A>(tensors, 2, [&](int64_t first, int64_t last, A* scratch) {
-      kernel.forward(segments, first, last, write<T>(out), write<int32_t>(argmax), scratch);
-    });
-    return std::make_tuple(out, argmax);
-  });
+std::tuple<Tensor, Tensor> segment_pool_backward(
+    const Tensor& grad_out, const Tensor& x, const Tensor& out, const Tensor& norm,
+    const Tensor& cu_seqlens, const OptionalTensor& weights, bool normalize, bool need_x,
+    bool need_weights, int64_t mode, const OptionalTensor& ends, const OptionalTensor& skip,
+    const OptionalTensor& index, bool wide) {
+  return pool_backward(grad_out, out, norm, empty_cpu<1>(ScalarType::Int, {0}),
+                       {x, cu_seqlens, weights, ends, skip, index}, mode_of(mode), normalize,
+                       need_x, need_weights, wide);
+}
+
+std::tuple<Tensor, Tensor> segment_pool_modes_backward(
+    const Tensor& grad_out, const Tensor& x, const Tensor& out, const Tensor& argmax,
+    const Tensor& cu_seqlens, const OptionalTensor& weights, std::vector<int64_t> modes,
+    bool need_x, bool need_weights, const OptionalTensor& ends, const OptionalTensor& skip,
+    const OptionalTensor& index, bool wide) {
+  const ScalarType accumulator = has_dtype<double>(x) ? ScalarType::Double : ScalarType::Float;
+  return pool_backward(grad_out, out, empty_cpu<1>(accumulator, {0}), argmax,
+                       {x, cu_seqlens, weights, ends, skip, index}, modes_of(modes), false, need_x,
+                       need_weights, wide);
 }
 
 // grad_x[argmax[b, i], i] = sum of grad_out[b, i] over b. Segments may share a maximum: a column's
@@ -260,12 +310,12 @@ std::tuple<Tensor, Tensor> segment_gem_backward(const Tensor& grad_out, const Te
                          read<A>(out) + b * dim, &shared[b * dim], scratch);
       }
     });
-    SharedRows<T>(tensors, PoolMode::mean, shared.get()).for_rows([&] {
+    SharedRows<T>(tensors, {{PoolMode::mean}, 1}, shared.get(), nullptr).for_rows([&] {
       Segments<T> rows = segments;
       rows.index = nullptr;
       return [&, rows, scratch = std::unique_ptr<A[]>(new A[2 * dim])](
-                 int64_t row, const int32_t* of, const A* factors, int64_t count) {
-        kernel.combine(shared.get(), dim, of, factors, count, row_at(rows, row), p, A(epsilon),
+                 int64_t row, const RowShare<A>* shares, int64_t count) {
+        kernel.combine(shared.get(), dim, shares, count, row_at(rows, row), p, A(epsilon),
                        write<T>(grad_x) + row * dim, scratch.get());
       };
     });
@@ -277,8 +327,8 @@ std::tuple<Tensor, Tensor> segment_gem_backward(const Tensor& grad_out, const Te
 }  // namespace emblas
 
 STABLE_TORCH_LIBRARY_FRAGMENT(emblas, library) {
-  // mode: PoolMode. With `ends`, cu_seqlens holds the starts. With `index`, positions are entries
-  // of it. `wide`: store the accumulator's dtype.
+  // mode, modes: PoolMode. With `ends`, cu_seqlens holds the starts. With `index`, positions are
+  // entries of it. `wide`: store the accumulator's dtype.
   library.def(
       "segment_pool(Tensor x, Tensor cu_seqlens, Tensor? weights, bool normalize, int mode=0,"
       " Tensor? ends=None, Tensor? skip=None, Tensor? index=None, bool wide=False)"
@@ -286,6 +336,16 @@ STABLE_TORCH_LIBRARY_FRAGMENT(emblas, library) {
   library.def(
       "segment_pool_backward(Tensor grad_out, Tensor x, Tensor out, Tensor norm, Tensor cu_seqlens,"
       " Tensor? weights, bool normalize, bool need_x, bool need_weights, int mode=0,"
+      " Tensor? ends=None, Tensor? skip=None, Tensor? index=None, bool wide=False)"
+      " -> (Tensor grad_x, Tensor grad_weights)");
+  // Results side by side; argmax: positions, where max is a mode.
+  library.def(
+      "segment_pool_modes(Tensor x, Tensor cu_seqlens, Tensor? weights, int[] modes,"
+      " Tensor? ends=None, Tensor? skip=None, Tensor? index=None, bool wide=False)"
+      " -> (Tensor out, Tensor argmax)");
+  library.def(
+      "segment_pool_modes_backward(Tensor grad_out, Tensor x, Tensor out, Tensor argmax,"
+      " Tensor cu_seqlens, Tensor? weights, int[] modes, bool need_x, bool need_weights,"
       " Tensor? ends=None, Tensor? skip=None, Tensor? index=None, bool wide=False)"
       " -> (Tensor grad_x, Tensor grad_weights)");
   library.def(
@@ -304,6 +364,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(emblas, library) {
 STABLE_TORCH_LIBRARY_IMPL(emblas, CPU, library) {
   library.impl("segment_pool", TORCH_BOX(&emblas::segment_pool));
   library.impl("segment_pool_backward", TORCH_BOX(&emblas::segment_pool_backward));
+  library.impl("segment_pool_modes", TORCH_BOX(&emblas::segment_pool_modes));
+  library.impl("segment_pool_modes_backward", TORCH_BOX(&emblas::segment_pool_modes_backward));
   library.impl("segment_max", TORCH_BOX(&emblas::segment_max));
   library.impl("segment_max_backward", TORCH_BOX(&emblas::segment_max_backward));
   library.impl("segment_gem", TORCH_BOX(&emblas::segment_gem));

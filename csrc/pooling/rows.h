@@ -2,6 +2,7 @@
 #pragma once
 
 #include "common/simd.h"
+#include "pooling/segments.h"
 
 namespace emblas {
 namespace {
@@ -33,12 +34,21 @@ inline void widen_row(Accumulator<T>* out, const T* x, int64_t dim) {
   for (; i < dim; ++i) out[i] = to_accumulator(x[i]);
 }
 
-// scratch = sum_i factors[i] rows[segments[i]]
+// scratch = sum of shares of rows
 template <class A>
-inline void sum_rows(const A* rows, int64_t dim, const int32_t* segments, const A* factors,
-                     int64_t count, A* scratch) {
+inline void sum_rows(const A* rows, int64_t dim, const RowShare<A>* shares, int64_t count,
+                     A* scratch) {
   std::memset(scratch, 0, dim * sizeof(A));
-  for (int64_t i = 0; i < count; ++i) add_row(scratch, rows + segments[i] * dim, factors[i], dim);
+  for (const RowShare<A>* share = shares; share < shares + count; ++share) {
+    const A* row = rows + share->number * dim;
+    if (!share->argmax) {
+      add_row(scratch, row, share->factor, dim);
+    } else {  // compilers turn it into compare and blend
+      for (int64_t i = 0; i < dim; ++i) {
+        scratch[i] += share->argmax[i] == share->position ? row[i] : A(0);
+      }
+    }
+  }
 }
 
 // The running maximum of rows and, for each column, the first row that holds it. NaN is the

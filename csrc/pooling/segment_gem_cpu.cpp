@@ -122,15 +122,15 @@ Accumulator<T> share(const Segments<T>& segments, Accumulator<T> power, Accumula
 }
 
 template <class T>
-void combine(const Accumulator<T>* rows, int64_t dim, const int32_t* segments,
-             const Accumulator<T>* factors, int64_t count, const T* x, Accumulator<T> power,
-             Accumulator<T> epsilon, T* grad_x, Accumulator<T>* scratch) {
+void combine(const Accumulator<T>* rows, int64_t dim, const RowShare<Accumulator<T>>* shares,
+             int64_t count, const T* x, Accumulator<T> power, Accumulator<T> epsilon, T* grad_x,
+             Accumulator<T>* scratch) {
   using A = Accumulator<T>;
   if (count == 0) {
     std::memset(grad_x, 0, dim * sizeof(T));
     return;
   }
-  sum_rows(rows, dim, segments, factors, count, scratch);
+  sum_rows(rows, dim, shares, count, scratch);
   A* slope = scratch + dim;
   for_vectors(x, epsilon, dim, [&](int64_t i, int filled, auto clamped) {
     store_some(slope + i, exp2((power - 1) * log2(clamped)) * power, filled);

@@ -20,7 +20,7 @@ __global__ void __launch_bounds__(kThreads) finish_roots(SegmentSums<T> sums, Ac
   const A total = total_weight<kWarps>(sums.rows, range, PoolMode::mean);
   const A inverse = 1 / *sums.power;
   for (int64_t c = threadIdx.x; c < dim; c += kThreads) {
-    const A sum = sum_of_chunks(sums, b, range, c);
+    const A sum = sum_of_chunks(sums, sums.partial, b, range, c);
     out[b * dim + c] = total == 0 ? A(0) : exp2(log2(sum / total) * inverse);
   }
 }

@@ -29,12 +29,12 @@ __global__ void __launch_bounds__(kThreads)
     rank_spans(Contributions<T> parts, int64_t* order, int32_t* starts, int32_t* reach) {
   const int64_t b = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (b >= parts.rows.batch) return;
-  const int32_t first = parts.first[b], last = parts.last[b];
+  const int32_t first = parts.begin[b], last = parts.end[b];
   const int64_t fingerprint = parts.fingerprint[b];
   int64_t rank = 0;
   int32_t furthest = last;
   for (int64_t other = 0; other < parts.rows.batch; ++other) {
-    const int32_t begin = parts.first[other], end = parts.last[other];
+    const int32_t begin = parts.begin[other], end = parts.end[other];
     bool before = begin < first;
     if (begin == first) before = end < last;
     if (begin == first && end == last) {
@@ -72,8 +72,9 @@ __device__ inline int64_t count_up_to(const int32_t* values, int64_t size, int64
   return low;
 }
 
-// visit(segment, factor) for the segments that reach a position, by a whole warp together; factors
-// other than 0 only. `entries`: of the order, as lanes look at them, gives {segment, position}.
+// visit(reached, place of the mode, factor) for the segments that reach a position, mode after
+// mode, by a whole warp together; factors other than 0 only. `entries`: of the order, as lanes look
+// at them, gives {segment, position}.
 struct Reached {
   int64_t segment, position;
 };
@@ -82,22 +83,28 @@ __device__ inline void for_reached(const Contributions<T>& parts, int64_t low, i
                                    bool of_weights, const Entry& entry, const Visit& visit) {
   using A = Accumulator<T>;
   const int lane = threadIdx.x % 32;
-  for (int64_t first = low; first < high; first += 32) {
-    int64_t segment = 0;
-    A factor = 0;
-    if (first + lane < high) {
-      const Reached reached = entry(first + lane);
-      segment = reached.segment;
-      const int64_t p = reached.position, origin = parts.rows.segments.begins[segment];
-      if (p >= parts.first[segment] && p < parts.last[segment]) {
-        factor = of_weights ? steps_at<T>(origin, p, parts.mode)
-                            : weight_at(parts.rows, origin, p, parts.mode);
+  for (int64_t m = 0; m < parts.modes.count; ++m) {
+    const PoolMode mode = parts.modes.at[m];
+    if (of_weights && !weighs_tokens(mode)) continue;
+    for (int64_t first = low; first < high; first += 32) {
+      Reached reached = {0, 0};
+      A factor = 0;
+      if (first + lane < high) {
+        reached = entry(first + lane);
+        const int64_t p = reached.position, number = number_of(parts, reached.segment, m);
+        const int64_t origin = parts.rows.segments.begins[reached.segment];
+        if (p >= parts.first[number] && p < parts.last[number]) {
+          factor =
+              of_weights ? steps_at<T>(origin, p, mode) : weight_at(parts.rows, origin, p, mode);
+        }
       }
-    }
-    for (unsigned there = __ballot_sync(simt::kAllLanes, factor != 0); there; there &= there - 1) {
-      const int from = __ffs(there) - 1;
-      visit(__shfl_sync(simt::kAllLanes, segment, from),
-            __shfl_sync(simt::kAllLanes, factor, from));
+      unsigned there = __ballot_sync(simt::kAllLanes, factor != 0);
+      for (; there; there &= there - 1) {
+        const int from = __ffs(there) - 1;
+        visit(Reached{__shfl_sync(simt::kAllLanes, reached.segment, from),
+                      __shfl_sync(simt::kAllLanes, reached.position, from)},
+              m, __shfl_sync(simt::kAllLanes, factor, from));
+      }
     }
   }
 }
@@ -127,10 +134,14 @@ __global__ void __launch_bounds__(kThreads, 4)
       const int64_t c = tile + lane * vector;
       A sum[vector] = {}, part[vector];
       bool reached = false;
-      for_reached(parts, low, high, false, entry, [&](int64_t segment, A weight) {
+      for_reached(parts, low, high, false, entry, [&](Reached at, int64_t m, A weight) {
         reached = true;
         if (c >= dim) return;
-        load_values(parts.shared + segment * dim + c, part);
+        load_values(parts.shared + number_of(parts, at.segment, m) * dim + c, part);
+        if (parts.modes.at[m] == PoolMode::max) {
+          const int32_t* argmax = parts.argmax + at.segment * dim + c;
+          for (int i = 0; i < vector; ++i) part[i] = argmax[i] == at.position ? part[i] : A(0);
+        }
         for (int i = 0; i < vector; ++i) sum[i] += weight * part[i];
       });
       if (c >= dim) continue;
@@ -163,16 +174,17 @@ __global__ void __launch_bounds__(kThreads, 4)
     const int64_t high = count_up_to(order.starts, order.size, p);
     const auto entry = [&](int64_t i) -> Reached { return {order.order ? order.order[i] : i, p}; };
     A slope = 0, removed = 0;
-    for_reached(parts, low, high, true, entry,
-                [&](int64_t segment, A steps) { removed += steps * parts.along[segment]; });
+    for_reached(parts, low, high, true, entry, [&](Reached at, int64_t m, A steps) {
+      removed += steps * parts.along[number_of(parts, at.segment, m)];
+    });
     for (int64_t tile = 0; tile < dim; tile += 32 * vector) {
       const int64_t c = tile + lane * vector;
       A sum[vector] = {}, part[vector];
       bool reached = false;
-      for_reached(parts, low, high, true, entry, [&](int64_t segment, A steps) {
+      for_reached(parts, low, high, true, entry, [&](Reached at, int64_t m, A steps) {
         reached = true;
         if (c >= dim) return;
-        load_values(parts.shared + segment * dim + c, part);
+        load_values(parts.shared + number_of(parts, at.segment, m) * dim + c, part);
         for (int i = 0; i < vector; ++i) sum[i] += steps * part[i];
       });
       if (!reached || c >= dim) continue;

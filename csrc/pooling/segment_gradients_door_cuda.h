@@ -12,17 +12,21 @@ class SegmentGradients {
   using A = Accumulator<T>;
 
  public:
-  SegmentGradients(const DeviceCall& call, const SegmentTensors& tensors, PoolMode mode)
+  SegmentGradients(const DeviceCall& call, const SegmentTensors& tensors, const PoolModes& modes)
       : parts{}, call_(call), x_(tensors.x) {
     parts.rows = segment_rows<T>(call, tensors);
-    parts.mode = mode;
+    parts.modes = modes;
     const int64_t batch = parts.rows.batch, positions = parts.rows.positions;
-    ranges_ = call.empty<2>(ScalarType::Int, {4, batch});
-    parts.first = call.write<int32_t>(ranges_);
-    parts.last = parts.first + batch;
-    shared_ = call.empty<2>(kScalarType<A>, {batch, dim_of(x_) + 1});
+    const int64_t numbers = modes.count * batch;
+    ranges_ = call.empty<1>(ScalarType::Int, {4 * batch + 2 * numbers});
+    parts.begin = call.write<int32_t>(ranges_);
+    parts.end = parts.begin + batch;
+    const bool several = modes.count > 1;
+    parts.first = several ? parts.begin + 4 * batch : parts.begin;
+    parts.last = several ? parts.first + numbers : parts.end;
+    shared_ = call.empty<2>(kScalarType<A>, {numbers, dim_of(x_) + 1});
     parts.shared = call.write<A>(shared_);
-    parts.along = parts.shared + batch * dim_of(x_);
+    parts.along = parts.shared + numbers * dim_of(x_);
     if (tensors.index) {
       owner_ = call.empty<1>(ScalarType::Int, {positions});
       torch::stable::zero_(owner_);
@@ -44,9 +48,9 @@ class SegmentGradients {
   // The order of the segments, once the contributions are there.
   cuda::Order order() const {
     const int64_t batch = parts.rows.batch;
-    if (!parts.fingerprint) return {nullptr, parts.first, parts.last, batch};
+    if (!parts.fingerprint) return {nullptr, parts.begin, parts.end, batch};
     int64_t* order = parts.fingerprint + batch;
-    int32_t *starts = parts.last + batch, *reach = starts + batch;
+    int32_t *starts = parts.end + batch, *reach = starts + batch;
     cuda::order_spans<T>(parts, order, starts, reach, call_.stream());
     return {order, starts, reach, batch};
   }

@@ -41,7 +41,7 @@ __global__ void __launch_bounds__(kThreads) finish_pooled(SegmentPoolArgs<T> arg
     A* kept = sums.partial + (sums.chunked ? first_slot(sums.rows, b) : b) * dim;
     A square = 0;
     for (int64_t c = threadIdx.x; c < dim; c += kThreads) {
-      const A sum = sum_of_chunks(sums, b, range, c);
+      const A sum = sum_of_chunks(sums, sums.partial, b, range, c);
       kept[c] = sum;
       square += sum * sum;
     }
@@ -54,51 +54,62 @@ __global__ void __launch_bounds__(kThreads) finish_pooled(SegmentPoolArgs<T> arg
     }
   } else {
     for (int64_t c = threadIdx.x; c < dim; c += kThreads) {
-      const A sum = sum_of_chunks(sums, b, range, c);
+      const A sum = sum_of_chunks(sums, sums.partial, b, range, c);
       store_pooled<T>(args.wide, empty ? A(0) : factor * sum, args.out, b * dim + c);
     }
   }
 }
 
-// Grid (batch).
+// Grid (batch). Each mode in its turn.
 template <class T>
 __global__ void __launch_bounds__(kThreads) pool_contributions(SegmentPoolBackwardArgs<T> args) {
   using A = Accumulator<T>;
   const Contributions<T>& parts = args.parts;
-  const int64_t b = blockIdx.x, dim = parts.rows.segments.dim;
-  const Positions range = pooled_range(parts.rows, b, parts.mode);
-  keep_range(parts, b, range);
-  const A total = total_weight<kWarps>(parts.rows, range, parts.mode);
-  const A factor = inverse_divisor(total, parts.mode);
-  A length = 1, removed = 0;
-  bool project = false;
-  if (args.normalize) {
-    project = args.norm[b] > A(kNormalizeEpsilon);
-    length = project ? args.norm[b] : A(kNormalizeEpsilon);
+  const SegmentRows<T>& rows = parts.rows;
+  const PoolModes& modes = parts.modes;
+  const int64_t b = blockIdx.x, dim = rows.segments.dim;
+  keep_range(parts, b,
+             modes.count == 1 ? pooled_range(rows, b, modes.at[0]) : positions_of(rows, b));
+  uint64_t hash = 0;
+  for (int64_t m = 0; m < modes.count; ++m) {
+    const PoolMode mode = modes.at[m];
+    const int64_t number = number_of(parts, b, m), from = number * dim;
+    const Positions range = pooled_range(rows, b, mode);
+    if (threadIdx.x == 0) {
+      parts.first[number] = int32_t(range.begin);
+      parts.last[number] = int32_t(range.end);
+    }
+    const A total = total_weight<kWarps>(rows, range, mode);
+    const A factor = inverse_divisor(total, mode);
+    A length = 1, removed = 0;
+    bool project = false;
+    if (args.normalize) {
+      project = args.norm[b] > A(kNormalizeEpsilon);
+      length = project ? args.norm[b] : A(kNormalizeEpsilon);
+      A along = 0;
+      for (int64_t c = threadIdx.x; c < dim; c += kThreads) {
+        along += load_pooled<T>(args.wide, args.out, from + c) *
+                 load_pooled<T>(args.wide, args.grad_out, from + c);
+      }
+      along = simt::block_sum<kWarps>(along);
+      removed = project ? along : A(0);
+    }
     A along = 0;
     for (int64_t c = threadIdx.x; c < dim; c += kThreads) {
-      along += load_pooled<T>(args.wide, args.out, b * dim + c) *
-               load_pooled<T>(args.wide, args.grad_out, b * dim + c);
+      const A value = load_pooled<T>(args.wide, args.out, from + c);
+      const A gradient = load_pooled<T>(args.wide, args.grad_out, from + c) - removed * value;
+      along += value * gradient;  // length m_b . dm_b
+      const A shared = factor == 0 ? A(0) : gradient * (factor / length);
+      parts.shared[from + c] = shared;
+      hash += hash_of(shared, m * dim + c);
     }
     along = simt::block_sum<kWarps>(along);
-    removed = project ? along : A(0);
-  }
-  A along = 0;
-  uint64_t hash = 0;
-  for (int64_t c = threadIdx.x; c < dim; c += kThreads) {
-    const A value = load_pooled<T>(args.wide, args.out, b * dim + c);
-    const A gradient = load_pooled<T>(args.wide, args.grad_out, b * dim + c) - removed * value;
-    along += value * gradient;  // length m_b . dm_b
-    const A shared = factor == 0 ? A(0) : gradient * (factor / length);
-    parts.shared[b * dim + c] = shared;
-    hash += hash_of(shared, c);
+    // With a projection dm_b is orthogonal to m_b; the divisor of `sum` has no derivative.
+    const bool none = project || total == 0 || mode == PoolMode::sum;
+    if (mode == PoolMode::mean_sqrt_len) along /= 2;
+    if (threadIdx.x == 0) parts.along[number] = none ? A(0) : along / total;
   }
   keep_fingerprint(parts, b, hash);
-  along = simt::block_sum<kWarps>(along);
-  // With a projection dm_b is orthogonal to m_b; the divisor of `sum` has no derivative.
-  const bool none = project || total == 0 || parts.mode == PoolMode::sum;
-  if (parts.mode == PoolMode::mean_sqrt_len) along /= 2;
-  if (threadIdx.x == 0) parts.along[b] = none ? A(0) : along / total;
 }
 
 }  // namespace emblas::cuda

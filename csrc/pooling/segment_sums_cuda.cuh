@@ -29,18 +29,35 @@ __device__ Chunk chunk_of_block(const SegmentSums<T>& sums) {
   return {blockIdx.x, pooled_range(sums.rows, blockIdx.x, sums.mode)};
 }
 
-// Sum of a segment's partial sums of a column.
+// The slots of a segment.
+struct Slots {
+  int64_t begin, end;
+};
 template <class T>
-__device__ inline Accumulator<T> sum_of_chunks(const SegmentSums<T>& sums, int64_t b,
-                                               const Positions& range, int64_t column) {
+__device__ inline Slots slots_of(const SegmentSums<T>& sums, int64_t b, const Positions& range) {
   const int64_t length = range.end - range.begin;
   const int64_t chunks = sums.chunked ? (length + kChunkRows - 1) / kChunkRows : length > 0;
   const int64_t slot = sums.chunked ? first_slot(sums.rows, b) : b;
+  return {slot, slot + chunks};
+}
+
+// Sum of a segment's partial sums [slots, dim] of a column.
+template <class T>
+__device__ inline Accumulator<T> sum_of_chunks(const SegmentSums<T>& sums,
+                                               const Accumulator<T>* partial, int64_t b,
+                                               const Positions& range, int64_t column) {
+  const Slots slots = slots_of(sums, b, range);
   Accumulator<T> sum = 0;
-  for (int64_t k = 0; k < chunks; ++k) {
-    sum += sums.partial[(slot + k) * sums.rows.segments.dim + column];
+  for (int64_t slot = slots.begin; slot < slots.end; ++slot) {
+    sum += partial[slot * sums.rows.segments.dim + column];
   }
   return sum;
+}
+
+// Row of a segment in the mode of a place, among what segments contribute to gradients.
+template <class T>
+__device__ inline int64_t number_of(const Contributions<T>& parts, int64_t segment, int64_t place) {
+  return segment * parts.modes.count + place;
 }
 
 // Columns of one block of sum_chunks.

@@ -11,9 +11,25 @@
 
 namespace emblas {
 
-// The values are part of the operator's schema.
-enum class PoolMode : int64_t { mean, sum, mean_sqrt_len, weighted_mean, cls, last };
-inline constexpr int64_t kPoolModes = 6;
+// The values are part of the operators' schemas. Linear modes come first.
+enum class PoolMode : int64_t { mean, sum, mean_sqrt_len, weighted_mean, cls, last, max };
+inline constexpr int64_t kLinearModes = 6, kPoolModes = 7;
+
+// Several at once, each at most once.
+struct PoolModes {
+  PoolMode at[kPoolModes];
+  int64_t count;
+};
+
+// What a token gets in a gradient of one segment in one mode: `factor` times row `number` of what
+// segments contribute, in max those values of it whose maximum is at the token's position.
+template <class A>
+struct RowShare {
+  int64_t number;  // segment * modes + mode
+  A factor;
+  const int32_t* argmax;  // [dim] or null
+  int32_t position;
+};
 
 template <class T>
 struct Segments {
@@ -57,14 +73,43 @@ inline Range range_of(const Segments<T>& segments, int64_t b, PoolMode mode) {
 inline bool takes_one_token(PoolMode mode) {
   return mode == PoolMode::cls || mode == PoolMode::last;
 }
+// In the others weights only say which tokens there are.
+inline bool weighs(PoolMode mode) { return mode < PoolMode::cls; }
+
+// The positions of a segment that any of the modes looks at.
+template <class T>
+inline Range range_of(const Segments<T>& segments, int64_t b, const PoolModes& modes) {
+  return range_of(segments, b, modes.count == 1 ? modes.at[0] : PoolMode::mean);
+}
+
+// Derivative of the weight of a position by the caller's weight, where those weigh.
+template <class A>
+inline A steps_at(const Range& range, int64_t p, PoolMode mode) {
+  return mode == PoolMode::weighted_mean ? A(p - range.origin + 1) : A(1);
+}
 
 template <class T>
 inline Accumulator<T> weight_at(const Segments<T>& segments, const Range& range, int64_t p,
                                 PoolMode mode) {
   using A = Accumulator<T>;
-  if (takes_one_token(mode)) return 1;  // weights only say which tokens there are
+  if (takes_one_token(mode)) return 1;  // its range holds that token
   const A weight = segments.weights ? segments.weights[p] : A(1);
-  return mode == PoolMode::weighted_mean ? weight * A(p - range.origin + 1) : weight;
+  if (mode == PoolMode::max) return weight == 0 ? A(0) : A(1);
+  return weight * steps_at<A>(range, p, mode);
+}
+
+// visit(share) of position p for each mode that pools it; `ranges` by mode, `number` of the first.
+template <class T, class Visit>
+inline void for_shares(const Segments<T>& segments, const PoolModes& modes, const Range* ranges,
+                       int64_t number, const int32_t* argmax, int64_t p, const Visit& visit) {
+  using A = Accumulator<T>;
+  for (int64_t m = 0; m < modes.count; ++m) {
+    if (p < ranges[m].begin || p >= ranges[m].end) continue;
+    const A weight = weight_at(segments, ranges[m], p, modes.at[m]);
+    if (weight == 0) continue;
+    const bool max = modes.at[m] == PoolMode::max;
+    visit(RowShare<A>{number + m, weight, max ? argmax : nullptr, int32_t(p)});
+  }
 }
 
 template <class T>

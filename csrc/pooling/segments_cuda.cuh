@@ -90,17 +90,20 @@ __device__ Chunk chunk_of_slot(const SegmentRows<T>& rows, int64_t slot, PoolMod
   return {low, range};
 }
 
-// Derivative of the weight of a position by the caller's weight; positions count from `origin`.
+// In the others weights only say which tokens there are.
+__device__ inline bool weighs_tokens(PoolMode mode) { return mode < PoolMode::cls; }
+
+// Derivative of the weight of a position by the caller's weight, where those weigh; positions count
+// from `origin`.
 template <class T>
 __device__ inline Accumulator<T> steps_at(int64_t origin, int64_t p, PoolMode mode) {
-  if (mode == PoolMode::cls || mode == PoolMode::last) return 0;
   return mode == PoolMode::weighted_mean ? Accumulator<T>(p - origin + 1) : Accumulator<T>(1);
 }
 
 template <class T>
 __device__ inline Accumulator<T> weight_at(const SegmentRows<T>& rows, int64_t origin, int64_t p,
                                            PoolMode mode) {
-  if (mode == PoolMode::cls || mode == PoolMode::last) return 1;
+  if (!weighs_tokens(mode)) return 1;
   const Accumulator<T> steps = steps_at<T>(origin, p, mode);
   return rows.segments.weights ? rows.segments.weights[p] * steps : steps;
 }
@@ -110,7 +113,7 @@ template <int warps, class T>
 __device__ inline Accumulator<T> total_weight(const SegmentRows<T>& rows, const Positions& range,
                                               PoolMode mode) {
   using A = Accumulator<T>;
-  const bool counted = mode == PoolMode::cls || mode == PoolMode::last || !rows.segments.weights;
+  const bool counted = !weighs_tokens(mode) || !rows.segments.weights;
   if (counted && mode != PoolMode::weighted_mean) return A(range.end - range.begin);
   A total = 0;
   for (int64_t p = range.begin + threadIdx.x; p < range.end; p += 32 * warps) {
@@ -124,6 +127,7 @@ template <class A>
 __device__ inline A inverse_divisor(A total, PoolMode mode) {
   if (mode == PoolMode::sum) return 1;
   if (total == 0) return 0;
+  if (mode == PoolMode::max) return 1;
   return 1 / (mode == PoolMode::mean_sqrt_len ? sqrt(fabs(total)) : total);
 }
 

@@ -18,6 +18,23 @@ inline constexpr char kPoolingDtypes[] = "x must be float32, float64, bfloat16 o
 inline int64_t rows_of(const Tensor& x) { return x.dim() == 3 ? x.size(0) * x.size(1) : x.size(0); }
 inline int64_t dim_of(const Tensor& x) { return x.size(x.dim() - 1); }
 
+// The modes of an operator of several.
+inline PoolModes modes_of(const std::vector<int64_t>& modes) {
+  PoolModes out{{}, int64_t(modes.size())};
+  bool valid = 1 <= out.count && out.count <= kPoolModes;
+  for (int64_t m = 0; valid && m < out.count; ++m) {
+    valid = 0 <= modes[m] && modes[m] < kPoolModes;
+    out.at[m] = PoolMode(modes[m]);
+    for (int64_t before = 0; before < m; ++before) valid &= modes[before] != modes[m];
+  }
+  check(valid, "modes must hold numbers of pooling modes, each once");
+  return out;
+}
+inline bool has_mode(const PoolModes& modes, PoolMode mode) {
+  const PoolMode* end = modes.at + modes.count;
+  return std::find(modes.at, end, mode) != end;
+}
+
 // A gradient of the shape of x.
 inline Tensor empty_like_tokens(const Tensor& x, bool needed) {
   if (!needed) return empty_cpu<1>(x.scalar_type(), {0});
@@ -151,7 +168,7 @@ void for_segments(const SegmentTensors& tensors, int64_t scratch_rows, const Bod
   });
 }
 
-// Which segments reach each row, for gradients where segments share tokens.
+// What segments give each row, for gradients where segments share tokens.
 //
 // Each row's segments come in one fixed order. For spans it is by range and then by the bits of
 // what the segment contributes, so the sums have the same bits in whatever order spans are given.
@@ -159,34 +176,38 @@ template <class T>
 class SharedRows {
  public:
   using A = Accumulator<T>;
-  // shared: [batch, dim], what each segment contributes
-  SharedRows(const SegmentTensors& tensors, PoolMode mode, const A* shared)
+  // shared: [batch, modes, dim], what each segment contributes; argmax: [batch, dim] or null
+  SharedRows(const SegmentTensors& tensors, const PoolModes& modes, const A* shared,
+             const int32_t* argmax)
       : view_(tensors.view<T>()),
-        mode_(mode),
+        modes_(modes),
+        argmax_(argmax),
         rows_(rows_of(tensors.x)),
-        batch_(tensors.batch()),
-        ranges_(batch_) {
-    for (int64_t b = 0; b < batch_; ++b) ranges_[b] = range_of(view_, b, mode);
+        batch_(tensors.batch()) {
+    for (int64_t b = 0; b < batch_; ++b) {
+      ranges_.push_back(range_of(view_, b, modes));
+      for (int64_t m = 0; m < modes.count; ++m) {
+        mode_ranges_.push_back(range_of(view_, b, modes.at[m]));
+      }
+    }
     view_.index ? by_index(tensors.positions()) : by_span(shared);
   }
 
-  // visit(row, segments, factors, count) for every row, in parallel tasks; make() gives each task
-  // its own visitor.
+  // visit(row, shares, count) for every row, in parallel tasks; make() gives each task its own
+  // visitor.
   template <class Make>
   void for_rows(const Make& make) const {
     parallel_for(rows_, view_.dim * int64_t(sizeof(A)), [&](int64_t low, int64_t high) {
       auto visit = make();
-      std::vector<A> factors;
-      std::vector<int32_t> segments;
+      std::vector<RowShare<A>> shares;
       if (view_.index) {
         for (int64_t row = low; row < high; ++row) {
-          factors.clear();
-          segments.clear();
+          shares.clear();
           for (int64_t i = first_[row]; i < first_[row + 1]; ++i) {
             const int32_t p = order_[i];
-            add(segment_[p], p, segments, factors);
+            add(segment_[p], p, shares);
           }
-          visit(row, segments.data(), factors.data(), int64_t(segments.size()));
+          visit(row, shares.data(), int64_t(shares.size()));
         }
         return;
       }
@@ -197,20 +218,19 @@ class SharedRows {
         for (; next < order_.size() && ranges_[order_[next]].begin <= row; ++next) {
           if (ranges_[order_[next]].end > row) open.push_back(order_[next]);
         }
-        factors.clear();
-        segments.clear();
-        for (int32_t b : open) add(b, row, segments, factors);
-        visit(row, segments.data(), factors.data(), int64_t(segments.size()));
+        shares.clear();
+        for (int32_t b : open) add(b, row, shares);
+        visit(row, shares.data(), int64_t(shares.size()));
       }
     });
   }
 
  private:
-  void add(int32_t b, int64_t p, std::vector<int32_t>& segments, std::vector<A>& factors) const {
-    const A weight = weight_at(view_, ranges_[b], p, mode_);
-    if (weight == 0) return;
-    segments.push_back(b);
-    factors.push_back(weight);
+  void add(int32_t b, int64_t p, std::vector<RowShare<A>>& shares) const {
+    const int64_t first = b * modes_.count;
+    const int32_t* argmax = argmax_ ? argmax_ + b * view_.dim : nullptr;
+    for_shares(view_, modes_, &mode_ranges_[first], first, argmax, p,
+               [&](const RowShare<A>& share) { shares.push_back(share); });
   }
 
   void by_index(int64_t positions) {
@@ -239,17 +259,19 @@ class SharedRows {
       if (r.begin != s.begin) return r.begin < s.begin;
       if (r.end != s.end) return r.end < s.end;
       if (r.origin != s.origin) return r.origin < s.origin;
-      return std::memcmp(shared + a * view_.dim, shared + b * view_.dim, view_.dim * sizeof(A)) < 0;
+      const int64_t size = modes_.count * view_.dim;
+      return std::memcmp(shared + a * size, shared + b * size, size * sizeof(A)) < 0;
     });
   }
 
   Segments<T> view_;
-  PoolMode mode_;
+  PoolModes modes_;
+  const int32_t* argmax_;
   int64_t rows_, batch_;
-  std::vector<Range> ranges_;
-  std::vector<int32_t> order_;    // spans: segments; index: positions by row
-  std::vector<int32_t> segment_;  // index: of each position
-  std::vector<int64_t> first_;    // index: where a row's positions begin in order_
+  std::vector<Range> ranges_, mode_ranges_;  // [batch], [batch, modes]
+  std::vector<int32_t> order_;               // spans: segments; index: positions by row
+  std::vector<int32_t> segment_;             // index: of each position
+  std::vector<int64_t> first_;               // index: where a row's positions begin in order_
 };
 
 }  // namespace emblas

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from contract import packed
-from emblas.pooling.reference import Mode, owners
+from emblas.pooling.reference import MAX, Mode, owners
 
 from cases.case import HALVES, Case, short, unaligned
 
@@ -135,6 +135,54 @@ def _pooling_backward() -> Iterator[tuple[str, Callable[[], Case]]]:
         yield name, lambda make=make: backward(make())
     for needs in ((True, False), (False, True)):
         yield f"needs {needs}", lambda a=needs: backward(Case(_pool((3, 70), 70)), *a)
+
+
+def _several() -> Iterator[tuple[str, Callable[[], Case]]]:
+    """Several modes on segments of every form."""
+    lengths, every = (0, 5, 1, 0, 140, 33, 0), (MAX, *Mode)
+
+    def several(form: dict[str, Any], modes: tuple[int, ...], **options: Any) -> Case:
+        dtype, wide = options.get("dtype", torch.float32), options.get("wide", False)
+        x, starts, weights, *others = _segments(lengths, options.get("dim", 37), dtype, **form)
+        if form.get("index"):
+            x.nan_to_num_(0.0)  # weights are of positions
+        modes = tuple(map(int, modes))
+        return Case((x, starts, weights, modes, *others, wide), 1000)
+
+    for name, form in _FORMS.items():
+        yield name, lambda a=form: several(a, every)
+    for dtype in HALVES:
+        options = {"dtype": dtype, "wide": dtype == torch.bfloat16}
+        yield short(dtype), lambda a=options: several({"skip": True}, every, **a)
+    yield "aligned", lambda: several({}, (Mode.weighted_mean, MAX), dim=40)
+    for modes in ((Mode.last, Mode.cls), (MAX, Mode.sum), (Mode.weighted_mean, Mode.last), (MAX,)):
+        names = ", ".join("max" if mode == MAX else Mode(mode).name for mode in modes)
+        yield names, lambda a=modes: several({"weighted": True}, a)
+    for name, sizes, dim in (
+        ("no sequence", (), 5),
+        ("empty sequences", (0, 0), 5),
+        ("no dimension", (3,), 0),
+        ("one token", (1,), 64),
+    ):
+        x, starts, *_ = _segments(sizes, dim, torch.float32)
+        args = (x, starts, None, tuple(map(int, every)), None, None, None, False)
+        yield name, lambda a=args: Case(a)
+
+
+def _several_backward() -> Iterator[tuple[str, Callable[[], Case]]]:
+    def backward(case: Case, need_x: bool = True, need_weights: bool = True) -> Case:
+        x, starts, weights, modes, *others = case.args
+        x.nan_to_num_(0.0)  # every row is read
+        out, argmax = torch.ops.emblas.segment_pool_modes(x, starts, weights, modes, *others)
+        grad = torch.randn(out.shape).to(out.dtype)
+        needs = need_x, need_weights
+        return Case((grad, x, out, argmax, starts, weights, modes, *needs, *others), case.length)
+
+    for name, make in _several():
+        yield name, lambda make=make: backward(make())
+    some = dict(_several())["padded"]
+    for needs in ((True, False), (False, True)):
+        yield f"needs {needs}", lambda a=needs: backward(some(), *a)
 
 
 def _max() -> Iterator[tuple[str, Callable[[], Case]]]:
@@ -453,6 +501,8 @@ def _lexical() -> Iterator[tuple[str, Callable[[], Case]]]:
 CASES: dict[str, dict[str, Callable[[], Case]]] = {
     "segment_pool": dict((*_pooling(), *_linear())),
     "segment_pool_backward": dict(_pooling_backward()),
+    "segment_pool_modes": dict(_several()),
+    "segment_pool_modes_backward": dict(_several_backward()),
     "segment_max": dict(_max()),
     "segment_max_backward": dict(_max_backward()),
     "segment_gem": dict(_gem()),

@@ -14,7 +14,7 @@ from unittest import mock
 import torch
 from emblas import _op
 from emblas.attention.op import Shaping
-from emblas.pooling.reference import Mode
+from emblas.pooling.reference import MAX, Mode
 from emblas.tables import Composition, Part
 from emblas.tables.compose_op import MODES
 from emblas.tables.composition import COMBINES
@@ -64,6 +64,22 @@ def _linear_modes() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
             out = torch.empty(4, 384)
             args = (out, x, out, out[:0, 0], starts, weights, False, True, True, *options)
             yield "segment_pool_backward", f"{words}, {mode.name}", args
+
+
+def _several_modes() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
+    starts, argmax = torch.zeros(5, dtype=torch.int32), torch.zeros(4, 384, dtype=torch.int32)
+    calls = [(_short(dtype), torch.empty(512, 384, dtype=dtype), [starts]) for dtype in DTYPES]
+    for words, x, (starts, weights, *form) in (
+        *((words, x, [*starts, None, None, None, None]) for words, x, starts in calls),
+        *_forms(),
+    ):
+        for modes in ((Mode.mean, MAX), (MAX, *Mode)):
+            numbers, out = tuple(map(int, modes)), torch.empty(4, 384 * len(modes), dtype=x.dtype)
+            options = (starts, weights, numbers)
+            name = f"{words}, {len(modes)} modes"
+            yield "segment_pool_modes", name, (x, *options, *form, False)
+            args = (out, x, out, argmax, *options, True, weights is not None, *form, False)
+            yield "segment_pool_modes_backward", name, args
 
 
 def _generalized_means() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
@@ -323,9 +339,9 @@ def _rotary() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
 def calls() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
     """Operator, words and arguments of calls that take every configuration of every kernel."""
     families = (
-        _pooling, _linear_modes, _generalized_means, _maxima, _finish, _attention_pooling,
-        _vocabulary_pooling, _vocabulary_sums, _tables, _compositions, _binary, _scores,
-        _late_interaction, _attention, _rotary,
+        _pooling, _linear_modes, _several_modes, _generalized_means, _maxima, _finish,
+        _attention_pooling, _vocabulary_pooling, _vocabulary_sums, _tables, _compositions,
+        _binary, _scores, _late_interaction, _attention, _rotary,
     )  # fmt: skip
     for family in families:
         yield from family()

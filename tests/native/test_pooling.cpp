@@ -52,7 +52,7 @@ void check_forward_and_backward(double unit) {
   for (int64_t dim : {1, 3, 16, 37, 70}) {
     for (bool normalize : {false, true}) {
       std::vector<T> x(tokens * dim), out(batch * dim), grad(batch * dim), grad_x(tokens * dim);
-      std::vector<A> weights(tokens), norm(batch), scratch(dim), grad_weights(tokens);
+      std::vector<A> weights(tokens), norm(batch), scratch(2 * dim), grad_weights(tokens);
       fill(x, 1);
       fill(grad, 2);
       for (int64_t t = 0; t < tokens; ++t) weights[t] = A(t % 4) / 2;
@@ -62,13 +62,13 @@ void check_forward_and_backward(double unit) {
       segments.begins = cu_seqlens.data();
       segments.ends = cu_seqlens.data() + 1;
       segments.weights = weights.data();
-      const auto mode = emblas::PoolMode::mean;
-      const emblas::SegmentPoolArgs<T> args{segments, mode,       normalize,
-                                            false,    out.data(), norm.data()};
+      const emblas::PoolModes mode{{emblas::PoolMode::mean}, 1};
+      const emblas::SegmentPoolArgs<T> args{segments,   mode,        normalize, false,
+                                            out.data(), norm.data(), nullptr};
       kernel.forward(args, 0, batch, scratch.data());
       const emblas::SegmentPoolBackwardArgs<T> back{
-          segments,    mode,  normalize, false,         grad.data(),        out.data(),
-          norm.data(), batch, tokens,    grad_x.data(), grad_weights.data()};
+          segments,    mode,    normalize, false,  grad.data(),   out.data(),
+          norm.data(), nullptr, batch,     tokens, grad_x.data(), grad_weights.data()};
       kernel.backward(back, 0, batch, scratch.data());
       for (int64_t b = 0; b < batch; ++b) {
         std::vector<double> mean(dim);
@@ -103,9 +103,46 @@ void check_forward_and_backward(double unit) {
   }
 }
 
+// The gradient of two modes is the sum of theirs: what `max` sends to its tokens, and the mean's.
+template <class T>
+void check_two_modes(double unit) {
+  using A = emblas::Accumulator<T>;
+  const std::vector<int32_t> cu_seqlens{0, 3, 3, 12};
+  const int64_t batch = 3, tokens = 12;
+  const emblas::PoolModes modes{{emblas::PoolMode::max, emblas::PoolMode::mean}, 2};
+  const auto& kernel = emblas::kernels<emblas::PoolingKernels>().of(T{});
+  for (int64_t dim : {1, 19}) {
+    std::vector<T> x(tokens * dim), out(2 * batch * dim), grad(2 * batch * dim), grad_x(x.size());
+    std::vector<A> scratch(3 * dim);
+    std::vector<int32_t> argmax(batch * dim);
+    fill(x, 4);
+    fill(grad, 5);
+    emblas::Segments<T> segments{};
+    segments.x = x.data();
+    segments.dim = segments.row_stride = dim;
+    segments.begins = cu_seqlens.data();
+    segments.ends = cu_seqlens.data() + 1;
+    kernel.forward({segments, modes, false, false, out.data(), nullptr, argmax.data()}, 0, batch,
+                   scratch.data());
+    kernel.backward({segments, modes, false, false, grad.data(), out.data(), nullptr, argmax.data(),
+                     batch, tokens, grad_x.data(), nullptr},
+                    0, batch, scratch.data());
+    for (int64_t b = 0; b < batch; ++b) {
+      for (int64_t t = cu_seqlens[b]; t < cu_seqlens[b + 1]; ++t) {
+        for (int64_t i = 0; i < dim; ++i) {
+          const T* of_segment = &grad[2 * b * dim + i];
+          double expected = to_double(of_segment[dim]) / (cu_seqlens[b + 1] - cu_seqlens[b]);
+          if (argmax[b * dim + i] == t) expected += to_double(of_segment[0]);
+          CHECK_NEAR(to_double(grad_x[t * dim + i]), expected, 16 * unit);
+        }
+      }
+    }
+  }
+}
+
 // Every mode over rows of padded planes, with a skipped prefix and an index in turn.
 template <class T>
-void check_modes(double unit) {
+void check_modes() {
   using A = emblas::Accumulator<T>;
   const std::vector<int32_t> begins{0, 2, 5}, ends{5, 2, 12}, skip{1, 0, 2};
   const std::vector<int32_t> index{3, 3, 0, 11, 7, 7, 1, 2, 10, 9, 8, 4};
@@ -113,9 +150,9 @@ void check_modes(double unit) {
   const int64_t plane_rows = 4, batch = 3;
   for (int64_t dim : {1, 5, 16, 37}) {
     const int64_t row_stride = dim + 3, plane_stride = plane_rows * row_stride + 7;
-    std::vector<T> x(2 * plane_stride + (plane_rows - 1) * row_stride + dim), out(batch * dim);
+    std::vector<T> x(2 * plane_stride + (plane_rows - 1) * row_stride + dim);
     fill(x, 3);
-    std::vector<A> scratch(2 * dim), means(batch * dim);
+    std::vector<A> scratch(8 * dim), pooled(batch * 7 * dim), means(batch * dim);
     std::vector<int32_t> argmax(batch * dim);
     for (bool listed : {false, true}) {
       const emblas::Segments<T> segments{
@@ -127,40 +164,26 @@ void check_modes(double unit) {
         const int64_t row = listed ? index[p] : p;
         return to_double(x[row / plane_rows * plane_stride + row % plane_rows * row_stride + i]);
       };
-      emblas::kernels<emblas::SegmentMaxKernels>().of(T{}).forward(segments, 0, batch, out.data(),
-                                                                   argmax.data(), scratch.data());
-      for (int64_t b = 0; b < batch; ++b) {
-        for (int64_t i = 0; i < dim; ++i) {
-          double largest = 0;
-          bool empty = true;
-          for (int64_t p = begins[b] + skip[b]; p < ends[b]; ++p) {
-            if (weights[p] == 0) continue;
-            largest = empty || at(p, i) > largest ? at(p, i) : largest;
-            empty = false;
-          }
-          CHECK(empty == (argmax[b * dim + i] < 0));
-          CHECK_NEAR(to_double(out[b * dim + i]), largest, unit);
-        }
-      }
-      for (int64_t mode = 0; mode <= emblas::kPoolModes; ++mode) {
-        const bool gem = mode == emblas::kPoolModes;
-        if (gem) {
-          emblas::kernels<emblas::SegmentGemKernels>().of(T{}).forward(
-              segments, A(2.5), A(0.25), 0, batch, means.data(), scratch.data());
-        } else {
-          emblas::kernels<emblas::PoolingKernels>().of(T{}).forward(
-              {segments, emblas::PoolMode(mode), false, true, means.data(), nullptr}, 0, batch,
-              scratch.data());
-        }
+      emblas::PoolModes modes{{}, emblas::kPoolModes};
+      for (int64_t mode = 0; mode < modes.count; ++mode) modes.at[mode] = emblas::PoolMode(mode);
+      emblas::kernels<emblas::PoolingKernels>().of(T{}).forward(
+          {segments, modes, false, true, pooled.data(), nullptr, argmax.data()}, 0, batch,
+          scratch.data());
+      emblas::kernels<emblas::SegmentGemKernels>().of(T{}).forward(
+          segments, A(2.5), A(0.25), 0, batch, means.data(), scratch.data());
+      for (int64_t mode = 0; mode <= modes.count; ++mode) {
+        const bool gem = mode == modes.count;
         for (int64_t b = 0; b < batch; ++b) {
           for (int64_t i = 0; i < dim; ++i) {
-            double sum = 0, total = 0, first = 0, last = 0;
+            double sum = 0, total = 0, first = 0, last = 0, largest = 0;
+            int64_t where = -1;
             bool empty = true;
             for (int64_t p = begins[b] + skip[b]; p < ends[b]; ++p) {
               if (weights[p] == 0) continue;
               const double w = mode == 3 ? weights[p] * (p - begins[b] + 1) : weights[p];
               last = at(p, i);
               if (empty) first = last;
+              if (empty || last > largest) largest = last, where = p;
               empty = false;
               total += w;
               sum += w * (gem ? std::pow(std::fmax(last, 0.25), 2.5) : last);
@@ -170,8 +193,11 @@ void check_modes(double unit) {
             if (mode == 2 && !empty) expected = sum / std::sqrt(total);
             if (mode == 4) expected = first;
             if (mode == 5) expected = last;
+            if (mode == 6) expected = largest;
             if (gem) expected = std::pow(expected, 1 / 2.5);
-            CHECK_NEAR(means[b * dim + i], expected, 64 * (sizeof(A) == 4 ? 1e-6 : 1e-14));
+            CHECK(argmax[b * dim + i] == where);
+            CHECK_NEAR(gem ? means[b * dim + i] : pooled[(b * 7 + mode) * dim + i], expected,
+                       64 * (sizeof(A) == 4 ? 1e-6 : 1e-14));
           }
         }
       }
@@ -297,10 +323,14 @@ NATIVE_TEST(philox) {
   CHECK(pi.word[0] == 0xd16cfe09 && pi.word[1] == 0x94fdcceb && pi.word[2] == 0x5001e420 &&
         pi.word[3] == 0x24126ea1);
 }
-NATIVE_TEST(pool_modes_float32) { check_modes<float>(1e-6); }
-NATIVE_TEST(pool_modes_float64) { check_modes<double>(1e-14); }
-NATIVE_TEST(pool_modes_bfloat16) { check_modes<emblas::bfloat16>(1e-6); }
-NATIVE_TEST(pool_modes_float16) { check_modes<emblas::float16>(1e-6); }
+NATIVE_TEST(pool_modes_float32) { check_modes<float>(); }
+NATIVE_TEST(pool_modes_float64) { check_modes<double>(); }
+NATIVE_TEST(pool_modes_bfloat16) { check_modes<emblas::bfloat16>(); }
+NATIVE_TEST(pool_modes_float16) { check_modes<emblas::float16>(); }
+NATIVE_TEST(two_modes_float32) { check_two_modes<float>(1e-7); }
+NATIVE_TEST(two_modes_float64) { check_two_modes<double>(1e-15); }
+NATIVE_TEST(two_modes_bfloat16) { check_two_modes<emblas::bfloat16>(4e-3); }
+NATIVE_TEST(two_modes_float16) { check_two_modes<emblas::float16>(5e-4); }
 NATIVE_TEST(finish_float32) { check_finish<float>(1e-6); }
 NATIVE_TEST(finish_float64) { check_finish<double>(1e-14); }
 NATIVE_TEST(segment_pool_float32) { check_forward_and_backward<float>(1e-7); }

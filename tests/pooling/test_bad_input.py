@@ -28,6 +28,7 @@ NAN = torch.tensor([1, torch.nan, 1, 1, 1, 1])
 POOLS = {
     "segment_pool": segment_pool,
     "segment_pool max": lambda x, cu=None, **k: segment_pool(x, cu, "max", **k),
+    "segment_pool modes": lambda x, cu=None, **k: segment_pool(x, cu, ("last", "max"), **k),
     "segment_pool gem": lambda x, cu=None, **k: segment_pool(x, cu, "gem", **k),
     "attention_pool": lambda x, cu=None, **k: attention_pool(x, QUERIES, cu, **k),
     "vocab_pool max": lambda x, cu=None, **k: vocab_pool(x, WEIGHT, None, cu, **k),
@@ -111,6 +112,7 @@ def test_checks_for_gpus_say_what_cpus_say(message, segments):
     ops = _op.ops()
     calls = {
         "segment_pool": (x, starts, weights, False, 0, ends, skip, index),
+        "segment_pool_modes": (x, starts, weights, [0, 6], ends, skip, index, False),
         "segment_max": tuple(segments._replace(rows=index)),
         "segment_gem": (x, starts, weights, torch.ones(1), 1e-6, ends, skip, index),
     }

@@ -45,6 +45,7 @@ add_library(
   csrc/pooling/segment_gradients_cuda.cu
   csrc/pooling/segment_max_cuda.cu
   csrc/pooling/segment_max_ops_cuda.cpp
+  csrc/pooling/segment_modes_cuda.cu
   csrc/pooling/segment_pool_cuda.cu
   csrc/pooling/vocab_pool_cuda.cu
   csrc/pooling/vocab_pool_ops_cuda.cpp

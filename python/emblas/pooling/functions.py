@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from emblas import _op
-from emblas.pooling import op
+from emblas.pooling import op, reference
 from emblas.pooling.epilogue import Epilogue, check_dims, split
 from emblas.pooling.op import Segments
 from emblas.pooling.reference import Mode, accumulator
@@ -104,8 +104,8 @@ def segment_pool(
     Notes
     -----
     Normalizing follows ``torch.nn.functional.normalize``. Forward and backward formulas stand in
-    ``csrc/pooling/pooling.h``. ``torch.func`` transforms are not supported. Each mode of several
-    reads the tokens once.
+    ``csrc/pooling/pooling.h``. ``torch.func`` transforms are not supported. Several modes read the
+    tokens once together, and have the bits of each alone; ``gem`` takes a pass of its own.
 
     Examples
     --------
@@ -475,6 +475,9 @@ def _pool(
     epilogue: Epilogue | None,
 ) -> Result:
     modes = check_modes(mode)
+    for name in ("max", "gem"):
+        if name in modes and _op.needs_grad(segments.weights):
+            raise ValueError(f"weights get no gradient in mode {name!r}: detach them")
     if dims is not None and epilogue is not None:
         raise ValueError("give dims either to the function or to its epilogue, not both")
     dtype = segments.x.dtype
@@ -483,8 +486,7 @@ def _pool(
     if len(modes) == 1 and modes[0] in _LINEAR_MODES:  # the kernel normalizes by itself
         pooled = op.segment_pool(segments, Mode[modes[0]], whole, wide)
     else:
-        parts = [_pool_one(segments, one, p, wide) for one in modes]
-        pooled = torch.cat(parts, 1) if len(parts) > 1 else parts[0]
+        pooled = _pool_modes(segments, modes, p, wide)
         if whole:
             narrow = dtype if epilogue is None else pooled.dtype
             pooled = op.finish(pooled, (pooled.shape[1],), True, dtype=narrow)
@@ -507,12 +509,29 @@ def check_modes(mode: str | Sequence[str]) -> tuple[str, ...]:
     return modes
 
 
+def _pool_modes(
+    segments: Segments, modes: tuple[str, ...], p: float | Tensor, wide: bool
+) -> Tensor:
+    """Pool in modes that may repeat, side by side."""
+    distinct = dict.fromkeys(modes)
+    together = tuple(mode for mode in distinct if mode != "gem")  # which takes a pass of its own
+    parts: dict[str, Tensor] = {}
+    if len(together) > 1:
+        numbers = tuple(reference.MAX if mode == "max" else int(Mode[mode]) for mode in together)
+        pooled = op.segment_pool_modes(segments, numbers, wide)
+        if together == modes:
+            return pooled
+        parts = dict(zip(together, pooled.tensor_split(len(together), 1), strict=True))
+    for mode in distinct:
+        if mode not in parts:
+            parts[mode] = _pool_one(segments, mode, p, wide)
+    return torch.cat([parts[mode] for mode in modes], 1) if len(modes) > 1 else parts[modes[0]]
+
+
 def _pool_one(segments: Segments, mode: str, p: float | Tensor, wide: bool) -> Tensor:
-    x, weights = segments.x, segments.weights
+    x = segments.x
     if mode in _LINEAR_MODES:
         return op.segment_pool(segments, Mode[mode], False, wide)
-    if _op.needs_grad(weights):
-        raise ValueError(f"weights get no gradient in mode {mode!r}: detach them")
     stored = accumulator(x.dtype) if wide else x.dtype
     if mode == "max":
         return op.segment_max(segments).to(stored)

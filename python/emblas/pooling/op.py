@@ -167,6 +167,103 @@ def segment_pool(segments: Segments, mode: Mode, normalize: bool, wide: bool) ->
     return function(x, starts, weights, normalize, int(mode), ends, skip, index, wide)[0]
 
 
+# --- several modes -------------------------------------------------------------------------------
+
+
+def _segment_pool_modes_fake(
+    x: Tensor,
+    cu_seqlens: Tensor,
+    weights: Tensor | None,
+    modes: Sequence[int],
+    ends: Tensor | None = None,
+    skip: Tensor | None = None,
+    index: Tensor | None = None,
+    wide: bool = False,
+) -> tuple[Tensor, Tensor]:
+    batch, dim = Segments(x, cu_seqlens, ends=ends).batch, x.shape[-1]
+    argmax = x.new_empty(batch if reference.MAX in modes else 0, dim, dtype=torch.int32)
+    dtype = accumulator(x.dtype) if wide else x.dtype
+    return x.new_empty(batch, len(modes) * dim, dtype=dtype), argmax
+
+
+def _segment_pool_modes_backward_fake(
+    grad_out: Tensor,
+    x: Tensor,
+    out: Tensor,
+    argmax: Tensor,
+    cu_seqlens: Tensor,
+    weights: Tensor | None,
+    modes: Sequence[int],
+    need_x: bool,
+    need_weights: bool,
+    ends: Tensor | None = None,
+    skip: Tensor | None = None,
+    index: Tensor | None = None,
+    wide: bool = False,
+) -> tuple[Tensor, Tensor]:
+    positions = math.prod(x.shape[:-1]) if index is None else index.shape[0]
+    grad_weights = x.new_empty(positions if need_weights else 0, dtype=accumulator(x.dtype))
+    return x.new_empty(x.shape if need_x else (0,)), grad_weights
+
+
+_segment_pool_modes = Op(
+    "segment_pool_modes",
+    reference=reference.segment_pool_modes,
+    fake=_segment_pool_modes_fake,
+    backward="segment_pool_modes_backward",
+    check_values=lambda x, starts, weights, modes, ends, skip, index, wide: check_segments(
+        Segments(x, starts, weights, ends, skip, index)
+    ),
+    triton="emblas.pooling.triton",
+)
+_segment_pool_modes_backward = Op(
+    "segment_pool_modes_backward",
+    reference=reference.segment_pool_modes_backward,
+    fake=_segment_pool_modes_backward_fake,
+    triton="emblas.pooling.triton",
+)
+
+
+class _SegmentPoolModes(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weights: Tensor | None,
+        starts: Tensor,
+        ends: Tensor | None,
+        skip: Tensor | None,
+        index: Tensor | None,
+        modes: tuple[int, ...],
+        wide: bool,
+    ) -> Tensor:
+        out, argmax = _segment_pool_modes(x, starts, weights, modes, ends, skip, index, wide)
+        ctx.save_for_backward(x, out, argmax, starts, weights, ends, skip, index)
+        ctx.settings = modes, wide
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        x, out, argmax, starts, weights, ends, skip, index = ctx.saved_tensors
+        modes, wide = ctx.settings
+        need_x, need_weights = ctx.needs_input_grad[:2]
+        grad_x, grad_weights = _segment_pool_modes_backward(
+            grad_out.contiguous(), x, out, argmax, starts, weights, modes, need_x, need_weights,
+            ends, skip, index, wide,
+        )  # fmt: skip
+        grads = grad_x if need_x else None, grad_weights if need_weights else None
+        return *grads, *[None] * 6
+
+
+def segment_pool_modes(segments: Segments, modes: tuple[int, ...], wide: bool) -> Tensor:
+    """Pool checked arguments in several modes, linear ones and ``reference.MAX``, each once."""
+    x, starts, weights, ends, skip, index = segments
+    if needs_grad(x, weights) and not use_reference():
+        return _SegmentPoolModes.apply(x, weights, starts, ends, skip, index, modes, wide)
+    function = reference.segment_pool_modes if use_reference() else _segment_pool_modes
+    return function(x, starts, weights, modes, ends, skip, index, wide)[0]
+
+
 # --- maximum -------------------------------------------------------------------------------------
 
 

@@ -26,6 +26,9 @@ class Mode(IntEnum):
     last = 5
 
 
+MAX = len(Mode)  # the number of the maximum, where an operator takes several modes
+
+
 def accumulator(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype in which values of ``dtype`` are summed."""
     return torch.float64 if dtype == torch.float64 else torch.float32
@@ -192,15 +195,15 @@ def segment_pool_backward(
     )
 
 
-def segment_max(
+def _maxima(
     x: Tensor,
     cu_seqlens: Tensor,
     weights: Tensor | None,
-    ends: Tensor | None = None,
-    skip: Tensor | None = None,
-    index: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Largest value of each column in each segment, and the first row that holds it (-1: none)."""
+    ends: Tensor | None,
+    skip: Tensor | None,
+    index: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Maxima, and rows and positions of the first tokens that hold them (int64, -1: none)."""
     entries = _entries(x, cu_seqlens, weights, Mode.mean, ends, skip, index)
     present = entries.weight != 0
     row, segment = entries.row[present], entries.segment[present]
@@ -213,10 +216,24 @@ def segment_max(
     holds = (values == largest) | (values.isnan() & largest.isnan())
     first = torch.full(shape, len(row), device=x.device)
     first = first.scatter_reduce(0, at, torch.where(holds, order, len(row)), "amin")
-    argmax = torch.cat([row, row.new_tensor([-1])])[first]
+    none = row.new_tensor([-1])
+    argmax = torch.cat([row, none])[first]
     out = rows[argmax.clamp_min(0), torch.arange(shape[1], device=x.device)] if len(rows) else 0
     out = torch.where(argmax < 0, x.new_zeros(()), out)
-    return out, argmax.to(torch.int32)
+    return out, argmax, torch.cat([entries.position[present], none])[first]
+
+
+def segment_max(
+    x: Tensor,
+    cu_seqlens: Tensor,
+    weights: Tensor | None,
+    ends: Tensor | None = None,
+    skip: Tensor | None = None,
+    index: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Largest value of each column in each segment, and the first row that holds it (-1: none)."""
+    out, rows, _ = _maxima(x, cu_seqlens, weights, ends, skip, index)
+    return out, rows.to(torch.int32)
 
 
 def segment_max_backward(grad_out: Tensor, argmax: Tensor, rows: int) -> Tensor:
@@ -226,6 +243,75 @@ def segment_max_backward(grad_out: Tensor, argmax: Tensor, rows: int) -> Tensor:
     grad_x = grad.new_zeros(rows + 1, grad.shape[1])
     at = torch.where(argmax < 0, rows, argmax.long())
     return grad_x.scatter_add(0, at, grad)[:rows].to(grad_out.dtype)
+
+
+def segment_pool_modes(
+    x: Tensor,
+    cu_seqlens: Tensor,
+    weights: Tensor | None,
+    modes: Sequence[int],
+    ends: Tensor | None = None,
+    skip: Tensor | None = None,
+    index: Tensor | None = None,
+    wide: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Pool in several modes, linear ones and ``MAX``, each once.
+
+    Returns the results side by side (batch, modes * dim) and, with ``MAX``, the positions of the
+    maxima (batch, dim), int32, -1 where there is no token.
+    """
+    batch = _batch(cu_seqlens, ends) if MAX in modes else 0
+    argmax = torch.empty(batch, x.shape[-1], dtype=torch.int32, device=x.device)
+    parts = []
+    for mode in modes:
+        if mode == MAX:
+            out, _, at = _maxima(x, cu_seqlens, weights, ends, skip, index)
+            argmax = at.to(torch.int32)
+        else:
+            options = mode, ends, skip, index, wide
+            out, _ = segment_pool(x, cu_seqlens, weights, False, *options)
+        parts.append(out.to(accumulator(x.dtype)) if wide else out)
+    return torch.cat(parts, 1), argmax
+
+
+def segment_pool_modes_backward(
+    grad_out: Tensor,
+    x: Tensor,
+    out: Tensor,
+    argmax: Tensor,
+    cu_seqlens: Tensor,
+    weights: Tensor | None,
+    modes: Sequence[int],
+    need_x: bool,
+    need_weights: bool,
+    ends: Tensor | None = None,
+    skip: Tensor | None = None,
+    index: Tensor | None = None,
+    wide: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of :func:`segment_pool_modes` with respect to ``x`` and ``weights``."""
+    dtype, rows = accumulator(x.dtype), math.prod(x.shape[:-1])
+    values, norm = x.to(dtype), argmax.new_empty(0, dtype=dtype)
+    positions = rows if index is None else index.shape[0]
+    grad_x, grad_weights = torch.zeros_like(values), values.new_zeros(positions)
+    slices = (pooled.to(dtype).tensor_split(len(modes), 1) for pooled in (grad_out, out))
+    for mode, grad, pooled in zip(modes, *slices, strict=True):
+        if mode == MAX:
+            at = argmax
+            if index is not None and positions:
+                at = torch.where(argmax < 0, -1, index[argmax.clamp_min(0)])
+            grad_x += segment_max_backward(grad, at, rows).reshape(x.shape)
+            continue
+        needs, options = (False, True, True), (mode, ends, skip, index)
+        of_x, of_weights = segment_pool_backward(
+            grad, values, pooled, norm, cu_seqlens, weights, *needs, *options
+        )
+        grad_x += of_x
+        grad_weights += of_weights
+    return (
+        grad_x.to(x.dtype) if need_x else x.new_empty(0),
+        grad_weights if need_weights else grad_weights.new_empty(0),
+    )
 
 
 def segment_gem(

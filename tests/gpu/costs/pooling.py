@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from costs.work import Work
-from emblas.pooling.reference import Mode
+from emblas.pooling.reference import MAX, Mode
 
 _CHUNK = 128  # rows that one block of sum_chunks adds up
 
@@ -165,6 +166,99 @@ def _pool_backward_triton(p: PoolingBackward) -> dict[str, Work]:
 
 
 @dataclasses.dataclass(frozen=True)
+class Several(Pooling):
+    """Several modes at once."""
+
+    modes: tuple[int, ...] = (Mode.mean, Mode.weighted_mean, Mode.last, MAX)
+
+    def __str__(self) -> str:
+        names = ("max" if mode == MAX else Mode(mode).name for mode in self.modes)
+        return f"{super().__str__()}, {' and '.join(names)}"
+
+    @property
+    def kept(self) -> int:  # of each chunk: sums, sums by position, maxima and where they are
+        sums = any(mode < Mode.weighted_mean for mode in self.modes)
+        return (sums + (Mode.weighted_mean in self.modes) + 2 * (MAX in self.modes)) * self.partial
+
+    @property
+    def rows(self) -> int:  # of the modes that take one
+        return ((Mode.cls in self.modes) + (Mode.last in self.modes)) * self.out
+
+    @property
+    def outs(self) -> int:
+        return len(self.modes) * self.out
+
+    @property
+    def wides(self) -> int:
+        return len(self.modes) * self.wide
+
+    @property
+    def argmax(self) -> int:
+        return self.wide * (MAX in self.modes)
+
+    @property
+    def mode_ranges(self) -> int:
+        return len(self.modes) * self.ranges
+
+    def arguments(self) -> tuple[Any, ...]:
+        x, starts, weights, _, _, *others = super().arguments()
+        return x, starts, weights, tuple(map(int, self.modes)), *others
+
+
+def _several_cuda(p: Several) -> dict[str, Work]:
+    adds = 4 * sum(p.lengths) * p.dim  # of sums and of sums by position, wanted or not
+    return {
+        "take_chunks": Work(p.read_always + p.x, p.kept, adds),
+        "finish_modes": Work(p.read_always + p.kept + p.rows, p.outs + p.argmax, p.kept // 4),
+    }
+
+
+def _several_triton(p: Several) -> dict[str, Work]:
+    adds = 2 * (p.kept // p.partial) * sum(p.lengths) * p.dim
+    return {"_pool": Work(p.read_always + p.x, p.outs + p.argmax, adds)}
+
+
+@dataclasses.dataclass(frozen=True)
+class SeveralBackward(Several):
+    """Its gradient with respect to x, and to the weights where there are some."""
+
+    def arguments(self) -> tuple[Any, ...]:
+        x, *options = super().arguments()
+        out, argmax = torch.ops.emblas.segment_pool_modes(x, *options)
+        starts, weights, modes, *others = options
+        needs = (True, self.weights)
+        grad = torch.rand(out.shape).to(x.dtype)
+        return grad, x, out, argmax, starts, weights, modes, *needs, *others
+
+
+def _several_backward(p: SeveralBackward, kernels: tuple[str, ...]) -> dict[str, Work]:
+    first, order, rows, weights = kernels
+    where = (p.order or p.ranges) + p.mode_ranges + p.per_sequence
+    along = len(p.modes) * p.per_sequence
+    works = {
+        first: Work(
+            p.read_always + 2 * p.outs,
+            p.wides + p.ranges + p.mode_ranges + along,
+            5 * p.wides // 4,
+        )
+    }
+    if p.spans and order == "_fingerprints":
+        works[order] = Work(p.wides + p.per_sequence, p.fingerprints)
+    elif p.spans:
+        written = works[first].written + p.fingerprints
+        works[first] = dataclasses.replace(works[first], written=written)
+        works[order] = Work(p.ranges + p.fingerprints, p.order)
+    flops = 2 * len(p.modes) * sum(p.lengths) * p.dim
+    works[rows] = Work(where + p.per_token * p.weights + p.wides + p.argmax, p.x, flops)
+    if p.weights:
+        share = sum(mode < Mode.cls for mode in p.modes) / len(p.modes)
+        read = (p.order or p.ranges) + p.per_sequence + p.x
+        read += int(share * (p.mode_ranges + along + p.wides))
+        works[weights] = Work(read, p.per_token, 2 * flops)
+    return works
+
+
+@dataclasses.dataclass(frozen=True)
 class Maximum(Pooling):
     """Maximum of each column instead."""
 
@@ -259,6 +353,21 @@ MODELS: dict[tuple[str, str], Callable[[Any], dict[str, Work]]] = {
     ("segment_pool", "Triton"): _pool_triton,
     ("segment_pool_backward", "CUDA C++"): _pool_backward_cuda,
     ("segment_pool_backward", "Triton"): _pool_backward_triton,
+    ("segment_pool_modes", "CUDA C++"): _several_cuda,
+    ("segment_pool_modes", "Triton"): _several_triton,
+    ("segment_pool_modes_backward", "CUDA C++"): partial(
+        _several_backward,
+        kernels=(
+            "pool_contributions",
+            "rank_spans",
+            "write_row_gradients",
+            "write_weight_gradients",
+        ),
+    ),
+    ("segment_pool_modes_backward", "Triton"): partial(
+        _several_backward,
+        kernels=("_segment_gradients", "_fingerprints", "_row_gradients", "_weight_gradients"),
+    ),
     ("segment_gem", "CUDA C++"): _gem_cuda,
     ("segment_gem", "Triton"): _gem_triton,
     ("segment_gem_backward", "CUDA C++"): _gem_backward(
@@ -283,6 +392,14 @@ SMALL: dict[str, tuple[Any, ...]] = {
         PoolingBackward((130, 1, 300), 24, _BF16, weights=True, normalize=True),
         PoolingBackward((130, 1, 300), 24, _F32, weights=True, mode=Mode.sum, spans=True),
     ),
+    "segment_pool_modes": (
+        Several((130, 1, 300), 24, _F32),
+        Several((130, 1, 300), 24, _BF16, weights=True, modes=(Mode.sum, MAX), spans=True),
+    ),
+    "segment_pool_modes_backward": (
+        SeveralBackward((130, 1, 300), 24, _F32),
+        SeveralBackward((130, 1, 300), 24, _BF16, weights=True, spans=True),
+    ),
     "segment_gem": (
         Gem((130, 1, 300), 24, _F32),
         Gem((130, 1, 300), 24, _BF16, weights=True, spans=True),
@@ -297,6 +414,10 @@ SMALL: dict[str, tuple[Any, ...]] = {
 LARGE: dict[str, tuple[Any, ...]] = {
     "segment_pool": (Pooling((512,) * 256, 1024, _BF16, normalize=True),),
     "segment_pool_backward": (PoolingBackward((512,) * 256, 1024, _BF16, normalize=True),),
+    "segment_pool_modes": (Several((512,) * 256, 1024, _BF16, modes=(Mode.mean, MAX)),),
+    "segment_pool_modes_backward": (
+        SeveralBackward((512,) * 256, 1024, _BF16, modes=(Mode.mean, MAX)),
+    ),
     "segment_gem": (Gem((512,) * 256, 1024, _BF16),),
     "segment_gem_backward": (GemBackward((512,) * 256, 1024, _BF16),),
     "segment_max": (Maximum((512,) * 256, 1024, _BF16),),

@@ -4,7 +4,12 @@ from emblas.pooling.triton.attention import attention_pool, attention_pool_backw
 from emblas.pooling.triton.finish import finish, finish_backward
 from emblas.pooling.triton.gem import segment_gem, segment_gem_backward
 from emblas.pooling.triton.lexical import lexical_index
-from emblas.pooling.triton.linear import segment_pool, segment_pool_backward
+from emblas.pooling.triton.linear import (
+    segment_pool,
+    segment_pool_backward,
+    segment_pool_modes,
+    segment_pool_modes_backward,
+)
 from emblas.pooling.triton.maximum import segment_max, segment_max_backward
 from emblas.pooling.triton.vocab import vocab_max, vocab_max_backward
 from emblas.pooling.triton.vocab_sum import vocab_sum, vocab_sum_backward
@@ -21,6 +26,8 @@ __all__ = [
     "segment_max_backward",
     "segment_pool",
     "segment_pool_backward",
+    "segment_pool_modes",
+    "segment_pool_modes_backward",
     "vocab_max",
     "vocab_max_backward",
     "vocab_sum",

@@ -174,13 +174,14 @@ def segment_gem_backward(
 ) -> tuple[Tensor, Tensor]:
     places = Places.of(x, cu_seqlens, weights, ends, skip, index)
     batch, dim = grad_out.shape
-    shared = Contributions.empty(places)
+    shared = Contributions.empty(places, [Mode.mean])
     grad_power = grad_out.new_empty(batch)
     _gem_gradients[(batch,)](
-        *places, power, epsilon, grad_out, out, *shared[:4], grad_power, dim,
+        *places, power, epsilon, grad_out, out, shared.begin, shared.end, shared.owner,
+        shared.shared, grad_power, dim,
         BLOCK_T=_BLOCK_TOKENS, BLOCK_D=_BLOCK_DIM,
     )  # fmt: skip
     grad_x = x.new_empty(x.shape)
     order = shared.order(ordered=ends is None)
-    row_gradients(places, shared, order, grad_x, Mode.mean, power, epsilon)
+    row_gradients(places, shared, order, grad_x, power, epsilon)
     return grad_x, grad_power

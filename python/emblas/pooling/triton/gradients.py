@@ -15,6 +15,7 @@ Bytes: the gradient is written once, x read once for the weights; ``shared`` is 
 the caches.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -22,7 +23,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from emblas.pooling.triton.segments import Places, row_of, row_start, steps_of, weight_of
+from emblas.pooling.triton.segments import (
+    ABSENT,
+    CLS,
+    MAXIMUM,
+    MODES,
+    Places,
+    places_of,
+    row_of,
+    row_start,
+    steps_of,
+    weight_of,
+)
 
 _BLOCK_ROWS, _BLOCK_DIM = 32, 64
 _BLOCK_ROW = 1024  # for passes over single rows
@@ -40,14 +52,14 @@ def keep_range(first, last, owner, segment, begin, end, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _fingerprints(shared, begins, fingerprint, dim, BLOCK: tl.constexpr):
+def _fingerprints(shared, begins, fingerprint, size, BLOCK: tl.constexpr):
     """Hash what a segment contributes: its row and where its positions count from."""
     segment = tl.program_id(0).to(tl.int64)
     lanes = tl.arange(0, BLOCK)
     hash = tl.zeros([BLOCK], tl.uint64)
-    for start in range(0, dim, BLOCK):
+    for start in range(0, size, BLOCK):
         d = start + lanes
-        value = tl.load(shared + segment * dim + d, mask=d < dim, other=0.0)
+        value = tl.load(shared + segment * size + d, mask=d < size, other=0.0)
         bits = value.to(tl.uint32, bitcast=True).to(tl.uint64)
         hash += bits * (d.to(tl.uint64) * 2654435761 + 1)
     origin = tl.load(begins + segment).to(tl.int64)
@@ -81,6 +93,7 @@ def _row_gradients(
     last,
     owner,
     shared,
+    argmax,
     order,
     starts,
     reach,
@@ -89,7 +102,8 @@ def _row_gradients(
     epsilon,
     grad_x,
     dim,
-    MODE: tl.constexpr,
+    COUNT: tl.constexpr,
+    PLACES: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -112,17 +126,25 @@ def _row_gradients(
         if owner is None:
             segment = number
             position = row
-            covers = (row >= tl.load(first + segment)) & (row < tl.load(last + segment))
+            listed = row == row
         else:
             segment = tl.load(owner + number).to(tl.int64)
             position = row * 0 + number
-            covers = row == tl.load(starts + entry)
-        weight = weight_of(weights, position, tl.load(begins + segment), covers, MODE)
-        present = weight != 0
-        reached = reached | present
-        at = shared + segment * dim + d
-        contribution = tl.load(at, mask=d < dim, other=0.0)
-        summed += tl.where(present[:, None], weight[:, None] * contribution[None, :], 0.0)
+            listed = row == tl.load(starts + entry)
+        for MODE in tl.static_range(MODES):
+            if (PLACES >> 3 * MODE) & 7 < ABSENT:
+                at = segment * COUNT + ((PLACES >> 3 * MODE) & 7)
+                covers = (position >= tl.load(first + at)) & (position < tl.load(last + at))
+                origin = tl.load(begins + segment)
+                weight = weight_of(weights, position, origin, covers & listed, MODE)
+                present = weight != 0
+                reached = reached | present
+                contribution = tl.load(shared + at * dim + d, mask=d < dim, other=0.0)[None, :]
+                if MODE == MAXIMUM:
+                    where = tl.load(argmax + segment * dim + d, mask=d < dim, other=-1)
+                    holds = where[None, :] == position[:, None]
+                    contribution = tl.where(holds, contribution, 0.0)
+                summed += tl.where(present[:, None], weight[:, None] * contribution, 0.0)
     if power is not None:
         p = tl.load(power)
         at = row_start(row, row_stride, plane_rows, plane_stride)
@@ -155,7 +177,8 @@ def _weight_gradients(
     batch: tl.int64,
     grad_weights,
     dim,
-    MODE: tl.constexpr,
+    COUNT: tl.constexpr,
+    PLACES: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -176,12 +199,15 @@ def _weight_gradients(
             segment = entry
             if order is not None:
                 segment = tl.load(order + entry)
-            covers = (position >= tl.load(first + segment)) & (position < tl.load(last + segment))
-            covered = covered | covers
-            steps = steps_of(position, tl.load(begins + segment), MODE)
-            contribution = tl.load(shared + segment * dim + d, mask=d < dim, other=0.0)
-            summed += tl.where(covers[:, None], steps[:, None] * contribution[None, :], 0.0)
-            removed += tl.where(covers, steps * tl.load(along + segment), 0.0)
+            for MODE in tl.static_range(CLS):  # those that weigh tokens
+                if (PLACES >> 3 * MODE) & 7 < ABSENT:
+                    n = segment * COUNT + ((PLACES >> 3 * MODE) & 7)
+                    covers = (position >= tl.load(first + n)) & (position < tl.load(last + n))
+                    covered = covered | covers
+                    steps = steps_of(position, tl.load(begins + segment), MODE)
+                    contribution = tl.load(shared + n * dim + d, mask=d < dim, other=0.0)
+                    summed += tl.where(covers[:, None], steps[:, None] * contribution[None, :], 0.0)
+                    removed += tl.where(covers, steps * tl.load(along + n), 0.0)
         wanted = covered[:, None] & (d < dim)[None, :]
         value = tl.load(x + at[:, None] + d[None, :], mask=wanted, other=0.0).to(tl.float32)
         dot += tl.sum(tl.where(wanted, value * summed, 0.0), 1)
@@ -203,36 +229,53 @@ class Order(NamedTuple):
 class Contributions(NamedTuple):
     """What segments contribute to their tokens, and where these are; kernels fill it."""
 
-    first: Tensor
-    last: Tensor
+    begin: Tensor
+    """``(batch,)``: the first position that any mode pools."""
+    end: Tensor
+    """``(batch,)``: the last one + 1."""
     owner: Tensor | None
     """With an index: the segment of each position, or -1."""
+    first: Tensor
+    """``(batch, modes)``: the first position that is pooled; ``begin`` if there is one mode."""
+    last: Tensor
     shared: Tensor
+    """``(batch, modes, dim)``."""
+    argmax: Tensor | None
+    """``(batch, dim)``: positions of the maxima, if these are a mode."""
     begins: Tensor
+    modes: Sequence[int]
 
     @classmethod
-    def empty(cls, places: Places) -> "Contributions":
+    def empty(
+        cls, places: Places, modes: Sequence[int], argmax: Tensor | None = None
+    ) -> "Contributions":
         """Allocate for the segments of a batch."""
-        x, batch = places.x, places.begins.shape[0]
-        first, last = (x.new_empty(batch, dtype=torch.int32) for _ in range(2))
+        x, batch, several = places.x, places.begins.shape[0], len(modes) > 1
+        begin, end = (x.new_empty(batch, dtype=torch.int32) for _ in range(2))
+        first, last = (
+            x.new_empty(batch, len(modes), dtype=torch.int32) if several else bound
+            for bound in (begin, end)
+        )
         owner = None
         if places.row_index is not None:
             owner = x.new_full((places.positions,), -1, dtype=torch.int32)
-        shared = x.new_empty(batch, x.shape[-1], dtype=torch.float32)
-        return cls(first, last, owner, shared, places.begins)
+        shared = x.new_empty(batch, len(modes), x.shape[-1], dtype=torch.float32)
+        return cls(begin, end, owner, first, last, shared, argmax, places.begins, modes)
 
     def order(self, *, ordered: bool) -> Order:
         """Order the segments; ``ordered``: they are already."""
-        batch, dim = self.shared.shape
+        batch = self.begins.shape[0]
         if ordered:
-            return Order(None, self.first, self.last, batch)
-        fingerprint = torch.empty_like(self.first, dtype=torch.int64)
-        _fingerprints[(batch,)](self.shared, self.begins, fingerprint, dim, BLOCK=_BLOCK_ROW)
+            return Order(None, self.begin, self.end, batch)
+        fingerprint = torch.empty_like(self.begin, dtype=torch.int64)
+        _fingerprints[(batch,)](
+            self.shared, self.begins, fingerprint, self.shared.shape[1:].numel(), BLOCK=_BLOCK_ROW
+        )
         order = torch.argsort(fingerprint, stable=True)
-        range_ = (self.first.long() << 32) + self.last
+        range_ = (self.begin.long() << 32) + self.end
         order = order[torch.argsort(range_[order], stable=True)]
-        reach = self.last[order].cummax(0).values if batch else self.last
-        return Order(order, self.first[order], reach, batch)
+        reach = self.end[order].cummax(0).values if batch else self.end
+        return Order(order, self.begin[order], reach, batch)
 
     def of_rows(self, index: Tensor, rows: int) -> Order:
         """Order the positions of an index by their rows, those of no segment last."""
@@ -247,7 +290,6 @@ def row_gradients(
     shared: Contributions,
     order: Order,
     grad_x: Tensor,
-    mode: int,
     power: Tensor | None = None,
     epsilon: float = 0.0,
 ) -> None:
@@ -257,23 +299,22 @@ def row_gradients(
         order = shared.of_rows(index, rows)
     _row_gradients[(triton.cdiv(rows, _BLOCK_ROWS), triton.cdiv(dim, _BLOCK_DIM))](
         x, places.row_stride, places.plane_rows, places.plane_stride, places.begins,
-        places.weights, rows, *shared[:4], *order, power, epsilon, grad_x, dim,
-        MODE=mode, BLOCK_R=_BLOCK_ROWS, BLOCK_D=_BLOCK_DIM,
+        places.weights, rows, shared.first, shared.last, shared.owner, shared.shared,
+        shared.argmax, *order, power, epsilon, grad_x, dim,
+        COUNT=len(shared.modes), PLACES=places_of(shared.modes),
+        BLOCK_R=_BLOCK_ROWS, BLOCK_D=_BLOCK_DIM,
     )  # fmt: skip
 
 
 def weight_gradients(
-    places: Places,
-    shared: Contributions,
-    order: Order,
-    along: Tensor,
-    grad_weights: Tensor,
-    mode: int,
+    places: Places, shared: Contributions, order: Order, along: Tensor, grad_weights: Tensor
 ) -> None:
     """Write the gradients of the weights of all positions."""
     x, dim = places.x, places.x.shape[-1]
     _weight_gradients[(triton.cdiv(places.positions, _BLOCK_ROWS),)](
         x, places.row_stride, places.plane_rows, places.plane_stride, places.begins,
         places.row_index, places.positions, places.rows, shared.first, shared.last, shared.shared,
-        along, *order, grad_weights, dim, MODE=mode, BLOCK_R=_BLOCK_ROWS, BLOCK_D=_BLOCK_DIM,
+        along, *order, grad_weights, dim,
+        COUNT=len(shared.modes), PLACES=places_of(shared.modes),
+        BLOCK_R=_BLOCK_ROWS, BLOCK_D=_BLOCK_DIM,
     )  # fmt: skip

@@ -23,6 +23,26 @@ _BLOCK_TOKENS, _BLOCK_SEGMENTS, _BLOCK_DIM = 32, 16, 64
 
 
 @triton.jit
+def take_larger(best, where, tile, t, wanted):
+    """Take the wanted values of a tile at later positions, lane by lane; NaN is the largest."""
+    larger = (where < 0) | (tile > best) | ((tile != tile) & (best == best))
+    larger = larger & wanted
+    return tl.where(larger, tile, best), tl.where(larger, t[:, None].to(tl.int32), where)
+
+
+@triton.jit
+def first_largest(best, where):
+    """Of all lanes: the largest value (0: none), its first position, and whether there is one."""
+    missing = (best != best).to(tl.int32)
+    any_missing = tl.max(missing, 0) > 0
+    largest = tl.max(tl.where(best == best, best, float("-inf")), 0)
+    holds = tl.where(any_missing[None, :], missing > 0, best == largest[None, :]) & (where >= 0)
+    first = tl.min(tl.where(holds, where, 2147483647), 0)
+    found = tl.max(where, 0) >= 0
+    return tl.where(found, tl.where(any_missing, float("nan"), largest), 0.0), first, found
+
+
+@triton.jit
 def _maximum(
     x,
     row_stride: tl.int64,
@@ -54,18 +74,9 @@ def _maximum(
         at = row_start(row_of(index, t, present, rows), row_stride, plane_rows, plane_stride)
         wanted = present[:, None] & (d < dim)[None, :]
         tile = tl.load(x + at[:, None] + d[None, :], mask=wanted, other=0.0).to(tl.float32)
-        larger = (where < 0) | (tile > best) | ((tile != tile) & (best == best))
-        larger = larger & wanted
-        best = tl.where(larger, tile, best)
-        where = tl.where(larger, t[:, None].to(tl.int32), where)
-    missing = (best != best).to(tl.int32)
-    any_missing = tl.max(missing, 0) > 0
-    largest = tl.max(tl.where(best == best, best, float("-inf")), 0)
-    holds = tl.where(any_missing[None, :], missing > 0, best == largest[None, :]) & (where >= 0)
-    first = tl.min(tl.where(holds, where, 2147483647), 0)
-    found = tl.max(where, 0) >= 0
+        best, where = take_larger(best, where, tile, t, wanted)
+    value, first, found = first_largest(best, where)
     row = row_of(index, first.to(tl.int64), found & (d < dim), rows)
-    value = tl.where(found, tl.where(any_missing, float("nan"), largest), 0.0)
     to = segment * dim + d
     tl.store(argmax + to, tl.where(found, row.to(tl.int32), -1), mask=d < dim)
     tl.store(out + to, value.to(out.dtype.element_ty), mask=d < dim)

@@ -3,19 +3,32 @@
 Whatever the tensors hold, positions stay inside ``[0, positions)`` and rows inside ``[0, rows)``.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from emblas.pooling.reference import Mode
+from emblas.pooling.reference import MAX, Mode
 
 SUM = tl.constexpr(int(Mode.sum))
 SQRT = tl.constexpr(int(Mode.mean_sqrt_len))
 BY_POSITION = tl.constexpr(int(Mode.weighted_mean))
 CLS = tl.constexpr(int(Mode.cls))
 LAST = tl.constexpr(int(Mode.last))
+MAXIMUM = tl.constexpr(MAX)
+MODES = tl.constexpr(MAX + 1)
+ABSENT = tl.constexpr(7)
+
+
+def places_of(modes: Sequence[int]) -> int:
+    """Encode the place of each mode among several, ABSENT for the others, in 3 bits each.
+
+    Kernels go through all MODES in a loop that is unrolled: the modes are constants there.
+    """
+    places = {mode: place for place, mode in enumerate(modes)}
+    return sum(places.get(mode, 7) << 3 * mode for mode in range(MAX + 1))
 
 
 @triton.jit
@@ -35,7 +48,7 @@ def pooled_range(
 ):
     """Narrow segment_range to one token at most in the modes that take one."""
     begin, end = segment_range(begins, ends, skip, segment, positions)
-    if weights is not None and MODE >= CLS:
+    if weights is not None and MODE >= CLS and MODE != MAXIMUM:
         first = end
         last = begin
         for start in range(begin, end, BLOCK):
@@ -85,6 +98,8 @@ def share_of(total, MODE: tl.constexpr):
     divisor = total
     if MODE == SUM:
         divisor = tl.zeros_like(total) + 1.0
+    if MODE == MAXIMUM:
+        divisor = (total != 0).to(tl.float32)
     if MODE == SQRT:
         divisor = tl.sqrt(tl.abs(total))
     return tl.where(divisor == 0, 0.0, 1.0 / tl.where(divisor == 0, 1.0, divisor))
