@@ -74,7 +74,7 @@ def _unpack_planes(
     at = codes + row[:, None] * row_stride + byte[None, :]
     bits = tl.zeros([BLOCK_R, BLOCK_B, 8], tl.int32)
     for plane in range(planes):
-        packed = tl.load(at + plane * bytes, mask=inside, other=0).to(tl.int32)
+        packed = tl.load(at + plane * bytes, mask=inside).to(tl.int32)
         bits = 2 * bits + (packed[:, :, None] >> (7 - tl.arange(0, 8))[None, None, :] & 1)
     top = (1 << planes) - 1
     values = (2 * bits - top).to(tl.float32) * (2 / (top + 1))
