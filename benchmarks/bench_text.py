@@ -8,6 +8,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,7 @@ def _word_ngrams(words: Words) -> list[int]:
     for begin in range(0, len(words), WORDS_PER_SENTENCE):
         hashes = [_fnv(word) for word in words[begin : begin + WORDS_PER_SENTENCE]]
         hashes = [h - 2**32 if h >= 2**31 else h for h in hashes]
-        out += [(a * 116049371 + b) % 2**64 % 2_000_000 for a, b in zip(hashes, hashes[1:])]
+        out += [(a * 116049371 + b) % 2**64 % 2_000_000 for a, b in pairwise(hashes)]
     return out
 
 

@@ -256,8 +256,10 @@ class QuantizedEmbedding(VocabularyEmbedding):
         return self.num_embeddings * (self.embedding_dim + (1 if self.zero_point is None else 2))
 
     def codes(self, ids: Tensor) -> Tensor:
-        """Return the integers of ids ``(ids,)``, int64 ``(ids, embedding_dim)``: signed ones, or
-        unsigned ones where there are zero points."""
+        """Return the integers of ids ``(ids,)``, int64 ``(ids, embedding_dim)``.
+
+        Signed ones, or unsigned ones where there are zero points.
+        """
         unsigned = unpack_codes(self.packed[ids], self.bits, self.embedding_dim)
         return unsigned - 2 ** (self.bits - 1) if self.zero_point is None else unsigned
 

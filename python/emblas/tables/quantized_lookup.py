@@ -35,7 +35,8 @@ def quantized_bag(
 ) -> Tensor:
     """Look up rows of integers, multiply them by their scales and pool them in bags, in one pass.
 
-    A row of the table is ``scale (integers - zero_point)``. No row of floats reaches memory but the results.
+    A row of the table is ``scale (integers - zero_point)``. No row of floats reaches memory but the
+    results.
 
     Parameters
     ----------
