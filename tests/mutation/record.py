@@ -41,7 +41,7 @@ def digest(*texts: str) -> str:
 
 
 def _pieces(node: ast.AST) -> Iterator[str]:
-    """Yield the statements of a module, of its functions and classes, entries of a dict apart."""
+    """Yield the statements of a module, its functions and classes, entries of a dict apart."""
     match node:
         case ast.Module(body=body):
             for statement in body:
@@ -55,6 +55,8 @@ def _pieces(node: ast.AST) -> Iterator[str]:
             yield from (
                 f"{key and ast.unparse(key)}: {ast.unparse(value)}" for key, value in entries
             )
+        case ast.Import() | ast.ImportFrom():
+            pass
         case _:
             yield ast.unparse(node)
 
