@@ -16,8 +16,8 @@ from emblas import _op
 from emblas._load import _C
 from emblas.linear import linear
 
-# With fewer rows, packing the weights takes longer than is gained.
-LEAST_ROWS = 64
+# With fewer rows, packing the weights takes as long as is gained.
+LEAST_ROWS = 256
 ISAS = ("avx512", "avx512_vpopcntdq")
 
 
