@@ -6,6 +6,8 @@
 #include <cstdint>
 #include <limits>
 #include <mutex>
+#include <optional>
+#include <type_traits>
 #include <vector>
 
 #include "binary/dots.h"
@@ -42,11 +44,168 @@ inline float square_of(const float* x, int64_t dim) {
   return float(total);
 }
 
+// Queries as whole numbers of 16 bits, query ~ scale * values, whose products with int8 rows are
+// exact in 32 bits. A product with the query itself, as the kernels compute it in float32, differs
+// from scale * (whole product) by at most `error`.
+class RoundedQueries {
+ public:
+  RoundedQueries(const Queries& queries, int64_t dim)
+      : values_(size_t(queries.count * dim)), scales_(size_t(queries.count)), dim_(dim) {
+    constexpr double kLargestRow = 128;
+    const int64_t most = (int64_t(1) << 31) / int64_t(kLargestRow) / std::max<int64_t>(dim, 1) - 1;
+    const double finest = double(std::clamp<int64_t>(most, 0, 32767));  // 0: only the error is left
+    for (int64_t q = 0; q < queries.count; ++q) {
+      const float* query = queries.data + q * queries.stride;
+      double largest = 0, total = 0, lost = 0;
+      for (int64_t i = 0; i < dim; ++i) {
+        largest = std::max(largest, double(std::fabs(query[i])));
+        total += double(std::fabs(query[i]));
+      }
+      Scale& scale = scales_[size_t(q)];
+      scale.unit = largest > 0 && finest > 0 ? largest / finest : 0;
+      for (int64_t i = 0; i < dim; ++i) {
+        const double whole = scale.unit > 0 ? std::nearbyint(double(query[i]) / scale.unit) : 0;
+        values_[size_t(q * dim + i)] = int16_t(whole);
+        lost += std::fabs(double(query[i]) - scale.unit * whole);
+      }
+      // What float32 loses: half a unit in the last place at each addition, and margin.
+      scale.error = kLargestRow * (lost + 0x1p-23 * double(dim + 8) * total);
+      const double limit = double(std::numeric_limits<float>::max());
+      if (!(kLargestRow * total < limit)) scale.error = std::numeric_limits<double>::infinity();
+    }
+  }
+
+  const int16_t* at(int64_t q) const { return values_.data() + q * dim_; }
+  // No product of query q that is this in whole numbers is above the result.
+  float bound(int64_t q, int32_t whole) const {
+    return float(scales_[size_t(q)].unit * double(whole) + scales_[size_t(q)].error);
+  }
+
+ private:
+  struct Scale {
+    double unit, error;
+  };
+  std::vector<int16_t> values_;
+  std::vector<Scale> scales_;
+  int64_t dim_;
+};
+
+// One thread's search of some of the rows.
+template <class T>
+class DensePass {
+ public:
+  DensePass(const Queries& queries, const Vectors<T>& vectors, Metric metric, const Filter& filter,
+            const std::vector<float>& query_squares, const RoundedQueries* rounded,
+            const Collector& start)
+      : found(size_t(queries.count), start),
+        queries_(queries),
+        vectors_(vectors),
+        metric_(metric),
+        filter_(filter),
+        query_squares_(query_squares),
+        rounded_(rounded),
+        dots_(size_t(kRows * kQueries)),
+        squares_(kRows),
+        best_dots_(kRows),
+        rows_(kRows),
+        best_rows_(kRows),
+        best_(kRows) {
+    if (rounded) whole_dots_.resize(size_t(kRows * kQueries));
+  }
+
+  // Rows [first, last) of the vectors, or of the list of ids.
+  void run(int64_t first, int64_t last) {
+    const bool shared = filter_.bitmaps && filter_.bitmap_stride == 0;
+    while (first < last) {
+      count_ = 0;
+      for (; first < last && count_ < kRows; ++first) {
+        const int64_t row = filter_.ids ? filter_.ids[first] : first;
+        if (!shared || filter_.allows(0, row)) rows_[size_t(count_++)] = row;
+      }
+      DotsArgs<T> args{vectors_.data, vectors_.stride, rows_.data(),    count_,
+                       vectors_.dim,  nullptr,         queries_.stride, 0,
+                       nullptr};
+      if (metric_ != Metric::dot) kernel().squares(args, squares_.data());
+      for (int64_t begin = 0; begin < queries_.count; begin += kQueries) {
+        const int64_t count = std::min(kQueries, queries_.count - begin);
+        if (rounded_) {
+          score_rounded(begin, count);
+        } else {
+          args.queries = queries_.data + begin * queries_.stride;
+          args.query_count = count;
+          args.dots = dots_.data();
+          kernel().dots(args);
+        }
+        for (int64_t i = 0; i < count; ++i) collect(begin + i, dots_.data() + i * count_);
+      }
+    }
+  }
+
+  std::vector<Collector> found;
+
+ private:
+  static constexpr int64_t kRows = 256, kQueries = 64;  // of the buffer of scores
+
+  // Upper bounds of the products.
+  void score_rounded(int64_t begin, int64_t count) {
+    if constexpr (std::is_same_v<T, int8_t>) {
+      kernels<DotsKernels>().rounded_dots({vectors_.data, vectors_.stride, rows_.data(), count_,
+                                           vectors_.dim, rounded_->at(begin), vectors_.dim, count,
+                                           whole_dots_.data()});
+      for (int64_t i = 0; i < count * count_; ++i) {
+        dots_[size_t(i)] = rounded_->bound(begin + i / count_, whole_dots_[size_t(i)]);
+      }
+    }
+  }
+
+  // Adds the rows that are among the best of query q. Nearly none are, once the first were seen.
+  void collect(int64_t q, const float* dots) {
+    Collector& list = found[size_t(q)];
+    const float query_square = query_squares_[size_t(q)];
+    const auto score = [&](float dot, int64_t i) {
+      return score_of(metric_, dot, squares_[size_t(i)], query_square);
+    };
+    const float worst = ScoreKey::distance(list.limit);  // NaN, until there are k
+    int64_t kept = 0;
+    for (int64_t i = 0; i < count_; ++i) {
+      best_[size_t(kept)] = int32_t(i);
+      kept += !(score(dots[i], i) < worst);
+    }
+    if (kept == 0) return;
+    for (int64_t i = 0; i < kept; ++i) {
+      best_rows_[size_t(i)] = rows_[size_t(best_[size_t(i)])];
+      best_dots_[size_t(i)] = dots[best_[size_t(i)]];
+    }
+    if (rounded_) {
+      kernel().dots({vectors_.data, vectors_.stride, best_rows_.data(), kept, vectors_.dim,
+                     queries_.data + q * queries_.stride, queries_.stride, 1, best_dots_.data()});
+    }
+    for (int64_t i = 0; i < kept; ++i) {
+      const int64_t row = best_rows_[size_t(i)];
+      const uint64_t key = ScoreKey::of(score(best_dots_[size_t(i)], best_[size_t(i)]), row);
+      if (key < list.limit && filter_.allows(q, row)) list.add(key);
+    }
+  }
+
+  static const Dots<T>& kernel() { return kernels<DotsKernels>().of(T{}); }
+
+  const Queries& queries_;
+  const Vectors<T>& vectors_;
+  const Metric metric_;
+  const Filter& filter_;
+  const std::vector<float>& query_squares_;
+  const RoundedQueries* rounded_;
+  int64_t count_ = 0;                  // rows at a time
+  std::vector<float> dots_, squares_;  // of [query, row]; of a row
+  std::vector<float> best_dots_;       // of the rows that are kept for one query
+  std::vector<int64_t> rows_, best_rows_;
+  std::vector<int32_t> best_, whole_dots_;
+};
+
 // Best k rows of each query by score, then by row.
 template <class T, class Parallel>
 std::vector<Collector> dense_search(const Queries& queries, const Vectors<T>& vectors, int64_t k,
                                     Metric metric, const Filter& filter, const Parallel& parallel) {
-  constexpr int64_t kRows = 256, kQueries = 64;  // of the buffer of scores
   Collector start;
   start.k = k;
   std::vector<Collector> found(size_t(queries.count), start);
@@ -54,43 +213,17 @@ std::vector<Collector> dense_search(const Queries& queries, const Vectors<T>& ve
   for (int64_t q = 0; q < queries.count; ++q) {
     query_squares[size_t(q)] = square_of(queries.data + q * queries.stride, vectors.dim);
   }
+  std::optional<RoundedQueries> rounded;
+  if (std::is_same_v<T, int8_t>) rounded.emplace(queries, vectors.dim);
   std::mutex lock;
   const int64_t rows = filter.ids ? filter.id_count : vectors.count;
   parallel(rows, vectors.dim * int64_t(sizeof(T)) * queries.count,
            [&](int64_t first, int64_t last) {
-             const auto& kernel = kernels<DotsKernels>().of(T{});
-             std::vector<Collector> part(size_t(queries.count), start);
-             std::vector<float> dots(size_t(kRows * kQueries)), squares(kRows);
-             std::vector<int64_t> some(kRows);
-             const bool shared = filter.bitmaps && filter.bitmap_stride == 0;
-             while (first < last) {
-               int64_t count = 0;
-               for (; first < last && count < kRows; ++first) {
-                 const int64_t row = filter.ids ? filter.ids[first] : first;
-                 if (!shared || filter.allows(0, row)) some[size_t(count++)] = row;
-               }
-               DotsArgs<T> args{vectors.data, vectors.stride, some.data(), count,      vectors.dim,
-                                nullptr,      queries.stride, 0,           dots.data()};
-               if (metric != Metric::dot) kernel.squares(args, squares.data());
-               for (int64_t begin = 0; begin < queries.count; begin += kQueries) {
-                 args.queries = queries.data + begin * queries.stride;
-                 args.query_count = std::min(kQueries, queries.count - begin);
-                 kernel.dots(args);
-                 for (int64_t i = 0; i < args.query_count; ++i) {
-                   const int64_t q = begin + i;
-                   Collector& list = part[size_t(q)];
-                   for (int64_t r = 0; r < count; ++r) {
-                     const float score = score_of(metric, dots[size_t(i * count + r)],
-                                                  squares[size_t(r)], query_squares[size_t(q)]);
-                     const uint64_t key = ScoreKey::of(score, some[size_t(r)]);
-                     if (key >= list.limit || !filter.allows(q, some[size_t(r)])) continue;
-                     list.add(key);
-                   }
-                 }
-               }
-             }
+             DensePass<T> pass(queries, vectors, metric, filter, query_squares,
+                               rounded ? &*rounded : nullptr, start);
+             pass.run(first, last);
              const std::lock_guard<std::mutex> guard(lock);
-             for (size_t q = 0; q < found.size(); ++q) found[q].merge(part[q]);
+             for (size_t q = 0; q < found.size(); ++q) found[q].merge(pass.found[q]);
            });
   for (Collector& one : found) {
     one.tighten();

@@ -4,6 +4,11 @@
 // that every load serves several pairs; a pair's terms are added in an order that depends on the
 // dimension only, whatever it is computed together with. Scores are selected from a small buffer
 // and never all written. Bound by memory for a few queries, by multiplication for many.
+//
+// int8 rows would cost more than float32 ones, a conversion for each multiplication. Queries
+// rounded to 16 bits leave whole-number products, twice as many to an instruction, of which two
+// are added at once: they tell which rows may be among the best, and only those are multiplied
+// with the query itself.
 #pragma once
 
 #include <cstdint>
@@ -12,16 +17,17 @@
 
 namespace emblas {
 
-template <class T>
+template <class T, class Query = Accumulator<T>, class Dot = Accumulator<T>>
 struct DotsArgs {
   const T* data;
   int64_t stride;
   const int64_t* rows;  // [count] rows of data; null: 0, 1, ...
   int64_t count, dim;
-  const Accumulator<T>* queries;
+  const Query* queries;
   int64_t query_stride, query_count;
-  Accumulator<T>* dots;  // [query_count, count]
+  Dot* dots;  // [query_count, count]
 };
+using RoundedDotsArgs = DotsArgs<int8_t, int16_t, int32_t>;
 template <class T>
 struct Dots {
   void (*dots)(const DotsArgs<T>&);
@@ -31,6 +37,7 @@ struct Dots {
 struct DotsKernels {
   ByDtype<Dots> floats;
   Dots<int8_t> int8;
+  void (*rounded_dots)(const RoundedDotsArgs&);  // of queries whose sums can't exceed 32 bits
 
   const Dots<int8_t>& of(int8_t) const { return int8; }
   template <class T>

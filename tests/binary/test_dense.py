@@ -115,6 +115,25 @@ def test_does_not_depend_on_batch_threads_or_layout(isa):
     check_threads(lambda: dense_topk(wanted, documents, 9))
 
 
+@pytest.mark.parametrize("metric", ["dot", "cosine", "l2"])
+def test_int8_equals_its_float32(isa, metric):
+    """Rounded queries choose what is multiplied; bits don't change, however badly they round."""
+    for rows, dim in ((700, 37), (300, 5000)):
+        documents = torch.randint(-128, 128, (rows, dim), dtype=torch.int8)
+        documents[5] = -128
+        documents[100:200] = documents[7]  # ties
+        wanted = torch.randn(9, dim)
+        wanted[0] = 0
+        wanted[1, 3] = 1e6
+        wanted[2] = wanted[2].clamp(-3, 3) * 1e38  # products overflow
+        wanted[3] *= 1e-42
+        wanted[4] = documents[7]
+        found = dense_topk(wanted, documents, 20, metric=metric)
+        expected = dense_topk(wanted, documents.float(), 20, metric=metric)
+        assert torch.equal(found[0], expected[0])
+        assert torch.equal(found[1], expected[1])
+
+
 def test_nan_comes_last():
     documents = vectors(5, 4)
     documents[2] = torch.nan
