@@ -36,7 +36,7 @@ class Plugin:
     """Collects like any run of pytest, and tests the mutants instead."""
 
     def __init__(self, kind: str, mutants: Any, kernels: list[str], changed_only: bool) -> None:
-        self.kind, self.mutants = kind, mutants
+        self.kind, self.mutants, self.kernels = kind, mutants, kernels
         reasons = importlib.import_module(f"mutation.survivors_{kind}").REASONS
         self.reasons = {mutant: reason for reason, found in reasons.items() for mutant in found}
         texts: dict[tuple[str, str], set[str]] = defaultdict(set)
@@ -107,8 +107,9 @@ class Plugin:
         return [survivor for survivor in survivors if survivor not in self.reasons]
 
     def gone(self) -> list[tuple[str, str]]:
-        """Return what has a reason and is no mutant any longer."""
-        return sorted(set(self.reasons) - {(m.kernel, m.line) for m in self.mutants.all})
+        """Return what has a reason and is no mutant any longer, of the kernels asked for."""
+        gone = set(self.reasons) - {(m.kernel, m.line) for m in self.mutants.all}
+        return sorted(mutant for mutant in gone if not self.kernels or mutant[0] in self.kernels)
 
     def _fails(self, index: int) -> bool:
         item = self.items[index]
