@@ -116,13 +116,15 @@ def test_value_checks_agree_with_the_cpu_kernels(name):
         "hash_bag": lambda cu: (ids, X, cu, None, 0, 0, 4, None),
         "compose_bag": lambda cu: (ids, X.flatten(), cu, None, parts, 0, 0, None),
         "quantized_bag": lambda cu: (ids, codes, torch.ones(len(codes)), cu, None, 8, 3, 0, None),
+        "random_codes": lambda sequence: (ids, sequence, 3, 0, 1, 1, 0),
         "varlen_attention": lambda cu: (q, q, q, CU, cu, 4, 4, None, -1, -1, False),
     }
     offsets = [torch.tensor(x).int() for x in ([1, 1, 4], [0, 5, 4], [0, 1, 3])]
     positions = [torch.tensor(x) for x in ([0, 1, 2, 3], [-1, 0, 0, 0])]
     rows = [torch.tensor(x) for x in ([4, 0], [0, 9])]
+    sequences = [torch.tensor(x) for x in ([0, -1, 0, 0], [2**32])]
     values = {"rotary": positions, "rotary_": positions, "rotary_backward": positions,
-              "row_dots": rows, "row_sums": rows}  # fmt: skip
+              "row_dots": rows, "row_sums": rows, "random_codes": sequences}  # fmt: skip
     for wrong in values.get(name, offsets):
         messages = []
         for run in (op, op.check_values):
