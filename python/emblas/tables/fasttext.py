@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -58,11 +59,13 @@ def word_ngram_ids(
     if not 1 <= num_buckets <= 2**62:
         raise ValueError(f"num_buckets must be 1 to 2^62, got {num_buckets}")
     if is_bytes("sentences", sentences, "bytes", "offsets", "sentence_offsets"):
-        data, *starts = sentences
-        words, groups = map(starts_of, starts)
-        ids, offsets = _C.word_ngram_ids_of_bytes(data, words, groups, max_n, num_buckets)
+        words, groups = map(starts_of, sentences[1:])
+        ids, offsets = _C.word_ngram_ids_of_bytes(
+            np.asarray(sentences[0]), words, groups, max_n, num_buckets
+        )
     else:
-        ids, offsets = _C.word_ngram_ids_of_strings(list(sentences), max_n, num_buckets)
+        lists: Any = list(sentences)
+        ids, offsets = _C.word_ngram_ids_of_strings(lists, max_n, num_buckets)
     return torch.from_numpy(ids), torch.from_numpy(offsets)
 
 
@@ -120,7 +123,7 @@ def floret_ids(
     options = (min_n, max_n, num_hashes, seed, num_buckets)
     if is_bytes("words", words, "bytes", "offsets"):
         data, starts = words
-        ids, offsets = _C.floret_ids_of_bytes(data, starts_of(starts), *options)
+        ids, offsets = _C.floret_ids_of_bytes(np.asarray(data), starts_of(starts), *options)
     else:
         ids, offsets = _C.floret_ids_of_strings(string_list(words), *options)
     return torch.from_numpy(ids), torch.from_numpy(offsets)

@@ -123,7 +123,7 @@ def text_ids(
     options = (KINDS.index(kind), *lengths, multiplier % 2**64, modulus or 0)
     if is_bytes("strings", strings, "bytes", "offsets"):
         data, starts = strings
-        ids, offsets = _C.text_ids_of_bytes(data, starts_of(starts), *options)
+        ids, offsets = _C.text_ids_of_bytes(np.asarray(data), starts_of(starts), *options)
     else:
         ids, offsets = _C.text_ids_of_strings(string_list(strings), *options)
     return torch.from_numpy(ids), torch.from_numpy(offsets)
