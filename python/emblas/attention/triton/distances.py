@@ -179,11 +179,13 @@ def _add_sequences(
     tl.store(grad + at, total, mask=x <= bias_radius)
 
 
-def _tile(dtype: torch.dtype, dim: int) -> tuple[int, int]:
-    """Return queries, and keys, of a tile, and warps (see docs/gpu_kernels.md)."""
+def _tile(dtype: torch.dtype, dim: int) -> int:
+    """Return queries, and keys, of a tile for 8 warps (see docs/gpu_kernels.md)."""
     if dtype == torch.float32:
-        return (32, 4) if dim <= 64 else (16, 4)
-    return (64, 8) if dim <= 64 else (32, 4)
+        return 32 if dim <= 32 else 16
+    if dim <= 64:
+        return 64
+    return 32 if dim <= 128 else 16
 
 
 def distance_gradients(
@@ -200,9 +202,9 @@ def distance_gradients(
     cu_seqlens_q, cu_seqlens_k, q_tokens, k_tokens = sizes[:4]
     batch, grad = cu_seqlens_q.shape[0] - 1, torch.empty_like(how["distance_bias"])
     sums = grad.new_empty(heads[0], q_tokens + k_tokens)
-    block, num_warps = _tile(given[0].dtype, max(heads[2:]))
+    block = _tile(given[0].dtype, max(heads[2:]))
     _grad_distances[(batch * heads[0], triton.cdiv(distances, block))](
-        *given, sums, *sizes, *heads, **how, BLOCK=block, num_warps=num_warps, num_stages=1
+        *given, sums, *sizes, *heads, **how, BLOCK=block, num_warps=8, num_stages=1
     )
     block = 256
     _add_sequences[(heads[0], triton.cdiv(grad.shape[1], block))](
