@@ -260,6 +260,20 @@ def test_tiles_that_nobody_sees_are_skipped(backward, window, of_queries, of_key
         assert read == [5 * matrix + 2 * vector + 16, 4 * matrix + 2 * vector + 16]
 
 
+def test_what_nobody_sees_is_not_read(backward):
+    """Keys by queries before the first of them, and queries by keys that they have left behind."""
+
+    def read(*lengths, window):
+        emulator.take_launches()
+        backward(*arguments(*lengths, dim=72, window=window))
+        return [counts["global_read"] for _, counts in emulator.take_launches()]
+
+    rows = 2 * 2 * 2 * 72  # two of two tensors
+    assert read((66,), (2,), window=(-1, -1))[0] - read((66,), (2,), window=(-1, 0))[0] == rows
+    before = read((2,), (66,), window=(-1, -1))[1] - read((2,), (66,), window=(0, -1))[1]
+    assert before == rows + 2 * 2 * 4
+
+
 def test_refusals(backward):
     grad_out, grad_lse, q, k, v, out, lse, cu, cu_k, *rest = arguments((2, 3), heads=4, key_heads=2)
     inputs = q, k, v
