@@ -9,6 +9,8 @@ namespace {
 
 constexpr int64_t kBytes = 8, kValues = 8 * kBytes;  // at a time
 
+typedef int32_t Dimensions __attribute__((vector_size(32)));  // those of a byte
+
 template <class T>
 void unpack_rows(const UnpackPlanesArgs<T>& args, int64_t first, int64_t last) {
   using A = Accumulator<T>;
@@ -20,18 +22,19 @@ void unpack_rows(const UnpackPlanesArgs<T>& args, int64_t first, int64_t last) {
     T* out = args.out + r * args.dim;
     for (int64_t begin = 0; begin < width; begin += kBytes) {
       const int64_t bytes = width - begin < kBytes ? width - begin : kBytes;
-      int32_t bits[kValues] = {};
+      Dimensions bits[kBytes] = {};
       for (int64_t plane = 0; plane < args.planes; ++plane) {
         for (int64_t b = 0; b < bytes; ++b) {
           const int32_t byte = code[plane * width + begin + b];
-          for (int j = 0; j < 8; ++j) {
-            int32_t& value = bits[8 * b + j];
-            value = 2 * value + ((byte & 0x80 >> j) != 0);
-          }
+          const Dimensions set = (byte & Dimensions{128, 64, 32, 16, 8, 4, 2, 1}) != 0;  // -1 or 0
+          bits[b] += bits[b] - set;
         }
       }
       A values[kValues];
-      for (int64_t i = 0; i < 8 * bytes; ++i) values[i] = A(2 * bits[i] - top) * step;
+      for (int64_t b = 0; b < bytes; ++b) {
+        const Dimensions scaled = 2 * bits[b] - top;
+        for (int i = 0; i < 8; ++i) values[8 * b + i] = A(scaled[i]) * step;
+      }
       T* const to = out + 8 * begin;
       const int64_t left = args.dim - 8 * begin, count = left < kValues ? left : kValues;
       int64_t i = 0;

@@ -426,7 +426,7 @@ CODES, X = torch.zeros(3, 4, dtype=torch.uint8), torch.zeros(2, 32)
             "scale must be positive and finite",
             lambda: asymmetric_topk(X, CODES, 1, scale=torch.zeros(3)),
         ),
-        (ValueError, "multiple of", lambda: symmetric_topk(CODES, CODES, 1, dim=99)),
+        (ValueError, "1 to 24 times", lambda: symmetric_topk(CODES, CODES, 1, dim=99)),
         (ValueError, "bits must be between 1 and 4, got 5", lambda: pack_planes(X, 5)),
         (TypeError, "filter must have dtype", lambda: hamming_topk(CODES, CODES, 1, filter=X)),
         (
