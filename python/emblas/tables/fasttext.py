@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from emblas._load import _C
 from emblas.tables.base import check_at_least
-from emblas.tables.text import Bytes, is_bytes, starts_of, string_list
+from emblas.tables.text import Bytes, arrays_of, starts_of, string_list
 
 FLORET_SEED = 2166136261
 
@@ -58,14 +57,13 @@ def word_ngram_ids(
     check_at_least(2, max_n=max_n)
     if not 1 <= num_buckets <= 2**62:
         raise ValueError(f"num_buckets must be 1 to 2^62, got {num_buckets}")
-    if is_bytes("sentences", sentences, "bytes", "offsets", "sentence_offsets"):
-        words, groups = map(starts_of, sentences[1:])
-        ids, offsets = _C.word_ngram_ids_of_bytes(
-            np.asarray(sentences[0]), words, groups, max_n, num_buckets
-        )
+    arrays = arrays_of("sentences", sentences, "bytes", "offsets", "sentence_offsets")
+    if arrays is not None:
+        data, *starts = arrays
+        words, groups = map(starts_of, starts)
+        ids, offsets = _C.word_ngram_ids_of_bytes(data, words, groups, max_n, num_buckets)
     else:
-        lists: Any = list(sentences)
-        ids, offsets = _C.word_ngram_ids_of_strings(lists, max_n, num_buckets)
+        ids, offsets = _C.word_ngram_ids_of_strings(string_list(sentences), max_n, num_buckets)
     return torch.from_numpy(ids), torch.from_numpy(offsets)
 
 
@@ -121,9 +119,10 @@ def floret_ids(
         if not low <= value <= high:
             raise ValueError(f"{name} must be {low} to {high}, got {value}")
     options = (min_n, max_n, num_hashes, seed, num_buckets)
-    if is_bytes("words", words, "bytes", "offsets"):
-        data, starts = words
-        ids, offsets = _C.floret_ids_of_bytes(np.asarray(data), starts_of(starts), *options)
+    arrays = arrays_of("words", words, "bytes", "offsets")
+    if arrays is not None:
+        data, starts = arrays
+        ids, offsets = _C.floret_ids_of_bytes(data, starts_of(starts), *options)
     else:
         ids, offsets = _C.floret_ids_of_strings(string_list(words), *options)
     return torch.from_numpy(ids), torch.from_numpy(offsets)

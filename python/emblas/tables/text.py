@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, TypeGuard
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,13 +22,13 @@ BLT_PRIME = 1000000007
 Bytes = tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64] | npt.NDArray[np.int32]]
 
 
-def is_bytes(name: str, strings: object, *arrays: str) -> TypeGuard[tuple[Any, ...]]:
-    """Tell arrays of bytes and starts from a sequence of strings; the arrays must be all there."""
+def arrays_of(name: str, strings: object, *arrays: str) -> tuple[Any, ...] | None:
+    """Return the arrays of bytes and starts, which must be all there; None for strings."""
     if not (isinstance(strings, tuple) and strings and isinstance(strings[0], np.ndarray)):
-        return False
+        return None
     if len(strings) != len(arrays):
         raise ValueError(f"{name} must be ({', '.join(arrays)}), got {len(strings)} arrays")
-    return True
+    return strings
 
 
 def starts_of(starts: Any) -> npt.NDArray[np.int64]:
@@ -37,7 +37,7 @@ def starts_of(starts: Any) -> npt.NDArray[np.int64]:
     return array.astype(np.int64) if array.dtype == np.int32 else array
 
 
-def string_list(strings: Any) -> list[str]:
+def string_list(strings: Any) -> list[Any]:
     """Return a list of its own of a sequence of strings; a single string is no such sequence."""
     if isinstance(strings, (str, bytes)):
         raise TypeError(f"strings must be a sequence of str, got {type(strings).__name__}")
@@ -121,9 +121,10 @@ def text_ids(
         raise ValueError(f"modulus must be 1 to 2^62 - 1, got {modulus}")
     lengths = (min_n, max_n) if kind == "subwords" else (1, n)
     options = (KINDS.index(kind), *lengths, multiplier % 2**64, modulus or 0)
-    if is_bytes("strings", strings, "bytes", "offsets"):
-        data, starts = strings
-        ids, offsets = _C.text_ids_of_bytes(np.asarray(data), starts_of(starts), *options)
+    arrays = arrays_of("strings", strings, "bytes", "offsets")
+    if arrays is not None:
+        data, starts = arrays
+        ids, offsets = _C.text_ids_of_bytes(data, starts_of(starts), *options)
     else:
         ids, offsets = _C.text_ids_of_strings(string_list(strings), *options)
     return torch.from_numpy(ids), torch.from_numpy(offsets)
