@@ -272,6 +272,10 @@ def test_what_nobody_sees_is_not_read(backward):
     assert read((66,), (2,), window=(-1, -1))[0] - read((66,), (2,), window=(-1, 0))[0] == rows
     before = read((2,), (66,), window=(-1, -1))[1] - read((2,), (66,), window=(0, -1))[1]
     assert before == rows + 2 * 2 * 4
+    pairs = zip(read((130,), window=(-1, -1)), read((130,), window=(-1, 0)), strict=True)
+    of_queries, of_keys = (whole - causal for whole, causal in pairs)
+    assert of_queries == (3 * 130 - 64 - 128 - 130) * 4 * 72
+    assert of_keys == (3 * 130 - 130 - 66 - 2) * (4 * 72 + 8)
 
 
 def test_refusals(backward):
