@@ -93,7 +93,7 @@ REASONS: dict[str, list[tuple[str, str]]] = {
         ("hash_of", "return bits * (2654435761u «*» uint64_t(column) + 1);"),
         ("hash_of", "return bits «*» (2654435761u * uint64_t(column) + 1);"),
         ("keep_fingerprint", "parts.fingerprint[b] = int64_t(hash) «-» parts.rows.segments.begins[b];"),
-        ("pool_contributions", "hash «+=» hash_of(shared, c);"),
+        ("pool_contributions", "hash «+=» hash_of(shared, m * dim + c);"),
     ],
     "beyond the tile there is no column": [
         ("find_maxima", "for (int i = 0; i «<» vector; ++i) {"),

@@ -302,10 +302,10 @@ def segment_pool_modes_backward(
                 at = torch.where(argmax < 0, -1, index[argmax.clamp_min(0)])
             grad_x += segment_max_backward(grad, at, rows).reshape(x.shape)
             continue
-        needs, options = (False, True, True), (mode, ends, skip, index)
         of_x, of_weights = segment_pool_backward(
-            grad, values, pooled, norm, cu_seqlens, weights, *needs, *options
-        )
+            grad, values, pooled, norm, cu_seqlens, weights, False, True, True, mode, ends, skip,
+            index,
+        )  # fmt: skip
         grad_x += of_x
         grad_weights += of_weights
     return (
