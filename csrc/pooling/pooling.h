@@ -17,7 +17,9 @@
 // max:   out_b[i] = max_t x_t[i] over tokens of weight other than 0; the first maximum takes the
 //        gradient. NaN counts as larger than any number, as in torch.
 // gem:   out_b[i] = (sum_t w_t f(x_t[i]) / W_b)^(1/p), f(x) = max(x, epsilon)^p: the generalized
-//        mean (arXiv 1711.02512, equation 3).
+//        mean (arXiv 1711.02512, equation 3). dw_t is that of the mean of f(x), with the gradient
+//        by that mean: sum_i s_b[i] f(x_t[i]) - (g . out_b) / (p W_b), s_b = g out_b^(1-p) / (p
+//        W_b).
 //
 // Bytes: x is read once and out written once; nothing of size (tokens, dim) is made. Both
 // directions are bound by memory bandwidth (one add per element read or written), gem by its
@@ -95,13 +97,14 @@ struct SegmentGem {
   // Segments [first, last) to out [batch, dim]; scratch holds 2 dim accumulators.
   void (*forward)(const Segments<T>&, A power, A epsilon, int64_t first, int64_t last, A* out,
                   A* scratch);
-  // shared [dim] = d loss / d (sum_t w_t f(x_t)) from rows of grad_out and out; returns the
-  // segment's share of d loss / dp. scratch: dim.
+  // shared [dim] = d loss / d (sum_t w_t f(x_t)) from rows of grad_out and out, and along [1], what
+  // the gradients of weights lose; returns the segment's share of d loss / dp. scratch: dim.
   A (*share)(const Segments<T>&, A power, A epsilon, int64_t b, const A* grad_out, const A* out,
-             A* shared, A* scratch);
+             A* shared, A* along, A* scratch);
   // grad_x[i] = f'(x[i]) times the sum of shares of rows; scratch: 2 dim.
   void (*combine)(const A* rows, int64_t dim, const RowShare<A>* shares, int64_t count, const T* x,
                   A power, A epsilon, T* grad_x, A* scratch);
+  A (*dot)(const T* x, const A* shared, int64_t dim, A power, A epsilon);  // f(x) . shared
 };
 using SegmentGemKernels = ByDtype<SegmentGem>;
 

@@ -125,9 +125,10 @@ void row_keys(const Contributions<T>& parts, int32_t* keys, void* stream);
 template <class T>
 void row_gradients(const Contributions<T>& parts, const Order& order, const Accumulator<T>* power,
                    Accumulator<T> epsilon, T* grad_x, void* stream);
-// grad_weights [positions]; `order` is that of segments.
+// grad_weights [positions]; `order` is that of segments. With `power`, of powers of the rows.
 template <class T>
 void weight_gradients(const Contributions<T>& parts, const Order& order,
+                      const Accumulator<T>* power, Accumulator<T> epsilon,
                       Accumulator<T>* grad_weights, void* stream);
 
 // grad_out, argmax: [batch, dim]; grad_x: [rows, dim], zeros.

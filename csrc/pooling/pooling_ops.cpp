@@ -85,6 +85,47 @@ std::tuple<Tensor, Tensor> segment_max(const Tensor& x, const Tensor& cu_seqlens
   return {out, argmax};
 }
 
+// Gradients of weights where segments share tokens; slope(number, x) is what a segment in a mode
+// gives those of a token but for its steps.
+template <class T, class Slope>
+void shared_weights(const SegmentTensors& tensors, const PoolModes& modes,
+                    const Accumulator<T>* shared, Accumulator<T>* grad_weights,
+                    const Slope& slope) {
+  using A = Accumulator<T>;
+  const Segments<T> segments = tensors.view<T>();
+  const int64_t count = modes.count;
+  if (tensors.index) {  // a position of an index is in one segment only
+    std::fill_n(grad_weights, tensors.positions(), A(0));
+    for_segments<A>(tensors, 0, [&](int64_t first, int64_t last, A*) {
+      for (int64_t b = first; b < last; ++b) {
+        const Range range = range_of(segments, b, PoolMode::mean);
+        for (int64_t p = range.begin; p < range.end; ++p) {
+          for (int64_t m = 0; m < count; ++m) {
+            if (!weighs(modes.at[m])) continue;
+            grad_weights[p] +=
+                steps_at<A>(range, p, modes.at[m]) * slope(b * count + m, row_at(segments, p));
+          }
+        }
+      }
+    });
+    return;
+  }
+  // The slope at weight 0 counts too: the sums run with all weights 1.
+  const std::optional<Tensor> none;
+  const SegmentTensors all{tensors.x, tensors.starts, none, tensors.ends, tensors.skip, none};
+  SharedRows<T>(all, modes, shared, nullptr).for_rows([&] {
+    return [&](int64_t row, const RowShare<A>* shares, int64_t shares_count) {
+      A total = 0;
+      for (const RowShare<A>* share = shares; share < shares + shares_count; ++share) {
+        if (weighs(modes.at[share->number % count])) {
+          total += share->factor * slope(share->number, row_at(segments, row));
+        }
+      }
+      grad_weights[row] = total;
+    };
+  });
+}
+
 // Gradients where segments share tokens: first what each segment contributes, then the sums.
 template <class T>
 void shared_backward(const SegmentPoolBackwardArgs<T>& args, const SegmentTensors& tensors) {
@@ -98,23 +139,6 @@ void shared_backward(const SegmentPoolBackwardArgs<T>& args, const SegmentTensor
       along[i] = kernel.share(args, i / count, i % count, &shared[i * dim]);
     }
   });
-  const auto slope = [&](int64_t number, int64_t p) {
-    return kernel.dot(row_at(args.segments, p), &shared[number * dim], dim) - along[number];
-  };
-  if (args.grad_weights && tensors.index) {  // a position of an index is in one segment only
-    std::fill_n(args.grad_weights, args.positions, A(0));
-    for_segments<A>(tensors, 0, [&](int64_t first, int64_t last, A*) {
-      for (int64_t b = first; b < last; ++b) {
-        const Range range = range_of(args.segments, b, PoolMode::mean);
-        for (int64_t p = range.begin; p < range.end; ++p) {
-          for (int64_t m = 0; m < count; ++m) {
-            if (!weighs(modes.at[m])) continue;
-            args.grad_weights[p] += steps_at<A>(range, p, modes.at[m]) * slope(b * count + m, p);
-          }
-        }
-      }
-    });
-  }
   if (args.grad_x) {
     SharedRows<T>(tensors, modes, shared.get(), args.argmax).for_rows([&] {
       return [&, scratch = std::unique_ptr<A[]>(new A[dim])](int64_t row, const RowShare<A>* shares,
@@ -124,22 +148,11 @@ void shared_backward(const SegmentPoolBackwardArgs<T>& args, const SegmentTensor
       };
     });
   }
-  if (args.grad_weights && !tensors.index) {
-    // The slope at weight 0 counts too: the sums run with all weights 1.
-    const std::optional<Tensor> none;
-    const SegmentTensors all{tensors.x, tensors.starts, none, tensors.ends, tensors.skip, none};
-    SharedRows<T>(all, modes, shared.get(), args.argmax).for_rows([&] {
-      return [&](int64_t row, const RowShare<A>* shares, int64_t shares_count) {
-        A total = 0;
-        for (const RowShare<A>* share = shares; share < shares + shares_count; ++share) {
-          if (weighs(modes.at[share->number % count])) {
-            total += share->factor * slope(share->number, row);
-          }
-        }
-        args.grad_weights[row] = total;
-      };
-    });
-  }
+  if (!args.grad_weights) return;
+  shared_weights<T>(tensors, modes, shared.get(), args.grad_weights,
+                    [&](int64_t number, const T* x) {
+                      return kernel.dot(x, &shared[number * dim], dim) - along[number];
+                    });
 }
 
 std::tuple<Tensor, Tensor> pool_backward(const Tensor& grad_out, const Tensor& out,
@@ -278,12 +291,10 @@ Tensor segment_gem(const Tensor& x, const Tensor& cu_seqlens, const OptionalTens
   });
 }
 
-std::tuple<Tensor, Tensor> segment_gem_backward(const Tensor& grad_out, const Tensor& x,
-                                                const Tensor& out, const Tensor& cu_seqlens,
-                                                const OptionalTensor& weights, const Tensor& power,
-                                                double epsilon, const OptionalTensor& ends,
-                                                const OptionalTensor& skip,
-                                                const OptionalTensor& index) {
+std::tuple<Tensor, Tensor, Tensor> segment_gem_backward(
+    const Tensor& grad_out, const Tensor& x, const Tensor& out, const Tensor& cu_seqlens,
+    const OptionalTensor& weights, const Tensor& power, double epsilon, const OptionalTensor& ends,
+    const OptionalTensor& skip, const OptionalTensor& index, bool need_weights) {
   const SegmentTensors tensors{x, cu_seqlens, weights, ends, skip, index};
   tensors.check_all();
   return visit_float(x.scalar_type(), kPoolingDtypes, [&](auto element) {
@@ -302,15 +313,17 @@ std::tuple<Tensor, Tensor> segment_gem_backward(const Tensor& grad_out, const Te
     const auto& kernel = kernels<SegmentGemKernels>().of(element);
     Tensor grad_x = empty_like_tokens(x, true);
     Tensor grad_power = empty_cpu<1>(kScalarType<A>, {batch});
-    const std::unique_ptr<A[]> shared(new A[batch * dim]);
+    Tensor grad_weights = empty_cpu<1>(kScalarType<A>, {need_weights ? tensors.positions() : 0});
+    const std::unique_ptr<A[]> shared(new A[batch * dim]), along(new A[batch]);
     for_segments<A>(tensors, 1, [&](int64_t first, int64_t last, A* scratch) {
       for (int64_t b = first; b < last; ++b) {
         write<A>(grad_power)[b] =
             kernel.share(segments, p, A(epsilon), b, read<A>(grad_out) + b * dim,
-                         read<A>(out) + b * dim, &shared[b * dim], scratch);
+                         read<A>(out) + b * dim, &shared[b * dim], &along[b], scratch);
       }
     });
-    SharedRows<T>(tensors, {{PoolMode::mean}, 1}, shared.get(), nullptr).for_rows([&] {
+    const PoolModes mean{{PoolMode::mean}, 1};
+    SharedRows<T>(tensors, mean, shared.get(), nullptr).for_rows([&] {
       Segments<T> rows = segments;
       rows.index = nullptr;
       return [&, rows, scratch = std::unique_ptr<A[]>(new A[2 * dim])](
@@ -319,7 +332,13 @@ std::tuple<Tensor, Tensor> segment_gem_backward(const Tensor& grad_out, const Te
                        write<T>(grad_x) + row * dim, scratch.get());
       };
     });
-    return std::make_tuple(grad_x, grad_power);
+    if (need_weights) {
+      shared_weights<T>(
+          tensors, mean, shared.get(), write<A>(grad_weights), [&](int64_t b, const T* of_token) {
+            return kernel.dot(of_token, &shared[b * dim], dim, p, A(epsilon)) - along[b];
+          });
+    }
+    return std::make_tuple(grad_x, grad_power, grad_weights);
   });
 }
 
@@ -357,9 +376,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(emblas, library) {
       " Tensor? ends=None, Tensor? skip=None, Tensor? index=None) -> Tensor");
   library.def(
       "segment_gem_backward(Tensor grad_out, Tensor x, Tensor out, Tensor cu_seqlens,"
-      " Tensor? weights, Tensor power, float epsilon, Tensor? ends=None, Tensor? skip=None, "
-      "Tensor? index=None)"
-      " -> (Tensor grad_x, Tensor grad_power)");
+      " Tensor? weights, Tensor power, float epsilon, Tensor? ends=None, Tensor? skip=None,"
+      " Tensor? index=None, bool need_weights=False)"
+      " -> (Tensor grad_x, Tensor grad_power, Tensor grad_weights)");
 }
 STABLE_TORCH_LIBRARY_IMPL(emblas, CPU, library) {
   library.impl("segment_pool", TORCH_BOX(&emblas::segment_pool));

@@ -141,7 +141,8 @@ std::tuple<Tensor, Tensor> pool_backward(const DeviceCall& call, const Tensor& g
     const cuda::Order order = gradients.order();
     if (need_x) gradients.rows(order, nullptr, 0, grad_x);
     if (need_weights) {
-      cuda::weight_gradients<T>(gradients.parts, order, call.write<A>(grad_weights), call.stream());
+      cuda::weight_gradients<T>(gradients.parts, order, nullptr, 0, call.write<A>(grad_weights),
+                                call.stream());
     }
     return std::make_tuple(grad_x, grad_weights);
   });
@@ -192,10 +193,10 @@ Tensor segment_gem_cuda(const Tensor& x, const Tensor& cu_seqlens, const Optiona
   });
 }
 
-std::tuple<Tensor, Tensor> segment_gem_backward_cuda(
+std::tuple<Tensor, Tensor, Tensor> segment_gem_backward_cuda(
     const Tensor& grad_out, const Tensor& x, const Tensor& out, const Tensor& cu_seqlens,
     const OptionalTensor& weights, const Tensor& power, double epsilon, const OptionalTensor& ends,
-    const OptionalTensor& skip, const OptionalTensor& index) {
+    const OptionalTensor& skip, const OptionalTensor& index, bool need_weights) {
   const DeviceCall call(x);
   check_tokens(call, x);
   const SegmentTensors tensors{x, cu_seqlens, weights, ends, skip, index};
@@ -213,11 +214,18 @@ std::tuple<Tensor, Tensor> segment_gem_backward_cuda(
     }
     const Tensor grad_x = gradients.empty_like_x(true);
     const Tensor grad_power = call.empty<1>(kScalarType<A>, {batch});
+    const Tensor grad_weights =
+        call.empty<1>(kScalarType<A>, {need_weights ? tensors.positions() : 0});
     cuda::segment_gem_contributions<T>(gradients.parts, call.read<A>(power), A(epsilon),
                                        call.read<A>(grad_out), call.read<A>(out),
                                        call.write<A>(grad_power), call.stream());
-    gradients.rows(gradients.order(), call.read<A>(power), A(epsilon), grad_x);
-    return std::make_tuple(grad_x, grad_power);
+    const cuda::Order order = gradients.order();
+    gradients.rows(order, call.read<A>(power), A(epsilon), grad_x);
+    if (need_weights) {
+      cuda::weight_gradients<T>(gradients.parts, order, call.read<A>(power), A(epsilon),
+                                call.write<A>(grad_weights), call.stream());
+    }
+    return std::make_tuple(grad_x, grad_power, grad_weights);
   });
 }
 
@@ -249,7 +257,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(EMBLAS_CUDA_NAMESPACE, library) {
   library.def(
       "segment_gem_backward_cuda(Tensor grad_out, Tensor x, Tensor out, Tensor cu_seqlens,"
       " Tensor? weights, Tensor power, float epsilon, Tensor? ends=None, Tensor? skip=None,"
-      " Tensor? index=None) -> (Tensor grad_x, Tensor grad_power)");
+      " Tensor? index=None, bool need_weights=False)"
+      " -> (Tensor grad_x, Tensor grad_power, Tensor grad_weights)");
 }
 STABLE_TORCH_LIBRARY_IMPL(EMBLAS_CUDA_NAMESPACE, EMBLAS_CUDA_KEY, library) {
   library.impl("segment_pool_cuda", TORCH_BOX(&emblas::segment_pool_cuda));

@@ -93,15 +93,17 @@ void forward(const Segments<T>& segments, Accumulator<T> power, Accumulator<T> e
 template <class T>
 Accumulator<T> share(const Segments<T>& segments, Accumulator<T> power, Accumulator<T> epsilon,
                      int64_t b, const Accumulator<T>* grad_out, const Accumulator<T>* out,
-                     Accumulator<T>* shared, Accumulator<T>* scratch) {
+                     Accumulator<T>* shared, Accumulator<T>* along, Accumulator<T>* scratch) {
   using A = Accumulator<T>;
   const int64_t dim = segments.dim;
   const Range range = range_of(segments, b, PoolMode::mean);
   const A total = total_weight(segments, range);
+  *along = 0;
   if (total == 0) {
     std::memset(shared, 0, dim * sizeof(A));
     return 0;
   }
+  *along = dot(grad_out, out, dim) / (power * total);
   for_vectors(out, A(0), dim, [&](int64_t i, int count, auto root) {
     const auto log = log2(root);
     store_some(shared + i, exp2((1 - power) * log) / (power * total), count);
@@ -142,7 +144,24 @@ void combine(const Accumulator<T>* rows, int64_t dim, const RowShare<Accumulator
 }
 
 template <class T>
-constexpr SegmentGem<T> kernel{forward<T>, share<T>, combine<T>};
+Accumulator<T> dot_powers(const T* x, const Accumulator<T>* shared, int64_t dim,
+                          Accumulator<T> power, Accumulator<T> epsilon) {
+  Vector<T> sum = {};
+  Accumulator<T> total = 0;
+  for_vectors(x, epsilon, dim, [&](int64_t i, int count, auto clamped) {
+    const auto raised = exp2(power * log2(clamped));
+    if (count == kLanes<T>) {
+      sum += raised * load(shared + i);
+    } else {
+      for (int j = 0; j < count; ++j) total += raised[j] * shared[i + j];
+    }
+  });
+  for (int j = 0; j < kLanes<T>; ++j) total += sum[j];
+  return total;
+}
+
+template <class T>
+constexpr SegmentGem<T> kernel{forward<T>, share<T>, combine<T>, dot_powers<T>};
 
 }  // namespace
 

@@ -4,7 +4,8 @@
 //
 // Forward: `sum_chunks` (segment_sums_cuda.cuh) adds up powers, `finish_roots` takes the root of
 // their mean. Backward: `gem_contributions` makes the gradient by a mean once per segment and reads
-// x for the gradient of p; segment_gradients_cuda.cuh hands it on to the rows and reads x again.
+// x for the gradient of p; segment_gradients_cuda.cuh hands it on to the rows, and to the weights,
+// and reads x again.
 #pragma once
 
 #include "pooling/contributions_cuda.cuh"
@@ -51,7 +52,7 @@ __global__ void __launch_bounds__(kThreads, 3) gem_contributions(GemBackwardArgs
   keep_range(parts, b, range);
   const A total = total_weight<kWarps>(rows, range, PoolMode::mean);
   const A power = *args.power;
-  A slope = 0;  // d loss / dp
+  A slope = 0, along = 0;  // d loss / dp; what the gradients of weights lose
   uint64_t hash = 0;
   for (int64_t tile = 0; tile < dim; tile += kTileColumns<T>) {
     const int64_t columns = min(dim - tile, int64_t(kTileColumns<T>));
@@ -66,7 +67,10 @@ __global__ void __launch_bounds__(kThreads, 3) gem_contributions(GemBackwardArgs
       if (total != 0) {
         const A root = args.out[at], log = log2(root);
         shared[i] = args.grad_out[at] * exp2((1 - power) * log) / (power * total);
-        if (warp == 0) slope -= args.grad_out[at] * root * log * ln2 / power;
+        if (warp == 0) {
+          slope -= args.grad_out[at] * root * log * ln2 / power;
+          along += args.grad_out[at] * root / (power * total);
+        }
       }
       if (warp == 0) {
         parts.shared[at] = shared[i];
@@ -95,7 +99,11 @@ __global__ void __launch_bounds__(kThreads, 3) gem_contributions(GemBackwardArgs
   }
   keep_fingerprint(parts, b, hash);
   slope = simt::block_sum<kWarps>(slope);
-  if (threadIdx.x == 0) args.grad_power[b] = total == 0 ? A(0) : slope;
+  along = simt::block_sum<kWarps>(along);
+  if (threadIdx.x == 0) {
+    args.grad_power[b] = total == 0 ? A(0) : slope;
+    parts.along[b] = along;
+  }
 }
 
 }  // namespace emblas::cuda

@@ -40,20 +40,22 @@ void row_gradients(const Contributions<T>& parts, const Order& order, const Accu
 
 template <class T>
 void weight_gradients(const Contributions<T>& parts, const Order& order,
+                      const Accumulator<T>* power, Accumulator<T> epsilon,
                       Accumulator<T>* grad_weights, void* stream) {
   const Segments<T>& segments = parts.rows.segments;
   const bool aligned = aligned_rows(segments) && segments.dim % simt::kVector<T> == 0;
   simt::launch(aligned ? write_weight_gradients<T, true> : write_weight_gradients<T, false>,
                blocks(parts.rows.positions, kWarps * kWarpRows), kThreads, 0, stream, parts, order,
-               grad_weights);
+               power, epsilon, grad_weights);
 }
 
-#define EMBLAS_INSTANTIATE(T)                                                                  \
-  template void order_spans<T>(const Contributions<T>&, int64_t*, int32_t*, int32_t*, void*);  \
-  template void row_keys<T>(const Contributions<T>&, int32_t*, void*);                         \
-  template void row_gradients<T>(const Contributions<T>&, const Order&, const Accumulator<T>*, \
-                                 Accumulator<T>, T*, void*);                                   \
-  template void weight_gradients<T>(const Contributions<T>&, const Order&, Accumulator<T>*, void*);
+#define EMBLAS_INSTANTIATE(T)                                                                     \
+  template void order_spans<T>(const Contributions<T>&, int64_t*, int32_t*, int32_t*, void*);     \
+  template void row_keys<T>(const Contributions<T>&, int32_t*, void*);                            \
+  template void row_gradients<T>(const Contributions<T>&, const Order&, const Accumulator<T>*,    \
+                                 Accumulator<T>, T*, void*);                                      \
+  template void weight_gradients<T>(const Contributions<T>&, const Order&, const Accumulator<T>*, \
+                                    Accumulator<T>, Accumulator<T>*, void*);
 EMBLAS_INSTANTIATE(float)
 EMBLAS_INSTANTIATE(double)
 EMBLAS_INSTANTIATE(bfloat16)

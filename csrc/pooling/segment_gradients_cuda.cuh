@@ -159,10 +159,11 @@ __global__ void __launch_bounds__(kThreads, 4)
 }
 
 // Grid (blocks of kWarps * kWarpRows positions). `aligned`: rows of x start at multiples of 16
-// bytes and dim is a multiple of the vector.
+// bytes and dim is a multiple of the vector. `power`: of the generalized mean, or null.
 template <class T, bool aligned>
 __global__ void __launch_bounds__(kThreads, 4)
-    write_weight_gradients(Contributions<T> parts, Order order, Accumulator<T>* grad_weights) {
+    write_weight_gradients(Contributions<T> parts, Order order, const Accumulator<T>* power,
+                           Accumulator<T> epsilon, Accumulator<T>* grad_weights) {
   using A = Accumulator<T>;
   constexpr int vector = aligned ? simt::kVector<T> : 1;
   const SegmentRows<T>& rows = parts.rows;
@@ -190,7 +191,9 @@ __global__ void __launch_bounds__(kThreads, 4)
       if (!reached || c >= dim) continue;
       A x[vector];
       load_values(row_start(rows.segments, row_of(rows, p)) + c, x);
-      for (int i = 0; i < vector; ++i) slope += x[i] * sum[i];
+      for (int i = 0; i < vector; ++i) {
+        slope += (power ? raise(x[i], *power, epsilon) : x[i]) * sum[i];
+      }
     }
     slope = simt::warp_sum(slope);
     if (lane == 0) grad_weights[p] = slope - removed;

@@ -91,7 +91,7 @@ def _generalized_means() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
     ):
         args = (starts, weights, power, 1e-6, *form)
         yield "segment_gem", words, (x, *args)
-        yield "segment_gem_backward", words, (out, x, out, *args)
+        yield "segment_gem_backward", words, (out, x, out, *args, weights is not None)
 
 
 def _maxima() -> Iterator[tuple[str, str, tuple[Any, ...]]]:

@@ -68,7 +68,8 @@ def segment_pool(
         first token.
     weights : Tensor, optional
         Weight of each token, ``(tokens,)`` or ``(batch, length)``; default 1. Gradients flow to
-        floating-point weights in the linear modes; ``max`` and ``gem`` take them as constants.
+        floating-point weights; with ``max``, which takes them as constants, they must not ask for
+        any.
     token_ids : Tensor, optional
         Vocabulary ids of the tokens, of the shape that ``weights`` would have. ``weights`` is then
         a table ``(vocabulary,)`` of weights by id, such as :func:`sif_weights` makes.
@@ -475,9 +476,8 @@ def _pool(
     epilogue: Epilogue | None,
 ) -> Result:
     modes = check_modes(mode)
-    for name in ("max", "gem"):
-        if name in modes and _op.needs_grad(segments.weights):
-            raise ValueError(f"weights get no gradient in mode {name!r}: detach them")
+    if "max" in modes and _op.needs_grad(segments.weights):
+        raise ValueError("weights get no gradient in mode 'max': detach them")
     if dims is not None and epilogue is not None:
         raise ValueError("give dims either to the function or to its epilogue, not both")
     dtype = segments.x.dtype

@@ -358,9 +358,13 @@ def _segment_gem_backward_fake(
     ends: Tensor | None = None,
     skip: Tensor | None = None,
     index: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x, memory_format=torch.contiguous_format), grad_out.new_empty(
-        grad_out.shape[0]
+    need_weights: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    positions = math.prod(x.shape[:-1]) if index is None else index.shape[0]
+    return (
+        torch.empty_like(x, memory_format=torch.contiguous_format),
+        grad_out.new_empty(grad_out.shape[0]),
+        grad_out.new_empty(positions if need_weights else 0),
     )
 
 
@@ -403,16 +407,19 @@ class _SegmentGem(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         x, out, power, starts, weights, ends, skip, index = ctx.saved_tensors
-        grad_x, grad_power = _segment_gem_backward(
-            grad_out.contiguous(), x, out, starts, weights, power, ctx.epsilon, ends, skip, index
-        )
-        return grad_x, grad_power.sum(0, keepdim=True), *[None] * 6
+        need_weights = ctx.needs_input_grad[3]
+        grad_x, grad_power, grad_weights = _segment_gem_backward(
+            grad_out.contiguous(), x, out, starts, weights, power, ctx.epsilon, ends, skip, index,
+            need_weights,
+        )  # fmt: skip
+        grad_power = grad_power.sum(0, keepdim=True)
+        return grad_x, grad_power, None, grad_weights if need_weights else None, *[None] * 4
 
 
 def segment_gem(segments: Segments, power: Tensor, epsilon: float) -> Tensor:
     """Take the generalized mean of checked arguments; ``power`` has one element."""
     x, starts, weights, ends, skip, index = segments
-    if needs_grad(x, power) and not use_reference():
+    if needs_grad(x, power, weights) and not use_reference():
         return _SegmentGem.apply(x, power, starts, weights, ends, skip, index, epsilon)
     function = reference.segment_gem if use_reference() else _segment_gem
     return function(x, starts, weights, power, epsilon, ends, skip, index)

@@ -348,8 +348,9 @@ def segment_gem_backward(
     ends: Tensor | None = None,
     skip: Tensor | None = None,
     index: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Gradients of :func:`segment_gem` by ``x`` and, one share per segment, by ``power``."""
+    need_weights: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of :func:`segment_gem` by ``x``, ``power`` (one share per segment) and weights."""
     entries = _entries(x, cu_seqlens, weights, Mode.mean, ends, skip, index)
     batch, weight = _batch(cu_seqlens, ends), entries.weight
     total = weight.new_zeros(batch).index_add(0, entries.segment, weight)
@@ -370,7 +371,13 @@ def segment_gem_backward(
         0, entries.segment, (slope * shared[entries.segment]).sum(1)
     )
     grad_power = grad_power - (grad_out * root * root.log()).sum(1) / power
-    return grad_x.to(x.dtype).reshape(x.shape), grad_power
+    grad_weights = weight.new_empty(0)
+    if need_weights:
+        along = torch.where(total == 0, 0, (grad_out * root).sum(1) * scale[:, 0])
+        slope = (taken**power * shared[entries.segment]).sum(1) - along[entries.segment]
+        positions = len(rows) if index is None else index.shape[0]
+        grad_weights = weight.new_zeros(positions).index_add(0, entries.position, slope)
+    return grad_x.to(x.dtype).reshape(x.shape), grad_power, grad_weights
 
 
 # --- finishing (csrc/pooling/finish.h) -----------------------------------------------------------

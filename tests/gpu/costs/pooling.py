@@ -136,7 +136,7 @@ def _row_gradients(p: Pooling) -> Work:
     )
 
 
-def _weight_gradients(p: PoolingBackward) -> Work:
+def _weight_gradients(p: Pooling) -> Work:
     where = p.ranges + p.order + p.per_sequence
     flops = 3 * sum(p.lengths) * p.dim
     return Work(where + p.per_sequence + p.wide + p.x, p.per_token, flops)
@@ -309,12 +309,12 @@ class Gem(Pooling):
 
 @dataclasses.dataclass(frozen=True)
 class GemBackward(Gem):
-    """Its gradient with respect to x and p."""
+    """Its gradient with respect to x and p, and to the weights where there are some."""
 
     def arguments(self) -> tuple[Any, ...]:
         x, *others = super().arguments()
         out = torch.ops.emblas.segment_gem(x, *others)
-        return torch.rand(out.shape), x, out, *others
+        return torch.rand(out.shape), x, out, *others, self.weights
 
 
 def _gem_cuda(p: Gem) -> dict[str, Work]:
@@ -328,21 +328,25 @@ def _gem_triton(p: Gem) -> dict[str, Work]:
     return {"_powers": Work(p.read_always + p.x + 4, p.wide, p.powers)}
 
 
-def _gem_backward(first: str, between: str, last: str) -> Callable[[GemBackward], dict[str, Work]]:
+def _gem_backward(
+    first: str, between: str, rows: str, weights: str
+) -> Callable[[GemBackward], dict[str, Work]]:
     def works(p: GemBackward) -> dict[str, Work]:
         parts = Work(
-            p.read_always + 2 * p.wide + p.x + 4, p.ranges + p.wide + p.per_sequence, p.powers
+            p.read_always + 2 * p.wide + p.x + 4, p.ranges + p.wide + 2 * p.per_sequence, p.powers
         )
-        rows = _row_gradients(p)
-        rows = Work(rows.read + p.x + 4, rows.written, rows.flops + p.powers)
-        if not p.spans:
-            return {first: parts, last: rows}
-        if between == "_fingerprints":
-            order = Work(p.wide + p.per_sequence, p.fingerprints)
-        else:
-            parts = dataclasses.replace(parts, written=parts.written + p.fingerprints)
-            order = Work(p.ranges + p.fingerprints, p.order)
-        return {first: parts, between: order, last: rows}
+        works = {first: parts}
+        if p.spans and between == "_fingerprints":
+            works[between] = Work(p.wide + p.per_sequence, p.fingerprints)
+        elif p.spans:
+            works[first] = dataclasses.replace(parts, written=parts.written + p.fingerprints)
+            works[between] = Work(p.ranges + p.fingerprints, p.order)
+        of_rows = _row_gradients(p)
+        works[rows] = Work(of_rows.read + p.x + 4, of_rows.written, of_rows.flops + p.powers)
+        if p.weights:
+            of_weights = _weight_gradients(p)
+            works[weights] = dataclasses.replace(of_weights, read=of_weights.read + 4)
+        return works
 
     return works
 
@@ -371,10 +375,10 @@ MODELS: dict[tuple[str, str], Callable[[Any], dict[str, Work]]] = {
     ("segment_gem", "CUDA C++"): _gem_cuda,
     ("segment_gem", "Triton"): _gem_triton,
     ("segment_gem_backward", "CUDA C++"): _gem_backward(
-        "gem_contributions", "rank_spans", "write_row_gradients"
+        "gem_contributions", "rank_spans", "write_row_gradients", "write_weight_gradients"
     ),
     ("segment_gem_backward", "Triton"): _gem_backward(
-        "_gem_gradients", "_fingerprints", "_row_gradients"
+        "_gem_gradients", "_fingerprints", "_row_gradients", "_weight_gradients"
     ),
     ("segment_max", "CUDA C++"): _max("find_maxima"),
     ("segment_max", "Triton"): _max("_maximum"),

@@ -2,7 +2,7 @@
 
 Forward: a program owns a segment and 64 columns, adds up powers lane by lane and takes the root of
 their mean. Backward: a program for each segment makes the gradient by the mean and, from the rows,
-the share of the gradient of p; ``gradients.py`` hands the former on to the rows.
+the share of the gradient of p; ``gradients.py`` hands the former on to the rows and the weights.
 
 Bytes: x once and out once; backward, x twice and its gradient once. x^p = 2^(p log2 x): some 30
 instructions per element, so memory is the limit for float32, arithmetic for 16-bit values.
@@ -16,7 +16,12 @@ from torch import Tensor
 from emblas import _op
 from emblas._triton import FLOATS
 from emblas.pooling.reference import Mode
-from emblas.pooling.triton.gradients import Contributions, keep_range, row_gradients
+from emblas.pooling.triton.gradients import (
+    Contributions,
+    keep_range,
+    row_gradients,
+    weight_gradients,
+)
 from emblas.pooling.triton.segments import (
     Places,
     row_of,
@@ -94,6 +99,7 @@ def _gem_gradients(
     last,
     owner,
     shared,
+    along,
     grad_power,
     dim,
     BLOCK_T: tl.constexpr,
@@ -106,6 +112,7 @@ def _gem_gradients(
     total = total_weight(weights, begin, end, begin, _MEAN, BLOCK_T)
     p = tl.load(power)
     slope = tl.zeros([BLOCK_D], tl.float32)
+    lost = tl.zeros([BLOCK_D], tl.float32)
     for d_start in range(0, dim, BLOCK_D):
         d = d_start + tl.arange(0, BLOCK_D)
         at = segment * dim + d
@@ -114,6 +121,7 @@ def _gem_gradients(
         root = tl.where(total == 0, 1.0, root)
         log_root = tl.log2(root)
         slope -= gradient * root * log_root * _LN2 / p
+        lost += gradient * root
         gradient *= tl.exp2((1 - p) * log_root) / (p * tl.where(total == 0, 1.0, total))
         gradient = tl.where(total == 0, 0.0, gradient)
         tl.store(shared + at, gradient, mask=d < dim)
@@ -129,6 +137,8 @@ def _gem_gradients(
             summed += weight[:, None] * tl.exp2(p * log) * log * _LN2
         slope += gradient * tl.sum(summed, 0)
     tl.store(grad_power + segment, tl.sum(slope, 0))
+    lost_by_all = tl.sum(lost, 0) / (p * tl.where(total == 0, 1.0, total))
+    tl.store(along + segment, tl.where(total == 0, 0.0, lost_by_all))
 
 
 def _supports(x: Tensor, *_: object) -> bool:
@@ -171,17 +181,21 @@ def segment_gem_backward(
     ends: Tensor | None = None,
     skip: Tensor | None = None,
     index: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+    need_weights: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
     places = Places.of(x, cu_seqlens, weights, ends, skip, index)
     batch, dim = grad_out.shape
     shared = Contributions.empty(places, [Mode.mean])
-    grad_power = grad_out.new_empty(batch)
+    along, grad_power = grad_out.new_empty(batch), grad_out.new_empty(batch)
     _gem_gradients[(batch,)](
         *places, power, epsilon, grad_out, out, shared.begin, shared.end, shared.owner,
-        shared.shared, grad_power, dim,
+        shared.shared, along, grad_power, dim,
         BLOCK_T=_BLOCK_TOKENS, BLOCK_D=_BLOCK_DIM,
     )  # fmt: skip
     grad_x = x.new_empty(x.shape)
     order = shared.order(ordered=ends is None)
     row_gradients(places, shared, order, grad_x, power, epsilon)
-    return grad_x, grad_power
+    grad_weights = grad_out.new_empty(places.positions if need_weights else 0)
+    if need_weights:
+        weight_gradients(places, shared, order, along, grad_weights, power, epsilon)
+    return grad_x, grad_power, grad_weights

@@ -175,6 +175,8 @@ def _weight_gradients(
     starts,
     reach,
     batch: tl.int64,
+    power,
+    epsilon,
     grad_weights,
     dim,
     COUNT: tl.constexpr,
@@ -210,6 +212,9 @@ def _weight_gradients(
                     removed += tl.where(covers, steps * tl.load(along + n), 0.0)
         wanted = covered[:, None] & (d < dim)[None, :]
         value = tl.load(x + at[:, None] + d[None, :], mask=wanted, other=0.0).to(tl.float32)
+        if power is not None:
+            clamped = tl.where(value < epsilon, epsilon, value)
+            value = tl.exp2(tl.load(power) * tl.log2(clamped))
         dot += tl.sum(tl.where(wanted, value * summed, 0.0), 1)
     tl.store(grad_weights + position, dot - removed, mask=inside)
 
@@ -307,14 +312,20 @@ def row_gradients(
 
 
 def weight_gradients(
-    places: Places, shared: Contributions, order: Order, along: Tensor, grad_weights: Tensor
+    places: Places,
+    shared: Contributions,
+    order: Order,
+    along: Tensor,
+    grad_weights: Tensor,
+    power: Tensor | None = None,
+    epsilon: float = 0.0,
 ) -> None:
-    """Write the gradients of the weights of all positions."""
+    """Write the gradients of the weights of all positions; with ``power`` as above."""
     x, dim = places.x, places.x.shape[-1]
     _weight_gradients[(triton.cdiv(places.positions, _BLOCK_ROWS),)](
         x, places.row_stride, places.plane_rows, places.plane_stride, places.begins,
         places.row_index, places.positions, places.rows, shared.first, shared.last, shared.shared,
-        along, *order, grad_weights, dim,
+        along, *order, power, epsilon, grad_weights, dim,
         COUNT=len(shared.modes), PLACES=places_of(shared.modes),
         BLOCK_R=_BLOCK_ROWS, BLOCK_D=_BLOCK_DIM,
     )  # fmt: skip
