@@ -107,7 +107,7 @@ def test_models_of_thinc():
 def test_private_names_are_asked_for_in_one_place():
     """Nothing else of the integrations reads a private name of an object that isn't its own."""
     package = Path(emblas.__file__).parent
-    own = {"self", "cls", "_op", "optimized", "active"}
+    own = {"emblas", "self", "cls", "_op", "optimized", "active"}
     for path in [*(package / "integrations").glob("*.py"), *(package / "encoder").glob("*.py")]:
         code = re.sub(r'"""(?s:.*?)"""', "", path.read_text())
         for holder, name in re.findall(r"(\w+)\.(_[a-z]\w*)(?!\w*\s*=[^=])", code):
