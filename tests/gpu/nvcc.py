@@ -49,9 +49,10 @@ def compile_cubin(source: Path, architecture: int, *options: str) -> bytes:
         "-Werror=all-warnings", "-Xcompiler=-Wall,-Wextra",
         f"-arch=sm_{architecture}", "-cubin", str(source),
     ]  # fmt: skip
-    key = hashlib.sha256(repr((command, Path(compiler).stat().st_mtime)).encode())
+    facts = options, architecture, compiler, Path(compiler).stat().st_mtime
+    key = hashlib.sha256(repr(facts).encode())
     for file in sorted(_included(source)):
-        key.update(file.read_bytes())
+        key.update(f"{file.relative_to(ROOT)}\n".encode() + file.read_bytes())
     binary = ROOT / "build" / "cubins" / key.hexdigest()
     if not binary.exists():
         binary.parent.mkdir(parents=True, exist_ok=True)

@@ -97,7 +97,11 @@ class Plugin:
 
     def _print(self, family: str, kernel: str, remark: str = "") -> None:
         found = self.record[family]["kernels"][kernel]
-        print(f"{family}.{kernel}: {found['killed']}/{found['mutants']} killed{remark}", flush=True)
+        if "killed" not in found:
+            print(f"{family}.{kernel}: not tested yet", flush=True)
+        else:
+            killed = f"{found['killed']}/{found['mutants']} killed"
+            print(f"{family}.{kernel}: {killed}{remark}", flush=True)
 
     def unexplained(self) -> list[tuple[str, str]]:
         """Return the survivors without a reason, the recorded ones included."""
