@@ -26,6 +26,7 @@ REASONS: dict[str, list[tuple[str, str]]] = {
         ("grad_queries_tile", "const bool masked = start «<» window.first_seen(position[1]) ||"),
         ("grad_queries_tile", "start + tile_keys - 1 «>» window.last_seen(position[0]);"),
         ("grad_queries_tile", "start + tile_keys «-» 1 > window.last_seen(position[0]);"),
+        ("sequence_of_slot", "int64_t low = 0, high = batch «-» 1;"),
         ("tile_of_slot", "if (first < 0 || first «>=» own.count) return {b, own, 0, 0};"),
         ("begin_lists", "for (int64_t first = 0; first «<» lists * queries; first += kSearchThreads) {"),
         ("compose_bags", "for (int n = lane_of_warp() / shape.lanes; n «<» kSlotIds; n += 32 / shape.lanes) {"),

@@ -109,6 +109,8 @@ REASONS: dict[str, list[tuple[str, str]]] = {
         ("sequences_of", "end = tl.load(cu_seqlens + sequence + 1, mask=inside == inside, other=0).to(tl.int64)"),
     ],
     "the same result by more work": [
+        ("_attend", "lowest, highest = keys_seen(first + ahead, first + ahead + BLOCK_M + 1, keys, left, right, prefix, block_ids)"),
+        ("_grad_queries", "lowest, highest = keys_seen(first + ahead, first + ahead + BLOCK_M + 1, keys, left, right, prefix, block_ids)"),
         ("_attend", "if first > queries:"),
         ("_collect_chunk", "if tl.max(tl.max(wanted.to(tl.int32), 1), 0) >= 0:"),
         ("_first_tile", "first = tl.maximum((tl.min(query, 0) - 1) // BLOCK_N - chunk * tiles, 0)"),
