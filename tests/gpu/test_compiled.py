@@ -22,13 +22,21 @@ ARCHITECTURES = tuple(map(int, os.environ.get("EMBLAS_ARCHITECTURES", "80 90 120
 FLOOR, FLOOR_WITH_TENSOR_CORES = 16, 8
 _TWO_WORDS = "ptxas spills two words for another four warps"
 _ALL_REGISTERS = "two words on sm_90, with all of its registers"
+_ALL_ON_120 = "some words on sm_120, with all of its registers: a smaller tile is to be tried"
 _WIDE_ROWS = "rows of 1 KiB: the smallest tile that tensor cores take, 16 x 16, spills some words"
 # Bytes of local memory that are allowed, and why.
 LOCAL_MEMORY = {
+    ("pool_contributions", ""): (8, "two words, to get by with 40 to 64 registers"),
+    ("gem_contributions", "double, true"): (8, "two words on sm_120, to get by with 80 registers"),
+    ("_weight_gradients", "float32, padded, weights, 2 modes"): (8, _TWO_WORDS),
+    ("_grad_distances", "bfloat16, head_dim 64, distances"): (16, _ALL_ON_120),
+    ("_grad_keys", "bfloat16, head_dim 64"): (48, _ALL_ON_120),
+    ("_grad_keys", "float16, head_dim 64"): (48, _ALL_ON_120),
+    ("_grad_keys", "bfloat16, head_dim 64, softcap, slopes"): (56, _ALL_ON_120),
+    ("_grad_keys", "bfloat16, head_dim 64, dropout"): (24, _ALL_ON_120),
     ("_rotate", "float32, dim 384"): (8, "two words on sm_100, to get by with 64 registers"),
     ("_attend", "float32, head_dim 256"): (8, "rows of 1 KiB: a tile of 16 x 32 spills two words"),
     ("_grad_queries", "float32, head_dim 256"): (136, _WIDE_ROWS),
-    ("_grad_queries", "bfloat16, head_dim 256"): (8, _TWO_WORDS),
     ("_grad_keys", "float32, head_dim 256"): (208, _WIDE_ROWS),
     ("_grad_weights", ""): (8, "ptxas spills two words to get by with 32 or 40 registers"),
     ("grad_keys_tile", "bfloat16, 256"): (8, _ALL_REGISTERS),
@@ -40,7 +48,6 @@ LOCAL_MEMORY = {
         "two words on sm_120, to get by with 80 registers",
     ),
     ("_maximum", "float32, padded"): (8, "two words on sm_120, to get by with 80 registers"),
-    ("_gem_gradients", "float32, lists, weights"): (8, "two words, to get by with 56 registers"),
     ("_vocab_max", "float32"): (32, "eight words on sm_120, with all of its registers"),
     ("_weight_gradients", "float32, spans, skip, mean_sqrt_len"): (8, _TWO_WORDS),
     ("_weight_gradients", "float32, padded, weights, mean_sqrt_len"): (8, _TWO_WORDS),
@@ -50,6 +57,7 @@ LOCAL_MEMORY = {
 }
 _ODD = "rows of odd width are read by bytes"
 NO_WIDE_LOADS = {
+    ("_pool", "float32, lists, weights, last"): "a block reads one row, each lane one value of it",
     ("_add_sequences", ""): "sums begin anywhere, and are a number for each token and head",
     ("_all_distances", "16 queries, odd width"): _ODD,
     ("_attention_gradients", ""): "its threads share the reads of 32 tokens and of 64 columns",
@@ -73,8 +81,39 @@ NO_PRODUCT = {
     ("_grad_queries", ""): "that of late interaction, which adds rows; attention's has variants",
     ("_logit_slopes", "float32, activation 0"): "the slope is 1 whatever the logits are",
 }
+_SEVERAL_MODES = "keeps what all of its modes have found, of which there may be seven"
 # Fewer warps than the floor.
 FEW_WARPS = {
+    **{
+        ("_pool", f"{variant} modes"): (8, _SEVERAL_MODES)
+        for variant in (
+            "float32, 2",
+            "bfloat16, 2",
+            "float16, 2",
+            "float32, 7",
+            "bfloat16, 7",
+            "float16, 7",
+            "float32, lists, weights, 2",
+            "float32, lists, weights, 7",
+            "float32, spans, skip, 2",
+            "float32, spans, skip, 7",
+            "float32, padded, weights, 2",
+            "float32, padded, weights, 7",
+        )
+    },
+    **{
+        ("_row_gradients", f"{variant} modes"): (12, _SEVERAL_MODES)
+        for variant in (
+            "float32, 7",
+            "bfloat16, 7",
+            "float16, 7",
+            "float32, spans, skip, 7",
+            "float32, padded, weights, 2",
+            "float32, padded, weights, 7",
+        )
+    },
+    ("_weight_gradients", "float32, lists, weights, 7 modes"): (12, _SEVERAL_MODES),
+    ("_weight_gradients", "float32, padded, weights, 7 modes"): (8, _SEVERAL_MODES),
     ("_rotate", "float32, dim 3072"): (8, "a block of 8 warps holds a row of 16 KiB in registers"),
     ("_weight_gradients", "float32, lists, weights, weighted_mean"): (
         12,
