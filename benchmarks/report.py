@@ -45,11 +45,15 @@ def rows_of(result: dict[str, Any]) -> list[Row]:
     ]
 
 
-def joined(results: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return one result of all rows: of equal ones, that of the last result."""
-    machines = [result["machine_info"]["emblas"] for result in results]
-    if any(machine[key] != machines[0][key] for machine in machines for key in ("cpu", "isa")):
-        raise ValueError("results must be of one kind of machine")
+def by_machine(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return one result for each kind of machine: of equal rows, that of the last result."""
+    groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for result in results:
+        groups[_machine(result)].append(result)
+    return [_joined(group) for _, group in sorted(groups.items())]
+
+
+def _joined(results: list[dict[str, Any]]) -> dict[str, Any]:
     rows = {
         tuple(row["extra_info"][k] for k in (*_CONTEST, "who")): row
         for result in results
@@ -60,10 +64,14 @@ def joined(results: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _machine(result: dict[str, Any]) -> str:
+    cpu: str = result["machine_info"]["emblas"]["cpu"]
+    return cpu.replace("(R)", "").removesuffix(" Processor")
+
+
+def _details(result: dict[str, Any]) -> str:
     machine = result["machine_info"]["emblas"]
     return (
-        f"{machine['cpu']}, ISA {machine['isa']}, torch {machine['torch']}, "
-        f"{result['datetime']}. Medians. Ratio: peer's time over ours."
+        f"{_machine(result)}: ISA {machine['isa']}, torch {machine['torch']}, {result['datetime']}"
     )
 
 
@@ -85,10 +93,8 @@ def _quiet(ours: Row, peer: Row | None) -> bool:
 
 
 def table(result: dict[str, Any]) -> str:
-    """Return the Markdown table of every row, with the machine and date above it."""
+    """Return the Markdown table of every row of one machine."""
     lines = [
-        _machine(result),
-        "",
         "| op | shape | dtype | threads | emblas | bound | memory | peer | its time | ratio |",
         "|---|---|---|--:|--:|--:|--:|---|--:|--:|",
     ]
@@ -108,8 +114,16 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def summary(result: dict[str, Any]) -> str:
-    """Return one line per op: the lowest and highest ratio to the fastest peer of each shape."""
+def tables(results: list[dict[str, Any]]) -> str:
+    """Return the table of each machine below its name, tools and dates."""
+    return "\n\n".join(
+        f"## {_details(result)}\n\nMedians. Ratio: peer's time over ours.\n\n{table(result)}"
+        for result in results
+    )
+
+
+def _ratios(result: dict[str, Any]) -> Iterator[tuple[str, int, float, str]]:
+    """Yield op, threads, ratio and name of the fastest peer of each shape and dtype."""
     fastest: dict[tuple[Any, ...], tuple[float, str]] = {}
     for ours, peer in _contests(result):
         # Our own other forms are no peers.
@@ -117,28 +131,36 @@ def summary(result: dict[str, Any]) -> str:
             key = tuple(ours[k] for k in _CONTEST)
             found = (peer["median"] / ours["median"], peer["who"])
             fastest[key] = min(found, fastest.get(key, found))
-    ratios: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for (family, op, *_, threads), (ratio, who) in fastest.items():
+        yield f"{family}: {op}", threads, ratio, who
+
+
+def summary(results: list[dict[str, Any]]) -> str:
+    """Return one line per op: on each machine, its lowest and highest ratio."""
+    ratios: dict[str, dict[tuple[int, int], list[float]]] = defaultdict(lambda: defaultdict(list))
     peers: dict[str, set[str]] = defaultdict(set)
-    for (family, op, *_, count), (ratio, who) in fastest.items():
-        ratios[f"{family}: {op}"][count].append(ratio)
-        peers[f"{family}: {op}"].add(who)
-    threads = sorted({count for by_threads in ratios.values() for count in by_threads})
-    titles = [f"{count} thread{'s' * (count > 1)}" for count in threads]
-    lines = [
-        _machine(result),
-        "",
-        f"| op | fastest peer | rows | {' | '.join(titles)} |",
-        f"|---|---|--:|{'--:|' * len(threads)}",
+    for number, result in enumerate(results):
+        for op, threads, ratio, who in _ratios(result):
+            ratios[op][number, threads].append(ratio)
+            peers[op].add(who)
+    columns = sorted({column for cells in ratios.values() for column in cells})
+    titles = [
+        f"{_machine(results[number])}, {threads} thread{'s' * (threads > 1)}"
+        for number, threads in columns
     ]
-    for op, by_threads in ratios.items():
-        cells = [
-            f"{min(by_threads[n]):.2f} to {max(by_threads[n]):.2f}" if by_threads[n] else ""
-            for n in threads
+    lines = [
+        *(f"{_details(result)}.  " for result in results),
+        "Medians. Ratio: peer's time over ours.",
+        "",
+        f"| op | fastest peer | {' | '.join(titles)} |",
+        f"|---|---|{'--:|' * len(columns)}",
+    ]
+    for op, cells in sorted(ratios.items()):
+        ranges = [
+            f"{min(cells[column]):.2f} to {max(cells[column]):.2f}" if column in cells else ""
+            for column in columns
         ]
-        names = ", ".join(sorted(peers[op]))
-        lines.append(
-            f"| {op} | {names} | {sum(map(len, by_threads.values()))} | {' | '.join(cells)} |"
-        )
+        lines.append(f"| {op} | {', '.join(sorted(peers[op]))} | {' | '.join(ranges)} |")
     return "\n".join(lines)
 
 
@@ -151,15 +173,15 @@ def main() -> None:
     )
     parser.add_argument("--write", action="store_true", help="write the documents")
     arguments = parser.parse_args()
-    result = joined([json.loads(file.read_text()) for file in arguments.results])
+    results = by_machine([json.loads(file.read_text()) for file in arguments.results])
     if not arguments.write:
-        print(table(result))
+        print(tables(results))
         return
-    (ROOT / "docs" / "benchmarks.md").write_text(f"# Benchmarks\n\n{table(result)}\n")
+    (ROOT / "docs" / "benchmarks.md").write_text(f"# Benchmarks\n\n{tables(results)}\n")
     readme = ROOT / "README.md"
     head, rest = readme.read_text().split(BEGIN)
     tail = rest.split(END)[1]
-    readme.write_text(f"{head}{BEGIN}\n{summary(result)}\n{END}{tail}")
+    readme.write_text(f"{head}{BEGIN}\n{summary(results)}\n{END}{tail}")
 
 
 if __name__ == "__main__":

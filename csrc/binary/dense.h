@@ -361,6 +361,7 @@ class MaxSimCodes {
                         prepared_.data(),
                         queries_.count,
                         nullptr,
+                        nullptr,
                         {},
                         nullptr,
                         nullptr,
@@ -377,7 +378,7 @@ class MaxSimCodes {
       uint32_t distance = 0xffffffff;
       int32_t at = 0;
     };
-    std::vector<uint64_t> words(size_t(tokens_.bytes + 7) / 8);
+    std::vector<uint64_t> words(size_t(row_words(tokens_.bytes)));
     for (int64_t q = 0; q < queries_.count; ++q) {
       if (tokens_.bytes > 0) std::memcpy(words.data(), queries_.at(q), size_t(tokens_.bytes));
       Nearest nearest;
@@ -385,6 +386,7 @@ class MaxSimCodes {
           {{tokens_.at(begin), tokens_.stride, nullptr, end - begin},
            tokens_.bytes,
            words.data(),
+           0,
            &nearest.distance,
            &nearest,
            [](void* context, int64_t, int64_t position, uint32_t sum) {

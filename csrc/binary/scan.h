@@ -11,9 +11,14 @@
 // A table of 16 bytes lives in one register and one instruction looks up a whole vector (pshufb,
 // tbl): two fields of 4 bits to a byte. AVX-512 VBMI has tables of 64 bytes (vpermb), so three
 // bytes make four fields: the low 6 bits of each, which cost nothing to cut out, and the 2 high
-// bits of all three. Hamming is the table popcount(nibble ^ query nibble), or the byte-wise
-// popcount instruction (AVX-512 BITALG, NEON). Sums grow in bytes, and are widened to 16 bits
-// before a byte can overflow.
+// bits of all three, cut out once for all queries of a tile. Hamming is the table popcount(nibble ^
+// query nibble), or the byte-wise popcount instruction (AVX-512 BITALG, NEON). Sums grow in bytes,
+// and are widened to 16 bits before a byte can overflow.
+//
+// A single query doesn't earn the rearranging back. It reads codes as they lie: differing bits are
+// counted by 64-bit words, and a score's weights rounded to 4 binary digits, each of which keeps
+// some of the differing bits. That is coarser than tables, so more codes are scored in vain, but
+// few.
 //
 // Selection. A code whose sum is below the query's limit is offered to the caller, who may lower
 // the limit; one vector comparison decides for a block, and nearly always says no.
@@ -31,6 +36,8 @@ namespace emblas {
 
 inline constexpr int64_t kBlock = 128;            // codes side by side in a tile
 inline constexpr int64_t kWidestScan = 8191;      // bytes: their Hamming distance fits in 16 bits
+inline constexpr int64_t kRowPlanes = 4;          // digits of a weight
+inline constexpr int64_t kWidestWeighted = 512;   // bytes: their weights add up in 16 bits
 inline constexpr int64_t kPastTile = 2 * kBlock;  // bytes after a tile that may be read in vain
 
 // The tables of a group of byte positions, whose entries together fit in a byte.
@@ -61,6 +68,9 @@ struct Rows {
   const uint8_t* at(int64_t i) const { return codes + (rows ? rows[i] : i) * stride; }
 };
 
+// 64-bit words of a query of the scan by rows: whole vectors of 64 bytes.
+inline int64_t row_words(int64_t bytes) { return (bytes + 63) / 64 * 8; }
+
 // offer(context, query, position, sum), position counting from the first code of the tile.
 using Offer = void (*)(void* context, int64_t query, int64_t position, uint32_t sum);
 
@@ -71,16 +81,21 @@ struct ScanArgs {
   int64_t queries;
   // Ends of runs of table groups whose entries together fit in a byte; unused for Hamming.
   const int64_t* runs;
+  uint8_t* highest;  // [groups, codes] for scan_tables, 64-byte aligned; unused for Hamming
   Rows next;         // of the next tile, to be fetched meanwhile
   uint32_t* limits;  // [queries]; codes with a smaller sum are offered
   void* context;
   Offer offer;
 };
 
+// The scan of codes as they lie, for a query or two. A code's sum is the number of bits that differ
+// from the query or, with planes of masks, the sum of the differing bits' weights, which are small
+// integers, the planes their binary digits, the highest first.
 struct RowScanArgs {
   Rows rows;
   int64_t bytes;
-  const uint64_t* query;  // whole words, the last one filled up with zeros
+  const uint64_t* query;  // [1 + planes, row_words(bytes)], filled up with zeros
+  int64_t planes;         // 0 or kRowPlanes
   uint32_t* limit;
   void* context;
   Offer offer;
@@ -100,8 +115,8 @@ struct ScanKernels {
   void (*nearest)(const ScanArgs&, uint16_t* least);
 };
 struct RowScanKernels {
-  // Hamming without rearranging, for a query or two.
   void (*scan_rows)(const RowScanArgs&);
+  int64_t planes;  // that it takes
 };
 
 }  // namespace emblas

@@ -104,14 +104,30 @@ class Fetcher {
   const uint8_t *line_ = nullptr, *end_ = nullptr;
 };
 
+// kBlock codes of a tile.
+struct Block {
+  const uint8_t* bytes;
+  const uint8_t* highest;  // of each group the field of highest bits; null if the counter has none
+
+  // Vector g of a byte position, of a group's highest bits.
+  Bytes at(int64_t position, int g) const { return load(bytes, position, g); }
+  Bytes highest_at(int64_t group, int g) const { return load(highest, group, g); }
+
+ private:
+  static Bytes load(const uint8_t* from, int64_t row, int g) {
+    return *(const BytesUnaligned*)(from + row * kBlock + g * EMBLAS_VECTOR_BYTES);
+  }
+};
+
 // Each counts one group of byte positions of a vector of codes against one query.
 struct NibbleCounter {
   static constexpr int64_t kGroup = 1, kWidth = 32;  // byte positions; prepared bytes
+  static constexpr bool kHighest = false;
   struct Codes {
     Bytes low, high;
   };
-  static Codes split(const uint8_t* at) {
-    const Bytes codes = *(const BytesUnaligned*)at, high = (Bytes)((Halves)codes >> 4);
+  static Codes split(const Block& block, int64_t group, int g) {
+    const Bytes codes = block.at(group, g), high = (Bytes)((Halves)codes >> 4);
     return {codes & 15, high & 15};
   }
   static Bytes count(const Codes& codes, const uint8_t* prepared) {
@@ -122,17 +138,15 @@ struct NibbleCounter {
 #if defined(EMBLAS_HAS_VBMI)
 struct TableCounter {
   static constexpr int64_t kGroup = 3, kWidth = 256;
+  static constexpr bool kHighest = true;
   static constexpr TableLayout kLayout{6, 3, 4};
   struct Codes {
     Bytes fields[4];
   };
-  static Codes split(const uint8_t* at) {
-    const Bytes a = *(const BytesUnaligned*)at, b = *(const BytesUnaligned*)(at + kBlock),
-                c = *(const BytesUnaligned*)(at + 2 * kBlock);
-    const Bytes low = (Bytes)((Halves)a >> 6), middle = (Bytes)((Halves)b >> 4),
-                high = (Bytes)((Halves)c >> 2);
-    // Of an index, the low 6 bits count.
-    return {{a, b, c, (low & 3) | (middle & 12) | (high & 48)}};
+  // Of an index, the low 6 bits count.
+  static Codes split(const Block& block, int64_t group, int g) {
+    const int64_t p = 3 * group;
+    return {{block.at(p, g), block.at(p + 1, g), block.at(p + 2, g), block.highest_at(group, g)}};
   }
   static Bytes count(const Codes& codes, const uint8_t* prepared) {
     const auto field = [&](int f) {
@@ -151,13 +165,14 @@ struct TableCounter : NibbleCounter {
 #if defined(EMBLAS_HAS_BITALG) || defined(EMBLAS_HAS_NEON)
 struct HammingCounter {
   static constexpr int64_t kGroup = 1;
+  static constexpr bool kHighest = false;
 #if defined(EMBLAS_HAS_BITALG)
   static constexpr int64_t kWidth = 4;  // a 32-bit broadcast is free, that of a byte is a shuffle
 #else
   static constexpr int64_t kWidth = 1;
 #endif
   using Codes = Bytes;
-  static Codes split(const uint8_t* at) { return *(const BytesUnaligned*)at; }
+  static Codes split(const Block& block, int64_t group, int g) { return block.at(group, g); }
   static Bytes count(Bytes codes, const uint8_t* prepared) {
 #if defined(EMBLAS_HAS_BITALG)
     int query;
@@ -224,16 +239,23 @@ inline int64_t prepared_bytes(const ScanArgs& args) {
   return (args.bytes + Counter::kGroup - 1) / Counter::kGroup * Counter::kWidth;
 }
 
+template <class Counter>
+inline Block block_at(const ScanArgs& args, int64_t first) {
+  Block block{args.tile + first * args.bytes, nullptr};
+  if constexpr (Counter::kHighest) {
+    block.highest = args.highest + first * Counter::kLayout.groups(args.bytes);
+  }
+  return block;
+}
+
 // Adds up groups [begin, end) of byte positions; there is one at least.
 template <class Counter, int queries, int groups>
-inline void add_bytes(const ScanArgs& args, const uint8_t* block, const uint8_t* prepared,
+inline void add_bytes(const ScanArgs& args, const Block& block, const uint8_t* prepared,
                       int64_t begin, int64_t end, Bytes (&counts)[queries * groups]) {
   const int64_t stride = prepared_bytes<Counter>(args);
   const auto add = [&](int64_t p, auto first) __attribute__((always_inline)) {
     typename Counter::Codes codes[groups];
-    for (int g = 0; g < groups; ++g) {
-      codes[g] = Counter::split(block + p * Counter::kGroup * kBlock + g * EMBLAS_VECTOR_BYTES);
-    }
+    for (int g = 0; g < groups; ++g) codes[g] = Counter::split(block, p, g);
     const uint8_t* tables = prepared + p * Counter::kWidth;
     for (int v = 0; v < queries * groups; ++v) {
       const Bytes count = Counter::count(codes[v % groups], tables + v / groups * stride);
@@ -245,7 +267,7 @@ inline void add_bytes(const ScanArgs& args, const uint8_t* block, const uint8_t*
 }
 
 template <class Counter, int queries, int groups>
-inline Sums<queries, groups> block_sums(const ScanArgs& args, const uint8_t* block,
+inline Sums<queries, groups> block_sums(const ScanArgs& args, const Block& block,
                                         const uint8_t* prepared, Fetcher& fetcher) {
   constexpr int vectors = queries * groups;
   Halves both[vectors], odd[vectors];
@@ -325,7 +347,7 @@ template <class Sum>
 template <class Counter, int queries>
 inline void scan_block(const ScanArgs& args, int64_t q0, int64_t first, const uint8_t* prepared,
                        Fetcher& fetcher) {
-  const auto sums = block_sums<Counter, queries, kGroups>(args, args.tile + first * args.bytes,
+  const auto sums = block_sums<Counter, queries, kGroups>(args, block_at<Counter>(args, first),
                                                           prepared, fetcher);
   unsigned hits = 0;
   for (int q = 0; q < queries; ++q) {
@@ -353,7 +375,7 @@ template <int queries>
 inline void scan_narrow_block(const ScanArgs& args, int64_t q0, int64_t first,
                               const uint8_t* prepared, Fetcher& fetcher) {
   constexpr int vectors = queries * kGroups;
-  const uint8_t* block = args.tile + first * args.bytes;
+  const Block block = block_at<HammingCounter>(args, first);
   const int64_t last = args.bytes - 1;
   Bytes sums[vectors], rest[vectors];
   fetcher.step(args.bytes);
@@ -414,8 +436,31 @@ Fetcher fetcher_of(const ScanArgs& args) {
   return {args.next, args.bytes, batches * blocks * args.bytes};
 }
 
+#if defined(EMBLAS_HAS_VBMI)
+// The 2 high bits of three bytes are an index of their own, made once for all queries.
+void cut_highest(const ScanArgs& args) {
+  const int64_t groups = TableCounter::kLayout.groups(args.bytes);
+  for (int64_t first = 0; first < args.count; first += kBlock) {
+    const Block block = block_at<TableCounter>(args, first);
+    for (int64_t group = 0; group < groups; ++group) {
+      uint8_t* to = args.highest + (first * groups + group * kBlock);
+      for (int g = 0; g < kGroups; ++g) {
+        const auto shifted = [&](int i, int bits) {
+          return (Bytes)((Halves)block.at(3 * group + i, g) >> bits);
+        };
+        *(BytesUnaligned*)(to + g * EMBLAS_VECTOR_BYTES) =
+            (shifted(0, 6) & 3) | (shifted(1, 4) & 12) | (shifted(2, 2) & 48);
+      }
+    }
+  }
+}
+#endif
+
 template <class Counter>
 void scan(const ScanArgs& args) {
+#if defined(EMBLAS_HAS_VBMI)
+  if constexpr (Counter::kHighest) cut_highest(args);
+#endif
   Fetcher fetcher = fetcher_of<Counter>(args);
   for_queries<Counter>(args.queries, [&](auto batch, int64_t q) {
     scan_some<Counter, decltype(batch)::value>(args, q, fetcher);
@@ -429,7 +474,7 @@ void distances(const ScanArgs& args, int32_t* out, int64_t stride) {
     const uint8_t* prepared = args.prepared + q0 * prepared_bytes<HammingCounter>(args);
     for (int64_t first = 0; first < args.count; first += kBlock) {
       const auto sums = block_sums<HammingCounter, queries, kGroups>(
-          args, args.tile + first * args.bytes, prepared, fetcher);
+          args, block_at<HammingCounter>(args, first), prepared, fetcher);
       const int64_t last = args.count - first < kBlock ? args.count - first : kBlock;
       for (int q = 0; q < queries; ++q) {
         uint16_t sum[kBlock];
@@ -465,7 +510,7 @@ void nearest(const ScanArgs& args, uint16_t* least) {
     const uint8_t* prepared = args.prepared + q0 * prepared_bytes<HammingCounter>(args);
     Halves best[queries];
     for (int q = 0; q < queries; ++q) best[q] = Halves{} + uint16_t(0xffff);
-    const auto add = [&](auto groups, const uint8_t* block) {
+    const auto add = [&](auto groups, const Block& block) {
       constexpr int count = decltype(groups)::value;
       const auto sums = block_sums<HammingCounter, queries, count>(args, block, prepared, fetcher);
       for (int v = 0; v < queries * count; ++v) {
@@ -474,10 +519,10 @@ void nearest(const ScanArgs& args, uint16_t* least) {
     };
     int64_t first = 0;
     for (; first + kBlock <= args.count; first += kBlock) {
-      add(Batch<kGroups>{}, args.tile + first * args.bytes);
+      add(Batch<kGroups>{}, block_at<HammingCounter>(args, first));
     }
     for (int64_t in = 0; first + in < args.count; in += EMBLAS_VECTOR_BYTES) {
-      add(Batch<1>{}, args.tile + first * args.bytes + in);
+      add(Batch<1>{}, {args.tile + first * args.bytes + in, nullptr});
     }
     for (int q = 0; q < queries; ++q) {
       const uint16_t found = smallest(best[q]);

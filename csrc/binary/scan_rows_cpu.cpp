@@ -53,35 +53,64 @@ void scan_rows_of(const RowScanArgs& args) {
 #if defined(EMBLAS_HAS_VPOPCNTDQ)
 typedef uint16_t Halves __attribute__((vector_size(64)));
 
-// Codes of 4, 8 or 16 words that follow each other, eight at a time. The counts of 64-bit words
-// take 16 bits, so those of four vectors fit in one and are added across lanes together.
-template <int kWords>
-void scan_contiguous(const RowScanArgs& args) {
+constexpr int64_t kPart = 64;     // bytes of a code that one vector holds
+constexpr int64_t kAhead = 4096;  // bytes; what CPUs fetch by themselves ends with a page
+
+template <bool pairs>
+inline __m512i load_words(const uint64_t* words) {
+  return pairs ? _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i*)words))
+               : _mm512_loadu_si512(words);
+}
+
+// Eight codes at a time, each in vectors of its own, two of 32 bytes in one. The sums of 64-bit
+// words take 16 bits, so those of four vectors fit in one and are added across lanes together.
+// load(i, v, part): the part of vector v's code, of the eight from code i on. kParts: 0 if the
+// number of parts isn't known here; else the query stays in registers.
+template <bool pairs, int planes, int kParts, class Load>
+inline void scan_eights(const RowScanArgs& args, int64_t parts, const Load& load) {
   constexpr int64_t kCodes = 8;
-  constexpr int kParts = kWords == 16 ? 2 : 1, kVectors = kWords == 4 ? 4 : 8;
-  __m512i query[kParts];
+  constexpr int kVectors = pairs ? 4 : 8, kWords = 1 + planes;
+  constexpr int kDifferingAndMask = 0x28;  // (a ^ b) & c
+  const auto read = [&](int64_t part, int t) {
+    return load_words<pairs>(args.query + t * row_words(args.bytes) + 8 * part);
+  };
+  __m512i held[kParts > 0 ? kParts : 1][kWords];
   for (int part = 0; part < kParts; ++part) {
-    query[part] = kWords == 4
-                      ? _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i*)args.query))
-                      : _mm512_loadu_si512(args.query + 8 * part);
+    for (int t = 0; t < kWords; ++t) held[part][t] = read(part, t);
   }
+  const auto words = [&](int64_t part, int t) {
+    return kParts > 0 ? held[part][t] : read(part, t);
+  };
   uint32_t limit = *args.limit;
-  int64_t i = 0;
-  for (; i + kCodes <= args.rows.count; i += kCodes) {
-    const uint8_t* code = args.rows.codes + i * args.bytes;
+  for (int64_t i = 0; i < args.rows.count; i += kCodes) {
+    if (!args.rows.rows) {
+      const uint8_t* ahead = args.rows.at(i) + kAhead;
+      for (int64_t at = 0; at < kCodes * args.rows.stride; at += 64) __builtin_prefetch(ahead + at);
+    }
     __m512i sums[kVectors / 4];
     for (int v = 0; v < kVectors; ++v) {
-      __m512i counts = _mm512_setzero_si512();
-      for (int part = 0; part < kParts; ++part) {
-        const uint8_t* from = code + 64 * (v * kParts + part);
-        counts = _mm512_add_epi64(
-            counts, _mm512_popcnt_epi64(_mm512_xor_si512(query[part], _mm512_loadu_si512(from))));
+      __m512i counts[planes > 0 ? planes : 1] = {};
+      for (int64_t part = 0; part < (kParts > 0 ? kParts : parts); ++part) {
+        const __m512i code = load(i, v, part), query = words(part, 0);
+        if constexpr (planes == 0) {
+          counts[0] =
+              _mm512_add_epi64(counts[0], _mm512_popcnt_epi64(_mm512_xor_si512(code, query)));
+        }
+        for (int t = 0; t < planes; ++t) {
+          const __m512i kept =
+              _mm512_ternarylogic_epi64(code, query, words(part, 1 + t), kDifferingAndMask);
+          counts[t] = _mm512_add_epi64(counts[t], _mm512_popcnt_epi64(kept));
+        }
       }
-      const vuint64 shifted = (vuint64)counts << 16 * (v % 4);
-      sums[v / 4] = v % 4 == 0 ? counts : (__m512i)((vuint64)sums[v / 4] | shifted);
+      __m512i total = counts[0];
+      for (int t = 1; t < planes; ++t) {
+        total = _mm512_add_epi64(_mm512_add_epi64(total, total), counts[t]);
+      }
+      const vuint64 shifted = (vuint64)total << 16 * (v % 4);
+      sums[v / 4] = v % 4 == 0 ? total : (__m512i)((vuint64)sums[v / 4] | shifted);
     }
     __m512i total = sums[0];
-    if constexpr (kWords == 4) {
+    if constexpr (pairs) {
       total = _mm512_add_epi64(total, _mm512_permutex_epi64(total, 0x4e));
       total = _mm512_add_epi64(total, _mm512_permutex_epi64(total, 0xb1));
     } else {
@@ -94,30 +123,67 @@ void scan_contiguous(const RowScanArgs& args) {
     if (__builtin_expect(_mm512_movepi16_mask((__m512i)below) == 0, 1)) continue;
     uint16_t distance[32];
     _mm512_storeu_si512(distance, total);
-    for (int64_t c = 0; c < kCodes; ++c) {
-      // Of 4 words, a vector holds codes 2 v and 2 v + 1; otherwise code v, in word v / 4.
-      const uint32_t one = distance[kWords == 4 ? c % 2 * 16 + c / 2 : c];
+    for (int64_t c = 0; c < kCodes && i + c < args.rows.count; ++c) {
+      // Of pairs, vector v holds codes 2 v and 2 v + 1; otherwise code v, in word v / 4.
+      const uint32_t one = distance[pairs ? c % 2 * 16 + c / 2 : c];
       if (one >= limit) continue;
       args.offer(args.context, 0, i + c, one);
       limit = *args.limit;
     }
   }
-  for (; i < args.rows.count; ++i) {
-    const uint8_t* code = args.rows.codes + i * args.bytes;
-    const uint32_t one = row_distance<kWords>(code, args.bytes, args.query);
-    if (one >= limit) continue;
-    args.offer(args.context, 0, i, one);
-    limit = *args.limit;
+}
+
+// kBytes: of a code, if known here.
+template <int planes, int kBytes>
+void scan_vectors(const RowScanArgs& args) {
+  const int64_t bytes = kBytes > 0 ? kBytes : args.bytes, last = args.rows.count - 1;
+  const bool contiguous = !args.rows.rows && args.rows.stride == bytes;
+  // Past the last code that code again, which is not offered.
+  const auto code = [&](int64_t i) { return args.rows.at(i < last ? i : last); };
+  if constexpr (kBytes == 32) {
+    scan_eights<true, planes, 1>(args, 1, [&](int64_t i, int v, int64_t) {
+      if (contiguous && i + 8 <= last) {
+        return _mm512_loadu_si512(args.rows.codes + (i + 2 * v) * bytes);
+      }
+      const __m512i first =
+          _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)code(i + 2 * v)));
+      return _mm512_inserti64x4(first, _mm256_loadu_si256((const __m256i*)code(i + 2 * v + 1)), 1);
+    });
+  } else {
+    const int64_t parts = (bytes + kPart - 1) / kPart, rest = bytes - (parts - 1) * kPart;
+    const __mmask64 held = ~uint64_t(0) >> (kPart - rest);  // of the last part
+    scan_eights<false, planes, (kBytes + 63) / 64>(
+        args, parts, [&](int64_t i, int v, int64_t part) {
+          const uint8_t* from = code(i + v) + kPart * part;
+          if (kBytes % kPart == 0 && kBytes > 0) return _mm512_loadu_si512(from);
+          return part + 1 < parts ? _mm512_loadu_si512(from) : _mm512_maskz_loadu_epi8(held, from);
+        });
+  }
+}
+
+template <int planes>
+void scan_vectors_of(const RowScanArgs& args) {
+  switch (args.bytes) {
+    case 32:
+      return scan_vectors<planes, 32>(args);
+    case 48:
+      return scan_vectors<planes, 48>(args);
+    case 64:
+      return scan_vectors<planes, 64>(args);
+    case 96:
+      return scan_vectors<planes, 96>(args);
+    case 128:
+      return scan_vectors<planes, 128>(args);
+    default:
+      return scan_vectors<planes, 0>(args);
   }
 }
 #endif
 
 void scan_rows(const RowScanArgs& args) {
 #if defined(EMBLAS_HAS_VPOPCNTDQ)
-  if (!args.rows.rows && args.rows.stride == args.bytes) {
-    if (args.bytes == 32) return scan_contiguous<4>(args);
-    if (args.bytes == 64) return scan_contiguous<8>(args);
-    if (args.bytes == 128) return scan_contiguous<16>(args);
+  if (args.bytes > 0 && args.bytes <= kWidestScan) {
+    return args.planes > 0 ? scan_vectors_of<kRowPlanes>(args) : scan_vectors_of<0>(args);
   }
 #endif
   const auto run = [&](auto all, auto some) { args.rows.rows ? some(args) : all(args); };
@@ -141,7 +207,11 @@ void scan_rows(const RowScanArgs& args) {
 
 template <>
 const RowScanKernels& table_of<RowScanKernels, Isa::EMBLAS_ISA>() {
-  static constexpr RowScanKernels table{scan_rows};
+#if defined(EMBLAS_HAS_VPOPCNTDQ)
+  static constexpr RowScanKernels table{scan_rows, kRowPlanes};
+#else
+  static constexpr RowScanKernels table{scan_rows, 0};
+#endif
   return table;
 }
 

@@ -9,6 +9,8 @@
 //   entry[n] = round(scale * (max T - T[n])),  |sum of entries - scale * loss(d)| <= error
 // so codes whose rounded loss is above the k-th best's by more than the error are out for certain,
 // and the few others are scored from the float tables. The answer is that of the exact score.
+// A single query is scanned by rows where the CPU can: the loss is then the sum of 2 |value| over
+// the bits that differ from the best code's, each rounded to a small integer of its own.
 #pragma once
 
 #include <algorithm>
@@ -26,7 +28,10 @@ class ScoreScan {
   // of each row by a positive number (one over its length makes a cosine); null: 1.
   ScoreScan(const float* queries, int64_t stride, int64_t count, int64_t dim, int64_t bytes,
             int64_t k, const float* scale = nullptr, int64_t rows = 0)
-      : bytes_(bytes), scale_(scale), tables_(size_t(count)) {
+      : bytes_(bytes),
+        by_rows_(count == 1 && bytes <= kWidestWeighted && rows_kernel().planes > 0),
+        scale_(scale),
+        tables_(size_t(count)) {
     start_.k = k;
     if (scale && rows > 0) {
       const auto [least, most] = std::minmax_element(scale, scale + rows);
@@ -36,16 +41,20 @@ class ScoreScan {
     for (int64_t q = 0; q < count; ++q) {
       build(queries + q * stride, dim, tables_[size_t(q)]);
     }
-    find_runs();
+    if (!by_rows_) find_runs();
   }
 
   const Collector& start() const { return start_; }
   int64_t queries() const { return int64_t(tables_.size()); }
-  bool by_rows(int64_t) const { return false; }
-  const uint8_t* query(int64_t) const { return nullptr; }
+  bool by_rows(int64_t) const { return by_rows_; }
+  int64_t row_planes() const { return kRowPlanes; }
+  void prepare_row(int64_t q, uint64_t* words) const {
+    std::memcpy(words, tables_[size_t(q)].entries.data(), tables_[size_t(q)].entries.size());
+  }
 
   int64_t prepared() const { return layout().prepared(bytes_); }
   const int64_t* runs() const { return runs_.data(); }
+  int64_t groups() const { return layout().groups(bytes_); }
   void prepare(int64_t q, uint8_t* out) const {
     std::memcpy(out, tables_[size_t(q)].entries.data(), tables_[size_t(q)].entries.size());
   }
@@ -76,7 +85,7 @@ class ScoreScan {
  private:
   struct Tables {
     std::vector<float> exact;      // [bytes, 32] T of each nibble
-    std::vector<uint8_t> entries;  // of the table layout
+    std::vector<uint8_t> entries;  // of the table layout, or a query of the scan by rows
     std::vector<int> most;         // of each group, the sum of its tables' largest entries
     double best = 0, scale = 0, error = 0;
   };
@@ -101,6 +110,52 @@ class ScoreScan {
       }
       tables.exact[i] = float(score);
     }
+    by_rows_ ? weigh_bits(value, tables) : fill_tables(value, std::sqrt(square), tables);
+    tables.error += 0.02;  // of scores rounded to float
+  }
+
+  // Bits of the best code, and masks that weigh the others.
+  void weigh_bits(const std::vector<double>& value, Tables& tables) const {
+    const double kMost = (1 << kRowPlanes) - 1;
+    double largest = 0;
+    for (const double x : value) {
+      tables.best += std::fabs(x);
+      largest = std::max(largest, 2 * std::fabs(x));
+    }
+    tables.entries.resize(size_t((1 + kRowPlanes) * row_words(bytes_) * 8));
+    if (largest == 0) return;  // every code scores 0
+    const auto weight = [kMost](double x, double scale) {
+      return std::min(kMost, std::floor(2 * std::fabs(x) * scale + 0.5));
+    };
+    // Of all scales the one that rounds least, whole numbers of a power of two not at all. Weights
+    // that are too small cost codes scored in vain; only those that are too large count as error.
+    double least = std::numeric_limits<double>::infinity();
+    const auto consider = [&](double scale) {
+      double larger = 0, smaller = 0;
+      for (const double x : value) {
+        const double rounding = weight(x, scale) - 2 * std::fabs(x) * scale;
+        (rounding > 0 ? larger : smaller) += std::fabs(rounding);
+      }
+      if (larger + smaller >= least * scale) return;
+      least = (larger + smaller) / scale;
+      tables.scale = scale;
+      tables.error = larger;
+    };
+    const double coarsest = kMost / largest;
+    consider(std::ldexp(1.0, std::ilogb(coarsest)));
+    for (int i = 0; i < 8; ++i) consider(coarsest * std::exp2(i / 4.0));
+    const int64_t plane = row_words(bytes_) * 8;
+    for (size_t i = 0; i < value.size(); ++i) {
+      const int weighed = int(weight(value[i], tables.scale));
+      uint8_t* byte = tables.entries.data() + i / 8;
+      if (value[i] > 0) *byte |= uint8_t(1 << i % 8);
+      for (int64_t t = 0; t < kRowPlanes; ++t) {
+        byte[(1 + t) * plane] |= uint8_t((weighed >> (kRowPlanes - 1 - t) & 1) << i % 8);
+      }
+    }
+  }
+
+  void fill_tables(const std::vector<double>& value, double length, Tables& tables) const {
     // loss[n]: what a field loses to its best value if it is n.
     const TableLayout& form = layout();
     const int64_t count = int64_t(1) << form.bits, fields = form.prepared(bytes_) / count;
@@ -141,12 +196,11 @@ class ScoreScan {
     while (exponent <= top && !whole(value, std::ldexp(2.0, exponent))) ++exponent;
     const double rounded = 0.5 * double(fields);
     tables.error = exponent <= top ? 0 : rounded;
-    tables.scale = exponent <= top ? std::ldexp(1.0, exponent)
-                                   : std::min(finest, 2 * rounded / std::sqrt(square));
+    tables.scale =
+        exponent <= top ? std::ldexp(1.0, exponent) : std::min(finest, 2 * rounded / length);
     for (size_t i = 0; i < loss.size(); ++i) {
       tables.entries[i] = uint8_t(int(loss[i] * tables.scale + 0.5));
     }
-    tables.error += 0.02;  // of scores rounded to float
     for (int64_t f = 0; f < fields; ++f) {
       const auto table = tables.entries.begin() + f * count;
       tables.most[size_t(f / form.tables)] += *std::max_element(table, table + count);
@@ -180,9 +234,11 @@ class ScoreScan {
   }
 
   static const ScanKernels& kernel() { return kernels<ScanKernels>(); }
+  static const RowScanKernels& rows_kernel() { return kernels<RowScanKernels>(); }
   static const TableLayout& layout() { return kernel().tables; }
 
   int64_t bytes_;
+  bool by_rows_;
   const float* scale_;
   double least_scale_ = 1, most_scale_ = 1;
   std::vector<Tables> tables_;

@@ -137,10 +137,14 @@ class HammingScan {
   bool by_rows(int64_t queries) const {
     return queries < kRearrangeFrom || queries_.bytes > kWidestScan || queries_.bytes == 0;
   }
-  const uint8_t* query(int64_t q) const { return queries_.at(q); }
+  int64_t row_planes() const { return 0; }
+  void prepare_row(int64_t q, uint64_t* words) const {
+    if (queries_.bytes > 0) std::memcpy(words, queries_.at(q), size_t(queries_.bytes));
+  }
 
   int64_t prepared() const { return queries_.bytes * kernel().hamming_width; }
   const int64_t* runs() const { return nullptr; }
+  int64_t groups() const { return 0; }
   void prepare(int64_t q, uint8_t* out) const {
     kernel().prepare_hamming(queries_.at(q), queries_.bytes, out);
   }
@@ -271,7 +275,7 @@ class Pass {
     if (by_rows) {
       words_.assign(size_t(queries * words()), 0);
       for (int64_t q = 0; q < queries; ++q) {
-        std::memcpy(words_.data() + q * words(), scan_.query(begin + q), size_t(codes_.bytes));
+        scan_.prepare_row(begin + q, words_.data() + q * words());
       }
       return;
     }
@@ -282,6 +286,7 @@ class Pass {
     if (capacity * codes_.bytes + kPastTile != tile_bytes_) {
       tile_bytes_ = capacity * codes_.bytes + kPastTile;
       tile_ = Tile(tile_bytes_);
+      highest_ = Tile(capacity * scan_.groups());
     }
   }
 
@@ -289,16 +294,17 @@ class Pass {
     if (by_rows) {
       for (int64_t q = begin; q < end; ++q) {
         first_query_ = q;
-        kernels<RowScanKernels>().scan_rows({part_.rows, codes_.bytes,
-                                             words_.data() + (q - begin) * words(),
-                                             &limits_[size_t(q - begin_)], this, &Pass::offer});
+        kernels<RowScanKernels>().scan_rows(
+            {part_.rows, codes_.bytes, words_.data() + (q - begin) * words(), scan_.row_planes(),
+             &limits_[size_t(q - begin_)], this, &Pass::offer});
       }
       return;
     }
     first_query_ = begin;
     kernels<ScanKernels>().interleave(part_.rows, codes_.bytes, tile_.data());
     scan_.scan({tile_.data(), part_.rows.count, codes_.bytes, prepared_.data(), end - begin,
-                scan_.runs(), next, &limits_[size_t(begin - begin_)], this, &Pass::offer});
+                scan_.runs(), highest_.data(), next, &limits_[size_t(begin - begin_)], this,
+                &Pass::offer});
   }
 
   static void offer(void* context, int64_t query, int64_t position, uint32_t sum) {
@@ -315,12 +321,12 @@ class Pass {
     self.limits_[size_t(q - self.begin_)] = self.scan_.limit(q, found);
   }
 
-  int64_t words() const { return (codes_.bytes + 7) / 8; }
+  int64_t words() const { return (1 + scan_.row_planes()) * row_words(codes_.bytes); }
 
   const Scan& scan_;
   const Codes& codes_;
   const SearchOptions& options_;
-  Tile prepared_, tile_;
+  Tile prepared_, tile_, highest_;
   int64_t tile_bytes_ = 0;
   std::vector<uint64_t> words_;
   std::vector<int64_t> gathered_[2];
@@ -382,7 +388,7 @@ void write_topk(const std::vector<Collector>& found, int64_t k, Distance none, D
 inline void hamming_distances(const Codes& queries, const Codes& codes, int64_t first, int64_t last,
                               int32_t* out) {
   if (codes.bytes == 0 || codes.bytes > kWidestScan) {
-    std::vector<uint64_t> words(size_t(codes.bytes + 7) / 8);
+    std::vector<uint64_t> words(size_t(row_words(codes.bytes)));
     for (int64_t q = 0; q < queries.count; ++q) {
       std::memcpy(words.data(), queries.at(q), size_t(codes.bytes));
       int32_t* to = out + q * codes.count + first;
@@ -391,6 +397,7 @@ inline void hamming_distances(const Codes& queries, const Codes& codes, int64_t 
           {{codes.at(first), codes.stride, nullptr, last - first},
            codes.bytes,
            words.data(),
+           0,
            &limit,
            to,
            [](void* context, int64_t, int64_t position, uint32_t sum) {
@@ -414,7 +421,7 @@ inline void hamming_distances(const Codes& queries, const Codes& codes, int64_t 
     const Rows rows = rows_at(row);
     kernel.interleave(rows, codes.bytes, tile.data());
     kernel.distances({tile.data(), rows.count, codes.bytes, prepared.data(), queries.count, nullptr,
-                      rows_at(std::min(row + capacity, last)), nullptr, nullptr, nullptr},
+                      nullptr, rows_at(std::min(row + capacity, last)), nullptr, nullptr, nullptr},
                      out + row, codes.count);
   }
 }

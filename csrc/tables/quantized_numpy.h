@@ -60,7 +60,7 @@ py::array quantized_bag_array(const Array<int64_t>& ids, const Array<uint8_t>& p
     const std::unique_ptr<T[]> scratch(new T[2 * padded_dim(dim)]);
     kernels<QuantizedKernels>().quantized.of(T{}).forward(args, 0, bags, scratch.get(), to);
   }
-  return std::move(out);
+  return out;
 }
 
 inline py::array quantized_bag_door(const py::array& ids, const py::array& packed,

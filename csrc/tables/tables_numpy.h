@@ -73,7 +73,7 @@ py::array hash_bag_array(const Array<int64_t>& ids, const Array<T>& table,
     const std::unique_ptr<T[]> scratch(new T[dim]);
     kernels<TablesKernels>().hash_bag.of(T{}).forward(args, 0, bags, scratch.get(), to);
   }
-  return std::move(out);
+  return out;
 }
 
 inline py::array hash_bag_door(const py::array& ids, const py::array& table,

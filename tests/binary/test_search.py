@@ -237,6 +237,28 @@ def test_asymmetric_float_queries(isa):
     check_scores(torch.randn(3, 4096), wide, 10)
 
 
+@pytest.mark.parametrize("width", [32, 48, 64, 96, 100, 128, 200, 512, 513])
+def test_a_single_query(isa, width):
+    """It is scanned by rows where the CPU can, in vectors of codes whole, masked or in pairs."""
+    codes = random_codes(203, width + 3)[:, 2 : width + 2]
+    hamming = random_codes(1, width, 1)
+    rows = torch.tensor([0, 5, 6, 150, 202])
+    for some in (codes, codes.contiguous()):
+        distances, ids = hamming_topk(hamming, some, 203)
+        expected = all_distances(hamming, some)[0]
+        np.testing.assert_array_equal(distances[0].numpy(), np.sort(expected))
+        np.testing.assert_array_equal(ids[0].numpy(), np.argsort(expected, kind="stable"))
+        for query in (torch.randn(1, 8 * width), torch.randn(1, 8 * width).exp()):
+            check_scores(query, some, 9)
+            check_scores(query, some, 4, np.isin(np.arange(203), rows), filter=rows)
+            scale = torch.rand(203) + 0.5
+            together = asymmetric_topk(query.repeat(2, 1), some, 4, scale=scale)
+            for two, one in zip(
+                together, asymmetric_topk(query, some, 4, scale=scale), strict=True
+            ):
+                assert torch.equal(two[:1], one)
+
+
 @given(
     rows=st.integers(0, 200),
     queries=st.integers(0, 10),

@@ -87,7 +87,7 @@ void check_scores(int64_t queries, int64_t rows, int64_t dim, int64_t planes, in
 
 NATIVE_TEST(asymmetric_topk) {
   for (int64_t planes : {1, 2, 4}) {
-    check_scores(1, 211, 70, planes, 5);
+    for (int64_t dim : {70, 256, 384, 512, 1024}) check_scores(1, 211, dim, planes, 5);
     check_scores(6, 300, 33, planes, 20);
     check_scores(5, 150, 800, planes, 3);
   }
