@@ -1,10 +1,10 @@
 // The numpy door of packed attention: float32 and float64.
 #pragma once
 
-#include <cstdlib>
 #include <memory>
 
 #include "attention/attention.h"
+#include "common/aligned.h"
 #include "common/isa.h"
 #include "common/numpy.h"
 #include "common/packed.h"
@@ -54,12 +54,11 @@ py::array varlen_attention_array(const Array<T>& q, const Array<T>& k, const Arr
     check_array(valid_cu_seqlens(args.cu_seqlens_q, batch, tokens), message);
     check_array(valid_cu_seqlens(args.cu_seqlens_k, batch, key_tokens), message);
     const auto& kernel = kernels<AttentionKernels>().of(T{});
-    const std::unique_ptr<void, decltype(&std::free)> scratch(
-        std::aligned_alloc(64, kernel.scratch_size * sizeof(T)), &std::free);
+    const AlignedArray<T> scratch = aligned_array<T>(kernel.scratch_size);
     for (int64_t b = 0; b < batch; ++b) {
       const int64_t queries = args.cu_seqlens_q[b + 1] - args.cu_seqlens_q[b];
       const int64_t tiles = (queries + kernel.tile_queries - 1) / kernel.tile_queries;
-      kernel.forward(args, b, 0, heads * tiles, static_cast<T*>(scratch.get()));
+      kernel.forward(args, b, 0, heads * tiles, scratch.get());
     }
   }
   return std::move(out);

@@ -1,5 +1,4 @@
 // Packed attention as torch operators on CPU tensors.
-#include <cstdlib>
 #include <memory>
 #include <optional>
 #include <tuple>
@@ -8,6 +7,7 @@
 #include "attention/attention.h"
 #include "attention/inputs.h"
 #include "attention/position_runs.h"
+#include "common/aligned.h"
 #include "common/isa.h"
 #include "common/tensor.h"
 
@@ -31,18 +31,15 @@ void for_items(int64_t batch, int64_t bytes_per_position, int64_t scratch_size, 
     cost[b] = measured.cost;
     start[b + 1] = start[b] + items[b] * cost[b];
   }
-  const int64_t bytes = (scratch_size * int64_t(sizeof(A)) + 63) / 64 * 64;
   parallel_for(start[batch], bytes_per_position, [&](int64_t low, int64_t high) {
-    const std::unique_ptr<void, decltype(&std::free)> scratch(std::aligned_alloc(64, bytes),
-                                                              &std::free);
-    if (!scratch) throw std::bad_alloc();
+    const AlignedArray<A> scratch = aligned_array<A>(scratch_size);
     int64_t b = std::upper_bound(start.begin(), start.end(), low) - start.begin() - 1;
     for (; b < batch && start[b] < high; ++b) {
       const auto first_from = [&](int64_t position) {
         return std::min((std::max<int64_t>(position - start[b], 0) + cost[b] - 1) / cost[b],
                         items[b]);
       };
-      body(b, first_from(low), first_from(high), static_cast<A*>(scratch.get()));
+      body(b, first_from(low), first_from(high), scratch.get());
     }
   });
 }

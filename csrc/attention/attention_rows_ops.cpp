@@ -5,6 +5,7 @@
 
 #include "attention/attention_rows.h"
 #include "attention/inputs.h"
+#include "common/aligned.h"
 #include "common/isa.h"
 #include "common/packed.h"
 #include "common/tensor.h"
@@ -103,7 +104,7 @@ Tensor row_sums(const Tensor& s, const Tensor& y, const Tensor& rows, const Tens
     Tensor x = empty_cpu<3>(y.scalar_type(), {count, heads, dim});
     const auto vectors = new_head_vectors<T>(x);
     parallel_for(count, row_bytes(shape, count, sizeof(T)), [&](int64_t first, int64_t last) {
-      const std::unique_ptr<A[]> scratch(new A[heads * dim]);
+      const AlignedArray<A> scratch = aligned_array<A>(heads * dim);
       kernels<AttentionRowsKernels>().of(element).sums(shape, read<A>(s), head_vectors<T>(y),
                                                        vectors, first, last, scratch.get());
     });

@@ -4,6 +4,7 @@
 
 #include "attention/inputs.h"
 #include "attention/rotary.h"
+#include "common/aligned.h"
 #include "common/isa.h"
 #include "common/tensor.h"
 
@@ -52,7 +53,7 @@ void rotate(const Tensor& x, const Tensor& out, const Tensor& cos, const Tensor&
         parallel_for(tokens, 2 * heads * head_dim * int64_t(sizeof(T)),
                      [&](int64_t first, int64_t last) {
                        if (!interleaved) return kernel.halves(args, first, last);
-                       const std::unique_ptr<A[]> scratch(new A[4 * args.pairs]);
+                       const AlignedArray<A> scratch = aligned_array<A>(4 * args.pairs);
                        kernel.interleaved(args, first, last, scratch.get());
                      });
       });

@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "binary/scan.h"
+#include "common/aligned.h"
 #include "common/isa.h"
 
 namespace emblas {
@@ -49,13 +50,11 @@ class Tile {
     return std::max<int64_t>(1, kBytes / std::max<int64_t>(bytes, 1) / kBlock) * kBlock;
   }
 
-  explicit Tile(int64_t bytes = 0) : storage_(new uint8_t[size_t(bytes + 64)]) {}
-  uint8_t* data() const {
-    return storage_.get() + (64 - reinterpret_cast<uintptr_t>(storage_.get()) % 64) % 64;
-  }
+  explicit Tile(int64_t bytes = 0) : storage_(aligned_array<uint8_t>(bytes)) {}
+  uint8_t* data() const { return storage_.get(); }
 
  private:
-  std::unique_ptr<uint8_t[]> storage_;
+  AlignedArray<uint8_t> storage_;
 };
 
 // Set bits of the bytes [first, last): 8 bytes at a time, without popcount instructions.

@@ -122,13 +122,30 @@ inline void from_accumulator(float x, float16* out) {
 
 // --- memory ----------------------------------------------------------------------------------
 
+// 16 bits to 32 and back. GCC 12 takes vectors apart to convert them, but for the way back to 128
+// bits.
+inline vuint32 widen(vhalf_bits bits) {
+#if defined(EMBLAS_HAS_AVX512) && !defined(EMBLAS_EMULATE_AVX512)
+  return (vuint32)_mm512_cvtepu16_epi32((__m256i)bits);
+#elif defined(EMBLAS_HAS_AVX2) && !defined(EMBLAS_EMULATE_AVX512)
+  return (vuint32)_mm256_cvtepu16_epi32((__m128i)bits);
+#else
+  return __builtin_convertvector(bits, vuint32);
+#endif
+}
+inline vhalf_bits narrow(vuint32 bits) {
+#if defined(EMBLAS_HAS_AVX512) && !defined(EMBLAS_EMULATE_AVX512)
+  return (vhalf_bits)_mm512_cvtepi32_epi16((__m512i)bits);
+#else
+  return __builtin_convertvector(bits, vhalf_bits);
+#endif
+}
+
 // kLanes<T> consecutive values, widened to the accumulator; `from` needs no alignment.
 inline vfloat load(const float* from) { return *(const vfloat_unaligned*)from; }
 inline vdouble load(const double* from) { return *(const vdouble_unaligned*)from; }
 inline vfloat load(const bfloat16* from) {
-  const vhalf_bits bits = *(const vhalf_bits_unaligned*)from;
-  const vuint32 wide = __builtin_convertvector(bits, vuint32) << 16;
-  return (vfloat)wide;
+  return (vfloat)(widen(*(const vhalf_bits_unaligned*)from) << 16);
 }
 inline vfloat load(const float16* from) {
 #if defined(EMBLAS_HAS_AVX512)
@@ -150,9 +167,7 @@ inline void store(bfloat16* to, vfloat x) {
   const vuint32 bits = (vuint32)x;
   const vuint32 rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
   const vuint32 quiet = bits >> 16 | 0x40u;
-  const vint32 is_nan = x != x;
-  const vuint32 chosen = ((vuint32)is_nan & quiet) | (~(vuint32)is_nan & rounded);
-  *(vhalf_bits_unaligned*)to = __builtin_convertvector(chosen, vhalf_bits);
+  *(vhalf_bits_unaligned*)to = narrow(x != x ? quiet : rounded);
 }
 inline void store(float16* to, vfloat x) {
 #if defined(EMBLAS_EMULATE_AVX512)  // SIMDe has no _mm512_cvtps_ph

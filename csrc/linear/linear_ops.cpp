@@ -2,6 +2,7 @@
 #include <memory>
 #include <optional>
 
+#include "common/aligned.h"
 #include "common/isa.h"
 #include "common/tensor.h"
 #include "linear/linear.h"
@@ -33,7 +34,7 @@ Tensor linear_of(const Tensor& x, const Tensor& weight, const std::optional<Tens
   const int64_t blocks = (rows + kernel.rows - 1) / kernel.rows;
   const int64_t bytes = kernel.rows * columns * depth * int64_t(sizeof(T)) / 16;
   parallel_for(blocks, bytes, [&](int64_t first, int64_t last) {
-    const std::unique_ptr<T[]> scratch(new T[kernel.scratch_size]);
+    const AlignedArray<T> scratch = aligned_array<T>(kernel.scratch_size);
     kernel.multiply(args, first * kernel.rows, std::min(last * kernel.rows, rows), scratch.get());
   });
   return out;

@@ -3,6 +3,7 @@
 #include <optional>
 #include <vector>
 
+#include "common/aligned.h"
 #include "common/isa.h"
 #include "common/tensor.h"
 #include "pooling/finish.h"
@@ -23,7 +24,7 @@ void check_rows_and_dims(const Tensor& x, const std::vector<int64_t>& dims) {
 template <class A, class Body>
 void for_rows(const Tensor& x, const Body& body) {
   parallel_for(x.size(0), x.size(1) * int64_t(sizeof(A)), [&](int64_t first, int64_t last) {
-    const std::unique_ptr<A[]> scratch(new A[x.size(1)]);
+    const AlignedArray<A> scratch = aligned_array<A>(x.size(1));
     body(first, last, scratch.get());
   });
 }

@@ -3,6 +3,7 @@
 
 #include <memory>
 
+#include "common/aligned.h"
 #include "common/isa.h"
 #include "common/numpy.h"
 #include "common/packed.h"
@@ -34,7 +35,7 @@ py::array segment_pool_array(const Array<T>& x, const Array<int32_t>& cu_seqlens
     const py::gil_scoped_release unlocked;
     check_array(valid_cu_seqlens(args.segments.begins, batch, tokens),
                 "cu_seqlens must start at 0, never decrease and end at the number of tokens");
-    const std::unique_ptr<T[]> scratch(new T[2 * dim]);
+    const AlignedArray<T> scratch = aligned_array<T>(2 * dim);
     kernels<PoolingKernels>().of(T{}).forward(args, 0, batch, scratch.get());
   }
   return std::move(out);

@@ -3,6 +3,7 @@
 #include <tuple>
 #include <vector>
 
+#include "common/aligned.h"
 #include "common/isa.h"
 #include "pooling/pooling.h"
 #include "pooling/segments_door.h"
@@ -141,8 +142,8 @@ void shared_backward(const SegmentPoolBackwardArgs<T>& args, const SegmentTensor
   });
   if (args.grad_x) {
     SharedRows<T>(tensors, modes, shared.get(), args.argmax).for_rows([&] {
-      return [&, scratch = std::unique_ptr<A[]>(new A[dim])](int64_t row, const RowShare<A>* shares,
-                                                             int64_t shares_count) {
+      return [&, scratch = aligned_array<A>(dim)](int64_t row, const RowShare<A>* shares,
+                                                  int64_t shares_count) {
         kernel.combine(shared.get(), dim, shares, shares_count, args.grad_x + row * dim,
                        scratch.get());
       };
@@ -326,8 +327,8 @@ std::tuple<Tensor, Tensor, Tensor> segment_gem_backward(
     SharedRows<T>(tensors, mean, shared.get(), nullptr).for_rows([&] {
       Segments<T> rows = segments;
       rows.index = nullptr;
-      return [&, rows, scratch = std::unique_ptr<A[]>(new A[2 * dim])](
-                 int64_t row, const RowShare<A>* shares, int64_t count) {
+      return [&, rows, scratch = aligned_array<A>(2 * dim)](int64_t row, const RowShare<A>* shares,
+                                                            int64_t count) {
         kernel.combine(shared.get(), dim, shares, count, row_at(rows, row), p, A(epsilon),
                        write<T>(grad_x) + row * dim, scratch.get());
       };

@@ -7,6 +7,7 @@
 #include <optional>
 #include <vector>
 
+#include "common/aligned.h"
 #include "common/packed.h"
 #include "common/tensor.h"
 #include "pooling/segments.h"
@@ -163,7 +164,7 @@ void for_segments(const SegmentTensors& tensors, int64_t scratch_rows, const Bod
     return std::lower_bound(cost.begin(), cost.end() - 1, position) - cost.begin();
   };
   parallel_for(cost[batch], dim * int64_t(sizeof(A)), [&](int64_t low, int64_t high) {
-    const std::unique_ptr<A[]> scratch(new A[scratch_rows * dim]);
+    const AlignedArray<A> scratch = aligned_array<A>(scratch_rows * dim);
     body(segment_from(low), segment_from(high), scratch.get());
   });
 }

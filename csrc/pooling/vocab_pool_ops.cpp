@@ -2,6 +2,7 @@
 #include <limits>
 #include <tuple>
 
+#include "common/aligned.h"
 #include "common/isa.h"
 #include "pooling/segments_door.h"
 #include "pooling/vocab_pool.h"
@@ -61,7 +62,7 @@ std::tuple<Tensor, Tensor> vocab_max(const Tensor& x, const Tensor& weight,
             read<T>(tile), words,       token,     token + rows, tensors.view<T>(),
             batch,         best + word, at + word, vocab};
         parallel_for(words, rows * int64_t(sizeof(T)), [&](int64_t first, int64_t last) {
-          const std::unique_ptr<A[]> scratch(new A[last - first]);
+          const AlignedArray<A> scratch = aligned_array<A>(last - first);
           kernel.fold(job, first, last, scratch.get());
         });
       }

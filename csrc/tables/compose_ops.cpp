@@ -6,6 +6,7 @@
 #include <tuple>
 #include <vector>
 
+#include "common/aligned.h"
 #include "common/isa.h"
 #include "common/packed.h"
 #include "common/tensor.h"
@@ -159,7 +160,7 @@ std::tuple<Tensor, Tensor> compose_bag(const Tensor& ids, const Tensor& table,
     T* to = write<T>(out);
     int32_t* winners = write<int32_t>(argmax);
     call.for_bags(call.bytes_per_id(sizeof(T)), [&](int64_t f, int64_t first, int64_t last) {
-      const std::unique_ptr<A[]> scratch(new A[2 * dim]);
+      const AlignedArray<A> scratch = aligned_array<A>(2 * dim);
       kernel.forward(args, call.plan.features[f], first, last, scratch.get(), to, winners);
     });
     return std::make_tuple(out, argmax);
@@ -231,7 +232,7 @@ struct Backward {
     const int64_t width = region.width;
     const int64_t work = call.count * int64_t(region.parts.size()) / region.rows + 1;
     parallel_for(region.rows, work * width * int64_t(sizeof(T)), [&](int64_t first, int64_t last) {
-      const std::unique_ptr<A[]> scratch(to ? nullptr : new A[(last - first) * width]);
+      const AlignedArray<A> scratch = to ? nullptr : aligned_array<A>((last - first) * width);
       A* total = to ? to + first * width : scratch.get();
       std::fill(total, total + (last - first) * width, A(0));
       kernel.add_in_order(gradient, region.parts.data(), int64_t(region.parts.size()), first, last,
@@ -247,7 +248,7 @@ struct Backward {
     const int32_t* starts = sorted.starts.data();
     parallel_for(
         starts[rows] + rows, region.width * int64_t(sizeof(T)), [&](int64_t low, int64_t high) {
-          const std::unique_ptr<A[]> total(new A[2 * region.width]);
+          const AlignedArray<A> total = aligned_array<A>(2 * region.width);
           const Lookup* lookups = sorted.lookups.get();
           const int64_t last = first_sequence_from(starts, rows, high);
           for (int64_t u = first_sequence_from(starts, rows, low); u < last; ++u) {
@@ -292,7 +293,7 @@ struct Backward {
     const int64_t per_task = stretch * (1 + sorted.starts[rows] * width / size);
     parallel_for((size + stretch - 1) / stretch, per_task * int64_t(sizeof(A)),
                  [&](int64_t first, int64_t last) {
-                   const std::unique_ptr<A[]> scratch(new A[stretch + 2 * width]);
+                   const AlignedArray<A> scratch = aligned_array<A>(stretch + 2 * width);
                    A* row_total = scratch.get() + stretch;
                    const Lookup* lookups = sorted.lookups.get();
                    for (int64_t s = first; s < last; ++s) {
@@ -401,7 +402,7 @@ std::tuple<Tensor, Tensor, Tensor> compose_bag_backward_rows(
     T* to = write<T>(values);
     int64_t in_use = 0;
     if (backward.in_order(call, region)) {
-      const std::unique_ptr<A[]> totals(new A[region.size()]);
+      const AlignedArray<A> totals = aligned_array<A>(region.size());
       const std::unique_ptr<uint8_t[]> used(new uint8_t[region.rows]());
       backward.in_order_ranges(call, region, totals.get(), used.get(), [](auto...) {});
       for (int64_t row = 0; row < region.rows; ++row) {

@@ -16,14 +16,10 @@ typedef uint8_t vbytes __attribute__((vector_size(kStep), aligned(1), may_alias)
 typedef uint8_t vpairs __attribute__((vector_size(kStep / 2), aligned(1), may_alias));
 typedef int32_t vint32_half __attribute__((vector_size(EMBLAS_VECTOR_BYTES / 2)));
 
-// kStep bytes or 16-bit integers, and half as many bytes, as wider lanes. GCC 12 takes vectors
-// apart to widen them by more than a factor of two, and those of 512 bits by any.
+// kStep bytes, and half as many, as wider lanes, for which GCC 12 takes vectors apart too.
 #if defined(EMBLAS_HAS_AVX512) && !defined(EMBLAS_EMULATE_AVX512)
 vint32 widen_bytes(const uint8_t* from) {
   return (vint32)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)from));
-}
-vint32 widen_halves(const uint8_t* from) {
-  return (vint32)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from));
 }
 vuint64 widen_pairs(const uint8_t* from) {
   return (vuint64)_mm512_cvtepu8_epi64(_mm_loadu_si64(from));
@@ -32,18 +28,12 @@ vuint64 widen_pairs(const uint8_t* from) {
 vint32 widen_bytes(const uint8_t* from) {
   return (vint32)_mm256_cvtepu8_epi32(_mm_loadu_si64(from));
 }
-vint32 widen_halves(const uint8_t* from) {
-  return (vint32)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)from));
-}
 vuint64 widen_pairs(const uint8_t* from) {
   return (vuint64)_mm256_cvtepu8_epi64(_mm_loadu_si32(from));
 }
 #else
 vint32 widen_bytes(const uint8_t* from) {
   return __builtin_convertvector(*(const vbytes*)from, vint32);
-}
-vint32 widen_halves(const uint8_t* from) {
-  return __builtin_convertvector(*(const vhalf_bits_unaligned*)from, vint32);
 }
 vuint64 widen_pairs(const uint8_t* from) {
   return __builtin_convertvector(*(const vpairs*)from, vuint64);
@@ -54,7 +44,7 @@ vuint64 widen_pairs(const uint8_t* from) {
 template <int bits>
 vint32 unpack(const uint8_t* from) {
   if constexpr (bits == 16) {
-    return widen_halves(from);
+    return (vint32)widen(*(const vhalf_bits_unaligned*)from);
   } else if constexpr (bits == 8) {
     return widen_bytes(from);
   } else if constexpr (bits == 4) {  // a byte in 64 bits, its high half moved up into a lane

@@ -3,6 +3,7 @@
 
 #include <memory>
 
+#include "common/aligned.h"
 #include "common/isa.h"
 #include "common/numpy.h"
 #include "common/packed.h"
@@ -57,7 +58,7 @@ py::array quantized_bag_array(const Array<int64_t>& ids, const Array<uint8_t>& p
       check_array(false,
                   "ids must be 0 to " + std::to_string(rows - 1) + ", got " + std::to_string(*id));
     }
-    const std::unique_ptr<T[]> scratch(new T[2 * padded_dim(dim)]);
+    const AlignedArray<T> scratch = aligned_array<T>(2 * padded_dim(dim));
     kernels<QuantizedKernels>().quantized.of(T{}).forward(args, 0, bags, scratch.get(), to);
   }
   return out;

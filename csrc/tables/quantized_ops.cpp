@@ -3,6 +3,7 @@
 #include <optional>
 #include <string>
 
+#include "common/aligned.h"
 #include "common/isa.h"
 #include "tables/bags.h"
 #include "tables/quantized.h"
@@ -84,7 +85,7 @@ struct Call {
     for_bags(read_optional<int32_t>(offsets), bags, dim * int64_t(sizeof(T)),
              [&](int64_t first, int64_t last) {
                const int64_t size = 2 * padded_dim(dim);
-               const std::unique_ptr<Accumulator<T>[]> scratch(new Accumulator<T>[size]);
+               const AlignedArray<Accumulator<T>> scratch = aligned_array<Accumulator<T>>(size);
                body(first, last, scratch.get());
              });
   }

@@ -4,6 +4,7 @@
 #include <memory>
 #include <string_view>
 
+#include "common/aligned.h"
 #include "common/hash.h"
 #include "common/isa.h"
 #include "common/numpy.h"
@@ -70,7 +71,7 @@ py::array hash_bag_array(const Array<int64_t>& ids, const Array<T>& table,
       check_array(valid_cu_seqlens(args.offsets, bags, count),
                   "offsets must start at 0, never decrease and end at the number of ids");
     }
-    const std::unique_ptr<T[]> scratch(new T[dim]);
+    const AlignedArray<T> scratch = aligned_array<T>(dim);
     kernels<TablesKernels>().hash_bag.of(T{}).forward(args, 0, bags, scratch.get(), to);
   }
   return out;

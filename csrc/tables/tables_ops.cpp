@@ -4,6 +4,7 @@
 #include <optional>
 #include <tuple>
 
+#include "common/aligned.h"
 #include "common/isa.h"
 #include "tables/bags.h"
 #include "tables/tables.h"
@@ -69,7 +70,7 @@ Tensor hash_bag(const Tensor& ids, const Tensor& table, const std::optional<Tens
     const auto& kernel = kernels<TablesKernels>().hash_bag.of(element);
     for_bags(args.offsets, bags, num_hashes * dim * int64_t(sizeof(T)),
              [&](int64_t first, int64_t last) {
-               const std::unique_ptr<A[]> scratch(new A[dim]);
+               const AlignedArray<A> scratch = aligned_array<A>(dim);
                kernel.forward(args, first, last, scratch.get(), to);
              });
     return out;
@@ -87,7 +88,8 @@ void grad_table(const HashBagTableArgs<T>& args, int64_t rows, int64_t ids) {
   const auto& kernel = kernels<TablesKernels>().hash_bag.of(T{});
   parallel_for(rows, work, [&](int64_t first, int64_t last) {
     const int64_t size = std::min(scratch_rows, last - first);
-    const std::unique_ptr<A[]> scratch(sizeof(T) == sizeof(A) ? nullptr : new A[size * args.dim]);
+    const AlignedArray<A> scratch =
+        sizeof(T) == sizeof(A) ? nullptr : aligned_array<A>(size * args.dim);
     for (; first < last; first += size) {
       kernel.grad_table(args, first, std::min(first + size, last), scratch.get());
     }
