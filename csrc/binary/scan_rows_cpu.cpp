@@ -1,5 +1,6 @@
 // The scan of scan.h over codes as they lie in memory, one after the other.
 #include "binary/scan.h"
+#include "common/fetch.h"
 #include "common/isa.h"
 #include "common/simd.h"
 
@@ -53,8 +54,7 @@ void scan_rows_of(const RowScanArgs& args) {
 #if defined(EMBLAS_HAS_VPOPCNTDQ)
 typedef uint16_t Halves __attribute__((vector_size(64)));
 
-constexpr int64_t kPart = 64;     // bytes of a code that one vector holds
-constexpr int64_t kAhead = 4096;  // bytes; what CPUs fetch by themselves ends with a page
+constexpr int64_t kPart = 64;  // bytes of a code that one vector holds
 
 template <bool pairs>
 inline __m512i load_words(const uint64_t* words) {
@@ -83,10 +83,7 @@ inline void scan_eights(const RowScanArgs& args, int64_t parts, const Load& load
   };
   uint32_t limit = *args.limit;
   for (int64_t i = 0; i < args.rows.count; i += kCodes) {
-    if (!args.rows.rows) {
-      const uint8_t* ahead = args.rows.at(i) + kAhead;
-      for (int64_t at = 0; at < kCodes * args.rows.stride; at += 64) __builtin_prefetch(ahead + at);
-    }
+    if (!args.rows.rows) fetch_page_ahead(args.rows.at(i), kCodes * args.rows.stride);
     __m512i sums[kVectors / 4];
     for (int v = 0; v < kVectors; ++v) {
       __m512i counts[planes > 0 ? planes : 1] = {};

@@ -1,5 +1,6 @@
 // Attention pooling on a CPU: a block of tokens small enough for the first cache is scored and then
 // added, so each token comes from memory once.
+#include "common/fetch.h"
 #include "common/isa.h"
 #include "pooling/attention_pool.h"
 #include "pooling/rows.h"
@@ -36,7 +37,9 @@ void forward(const AttentionPoolArgs<T>& args, int64_t first, int64_t last,
       int64_t count = 0;
       for (; p < range.end && count < kAttentionBlock; ++p) {
         if (segments.weights && segments.weights[p] == 0) continue;
-        rows[count] = widened(row_at(segments, p), dim, scratch + count * dim);
+        const T* row = row_at(segments, p);
+        fetch_page_ahead(row, dim * int64_t(sizeof(T)));
+        rows[count] = widened(row, dim, scratch + count * dim);
         ++count;
       }
       if (count == 0) break;
@@ -98,6 +101,7 @@ void backward(const AttentionPoolBackwardArgs<T>& back, int64_t first, int64_t l
         clear(back.grad_x, p, p + 1, dim);
         continue;
       }
+      fetch_page_ahead(row_at(segments, p), dim * int64_t(sizeof(T)));
       const A* row = widened(row_at(segments, p), dim, buffer);
       std::memset(gradient, 0, dim * sizeof(A));
       for (int64_t h = 0; h < heads; ++h) {

@@ -2,6 +2,7 @@
 // in the first-level cache. Reading several rows at once would save accumulator traffic but breaks
 // the one sequential stream that hardware prefetchers follow: half the speed from memory. Several
 // modes have a row each, into which a token goes while it is in that cache too.
+#include "common/fetch.h"
 #include "common/isa.h"
 #include "pooling/pooling.h"
 #include "pooling/rows.h"
@@ -77,6 +78,7 @@ void forward_to(const SegmentPoolArgs<T>& args, int64_t first, int64_t last,
     bool any = false;  // in the maxima
     const Range range = range_of(segments, b, modes);
     for (int64_t p = range.begin; p < range.end; ++p) {
+      fetch_page_ahead(row_at(segments, p), dim * int64_t(sizeof(T)));
       // No share of a masked row, which may hold anything, NaN included.
       for_shares(segments, modes, ranges, 0, args.argmax, p, [&](const RowShare<A>& share) {
         A* pooled = scratch + share.number * dim;
