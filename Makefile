@@ -18,6 +18,8 @@ CXX_SOURCES := csrc tests/native tests/simt tests/mutation -name '*.h' -o -name 
 # Idle threads sleep instead of spinning: on a shared machine spinning costs more than it saves.
 export OMP_WAIT_POLICY ?= passive
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
+# Files of tests go to processes whole, in the order of tests/conftest.py.
+PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo demo-train test full bench gpu-table mutate mutate-changed gpu-test lint format clean
 
@@ -43,12 +45,12 @@ demo-train: $(VENV)/installed-experiments
 	$(BIN)/python examples/small_encoder/train.py
 
 test: $(VENV)/installed-dev,demo,bench
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 full: $(VENV)/installed-dev,demo,bench
-	HYPOTHESIS_PROFILE=full EMBLAS_ARCHITECTURES="75 80 86 89 90 100 120" $(BIN)/python -m pytest
+	HYPOTHESIS_PROFILE=full EMBLAS_ARCHITECTURES="75 80 86 89 90 100 120" $(PYTEST)
 	for isa in $$($(BIN)/python -c 'from emblas._load import _C; print(*_C.supported_isas())'); do \
-	  EMBLAS_ISA=$$isa $(BIN)/python -m pytest || exit 1; done
+	  EMBLAS_ISA=$$isa $(PYTEST) || exit 1; done
 	PATH=$(abspath $(BIN)):$$PATH bash .ci/native
 
 bench: $(VENV)/installed-dev,demo,bench
