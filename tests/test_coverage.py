@@ -134,8 +134,8 @@ NO_GRADIENT = {
 }
 # Operators whose GPU tensors take the reference, with a warning: no GPU kernels yet.
 NO_TRITON = (
-    "compose_bag_backward_rows", "compose_bag_update_", "linear", "quantized_bag",
-    "quantized_bag_backward", "random_codes", "rotary_", "row_dots", "row_outer", "row_sums",
+    "compose_bag_backward_rows", "compose_bag_update_", "linear", "random_codes", "rotary_",
+    "row_dots", "row_outer", "row_sums",
 )  # fmt: skip
 
 

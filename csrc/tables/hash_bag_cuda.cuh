@@ -39,12 +39,6 @@ __device__ inline bool is_padding(const HashedIds& hashed, int64_t id) {
   return hashed.has_padding && id == hashed.padding_id;
 }
 
-// The bag of an id; false if it has none.
-__device__ inline bool find_bag(const BagNumbers& bags, int64_t i, int64_t* bag) {
-  *bag = bags.of ? bags.of[i] : i;
-  return 0 <= *bag && *bag < bags.bags;
-}
-
 // --- sources -------------------------------------------------------------------------------------
 
 // The embedding of each id, times its weight.

@@ -50,18 +50,20 @@ struct RowShape {
 };
 
 // The columns of one lane: first + i * step for i < size, as far as they are below dim. `aligned`:
-// every row starts at a multiple of 16 bytes and dim is a multiple of size, so they are one vector.
-template <class T, bool aligned>
+// every row starts at a multiple of 16 bytes and dim is a multiple of size, so they are vectors,
+// side by side.
+template <class T, bool is_aligned, int columns = simt::kVector<T>>
 struct Columns {
   using A = Accumulator<T>;
-  static constexpr int size = simt::kVector<T>;
+  static constexpr int size = columns;
+  static constexpr bool aligned = is_aligned;
 
   int64_t first, dim;
   int step;
 
   __device__ Columns(const RowShape& shape, int64_t tile)
       : dim(shape.dim), step(aligned ? 1 : shape.lanes) {
-    first = tile * shape.template tile<T>() + lane_of_warp() % shape.lanes * (aligned ? size : 1);
+    first = tile * shape.lanes * size + lane_of_warp() % shape.lanes * (aligned ? size : 1);
   }
 
   // Elements are of type T or wider.
@@ -111,6 +113,12 @@ __device__ int64_t count_up_to(const V* values, int64_t size, int64_t limit) {
     }
   }
   return low;
+}
+
+// The bag of an id; false if it has none.
+__device__ inline bool find_bag(const BagNumbers& bags, int64_t i, int64_t* bag) {
+  *bag = bags.of ? bags.of[i] : i;
+  return 0 <= *bag && *bag < bags.bags;
 }
 
 struct Range {

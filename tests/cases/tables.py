@@ -11,6 +11,7 @@ from contract import packed
 from emblas.tables import Composition, Part
 from emblas.tables.compose_op import MODES
 from emblas.tables.composition import COMBINES
+from emblas.tables.packed_codes import pack_codes
 from torch import Tensor
 
 from cases.case import HALVES, Case, short, unaligned
@@ -198,10 +199,96 @@ def _compose_bag_backward() -> Iterator[tuple[str, Callable[[], Case]]]:
         yield f"needs {needs}", lambda a=needs: differentiated(_composed(weights=1), *a)
 
 
+def _quantized(
+    bits: int = 8,
+    dim: int = 37,
+    mode: str = "sum",
+    *,
+    lengths: tuple[int, ...] | None = None,
+    count: int = 40,
+    dtype: torch.dtype = torch.float32,
+    weighted: bool = False,
+    zeros: bool = False,
+    padding: int | None = None,
+    unaligned: bool = False,
+    same_id: bool = False,
+) -> Case:
+    rows = 20
+    count = count if lengths is None else sum(lengths)
+    codes = torch.randint(0, 2**bits, (rows, dim))
+    packed_rows = pack_codes(codes, bits)
+    if unaligned:  # every row begins one byte later
+        buffer = torch.empty(packed_rows.numel() + 1, dtype=torch.uint8)
+        packed_rows = buffer[1:].view(packed_rows.shape).copy_(packed_rows)
+    args = (
+        torch.full((count,), 5) if same_id else torch.randint(0, rows, (count,)),
+        packed_rows,
+        ((torch.rand(rows) + 0.5) * 2.0 ** (1 - bits)).to(dtype),
+        None if lengths is None else packed(lengths),
+        torch.randn(count) if weighted else None,
+        bits, dim, MODES.index(mode), padding,
+        torch.rand(rows) * 2**bits if zeros else None,
+    )  # fmt: skip
+    return Case(args, 80)
+
+
+def _quantized_bag() -> Iterator[tuple[str, Callable[[], Case]]]:
+    lengths = (0, 1, 7, 0, 33, 5)
+    for bits in (2, 4, 8, 16):
+        for dim in (37, 48):
+            options = {"bits": bits, "dim": dim, "padding": 3}
+            name = f"{bits} bits, {dim}"
+            yield name, lambda a=options: _quantized(zeros=True, **a)
+            yield (
+                f"{name}, bags, weights",
+                lambda a=options: _quantized(lengths=lengths, weighted=True, **a),
+            )
+        yield (
+            f"{bits} bits, wide, mean",
+            lambda b=bits: _quantized(b, 528, "mean", lengths=(3, 0, 9), padding=2, zeros=True),
+        )
+        yield (
+            f"{bits} bits, wide, max",
+            lambda b=bits: _quantized(b, 515, "max", lengths=(3, 0, 9), padding=2),
+        )
+        yield f"{bits} bits, unaligned", lambda b=bits: _quantized(b, 16, unaligned=True)
+    for dtype in HALVES:
+        yield short(dtype), lambda a=dtype: _quantized(8, 64, dtype=a)
+        yield f"{short(dtype)}, bags", lambda a=dtype: _quantized(4, 21, lengths=lengths, dtype=a)
+    for dim in (1, 16, 130):
+        yield (
+            f"long bags, {dim}",
+            lambda a=dim: _quantized(4, a, "max", lengths=(65, 31, 32), zeros=True, padding=5),
+        )
+        yield f"weights, {dim}", lambda a=dim: _quantized(8, a, count=67, weighted=True)
+    for mode in MODES:
+        yield (
+            f"padding alone, {mode}",
+            lambda a=mode: _quantized(8, 5, a, lengths=(2, 3), same_id=True, padding=5),
+        )
+    yield "no ids", lambda: _quantized(count=0)
+    yield "no bags", lambda: _quantized(lengths=())
+
+
+def _quantized_bag_backward() -> Iterator[tuple[str, Callable[[], Case]]]:
+    def backward(case: Case) -> Case:
+        ids, table, scale, offsets, _, bits, dim, _, padding, zeros = case.args
+        bags = len(ids) if offsets is None else len(offsets) - 1
+        grad = torch.randn(bags, dim).to(scale.dtype)
+        # Sums of as many products as there are columns, each of the size of a code.
+        return Case((grad, ids, table, scale, offsets, bits, dim, padding, zeros), 8 * dim)
+
+    for name, make in _quantized_bag():
+        if not name.endswith("max"):
+            yield name, lambda make=make: backward(make())
+
+
 CASES: dict[str, dict[str, Callable[[], Case]]] = {
     "hash_keys": dict(_hash_keys()),
     "hash_bag": dict(_hash_bag()),
     "hash_bag_backward": dict(_hash_bag_backward()),
     "compose_bag": dict(_compose_bag(backward=False)),
     "compose_bag_backward": dict(_compose_bag_backward()),
+    "quantized_bag": dict(_quantized_bag()),
+    "quantized_bag_backward": dict(_quantized_bag_backward()),
 }

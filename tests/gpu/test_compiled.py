@@ -43,6 +43,10 @@ LOCAL_MEMORY = {
     ("grad_keys_tile", "bfloat16, 256"): (8, _ALL_REGISTERS),
     ("grad_keys_tile", "float16, 256"): (8, _ALL_REGISTERS),
     ("_compose_bags", "product, float32, bags, max"): (8, "two words, to get by with 72 registers"),
+    ("_quantized_bags", "4 bits, dim 128, float16, bags, max"): (
+        8,
+        "two words on sm_120, to get by with 72 registers",
+    ),
     ("_highest_of_chunk", ""): (16, "ptxas spills two to four words for another four warps"),
     ("sum_chunks", "double, true, true"): (
         8,
@@ -57,6 +61,7 @@ LOCAL_MEMORY = {
     ("_maxsim", "bits"): (8, _TWO_WORDS),
 }
 _ODD = "rows of odd width are read by bytes"
+_FEW_BITS = "the 32 codes of a thread are 8 bytes"
 NO_WIDE_LOADS = {
     ("_pool", "float32, lists, weights, last"): "a block reads one row, each lane one value of it",
     ("_add_sequences", ""): "sums begin anywhere, and are a number for each token and head",
@@ -67,6 +72,8 @@ NO_WIDE_LOADS = {
     ("_hash_keys", ""): "reads nothing but 8-byte ids, one for each thread",
     ("_maxsim", "bits"): "the 32 bits of each row that a tile holds are 4 bytes",
     ("_nearest_of_chunk", "16 queries, k = 16, odd width"): _ODD,
+    ("_quantized_bags", "2 bits, dim 128, float32, bags, sum"): _FEW_BITS,
+    ("_quantized_lookup", "2 bits, dim 128, float32"): _FEW_BITS,
     ("_unpack_planes", ""): "a byte becomes eight values: its threads read as they write",
     ("_row_gradients", ""): "but for the generalized mean it reads what segments contribute, "
     "64 columns at a time, from the caches",

@@ -211,6 +211,31 @@ def _compositions() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
         yield "compose_bag_backward", words, (grad, *args, winners, *how, *wanted)
 
 
+def _quantized() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
+    ids, offsets, weights = torch.zeros(64, dtype=torch.int64), torch.zeros(9).int(), torch.ones(64)
+    zeros = torch.empty(1008)
+    # Bits, dtypes, modes and zero points don't meet: each is tried alone.
+    for bits, dim, dtype, mode, zero in (
+        *((bits, 128, torch.float32, None, None) for bits in (2, 4, 8, 16)),
+        *((bits, 128, torch.float32, "sum", None) for bits in (2, 4, 8, 16)),
+        (8, 64, torch.float32, "sum", None),
+        (8, 128, torch.bfloat16, "mean", zeros),
+        (4, 128, torch.float16, "max", zeros),
+    ):
+        packed = torch.empty(1008, dim * bits // 8, dtype=torch.uint8)
+        scale = torch.empty(1008, dtype=dtype)
+        bags, own = (offsets, weights) if mode == "sum" else (offsets if mode else None, None)
+        words = f"{bits} bits, dim {dim}, {_short(dtype)}{f', bags, {mode}' if mode else ''}"
+        padding = 2 if mode else None
+        args = (ids, packed, scale, bags, own, bits, dim, MODES.index(mode or "sum"), padding, zero)
+        yield "quantized_bag", words, args
+        grad = torch.empty(8 if mode else 64, dim, dtype=dtype)
+        yield (
+            "quantized_bag_backward", words,
+            (grad, ids, packed, scale, bags, bits, dim, padding, zero),
+        )  # fmt: skip
+
+
 def _binary() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
     for dtype in _op.FLOATS:
         x = torch.empty(64, 384, dtype=dtype)
@@ -341,7 +366,7 @@ def calls() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
     families = (
         _pooling, _linear_modes, _several_modes, _generalized_means, _maxima, _finish,
         _attention_pooling, _vocabulary_pooling, _vocabulary_sums, _tables, _compositions,
-        _binary, _scores, _late_interaction, _attention, _rotary,
+        _quantized, _binary, _scores, _late_interaction, _attention, _rotary,
     )  # fmt: skip
     for family in families:
         yield from family()

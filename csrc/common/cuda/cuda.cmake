@@ -51,6 +51,8 @@ add_library(
   csrc/pooling/vocab_pool_ops_cuda.cpp
   csrc/pooling/vocab_sum_cuda.cu
   csrc/pooling/vocab_sum_ops_cuda.cpp
+  csrc/tables/quantized_bag_cuda.cu
+  csrc/tables/quantized_ops_cuda.cpp
   csrc/tables/tables_ops_cuda.cpp
   csrc/tables/hash_bag_cuda.cu
   csrc/tables/compose_ops_cuda.cpp

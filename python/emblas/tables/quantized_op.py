@@ -140,9 +140,15 @@ _quantized_bag = Op(
     reference=reference,
     fake=_fake,
     backward="quantized_bag_backward",
+    triton="emblas.tables.triton",
     check_values=_check_values,
 )
-_backward = Op("quantized_bag_backward", reference=reference_backward, fake=_backward_fake)
+_backward = Op(
+    "quantized_bag_backward",
+    reference=reference_backward,
+    fake=_backward_fake,
+    triton="emblas.tables.triton",
+)
 
 
 class _QuantizedBag(torch.autograd.Function):

@@ -215,6 +215,76 @@ def _composed_backward_triton(c: ComposedBackward) -> dict[str, Work]:
     }
 
 
+@dataclasses.dataclass(frozen=True)
+class Quantized:
+    """Rows of integers with a scale each; ``bag`` ids make a bag (0: no bags)."""
+
+    ids: int
+    rows: int
+    dim: int
+    bits: int
+    dtype: torch.dtype
+    bag: int = 0
+
+    def __str__(self) -> str:
+        words = f"{self.ids} ids, {self.rows} rows of {self.dim} integers of {self.bits} bits, "
+        words += str(self.dtype).removeprefix("torch.")
+        return words + (f", bags of {self.bag}" if self.bag else "")
+
+    @property
+    def outputs(self) -> int:
+        return self.ids // (self.bag or 1)
+
+    @property
+    def row(self) -> int:
+        return self.dim * self.dtype.itemsize
+
+    @property
+    def read(self) -> int:
+        """Bytes of ids, and of rows in use with their scales."""
+        own = self.dim * self.bits // 8 + self.dtype.itemsize
+        return 8 * self.ids + min(self.ids, self.rows) * own
+
+    def table(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        packed = torch.randint(0, 256, (self.rows, self.dim * self.bits // 8)).to(torch.uint8)
+        offsets = torch.arange(self.outputs + 1, dtype=torch.int32) * self.bag
+        scale = torch.rand(self.rows).to(self.dtype)
+        return torch.arange(self.ids) % self.rows, packed, scale, offsets if self.bag else None
+
+    def arguments(self) -> tuple[Any, ...]:
+        return *self.table(), None, self.bits, self.dim, 0, None, None
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizedBackward(Quantized):
+    """The gradient of the weights of ids."""
+
+    def arguments(self) -> tuple[Any, ...]:
+        grad = torch.rand(self.outputs, self.dim).to(self.dtype)
+        return grad, *self.table(), self.bits, self.dim, None, None
+
+
+def _quantized(bags: str, ids: str) -> Callable[[Quantized], dict[str, Work]]:
+    def works(q: Quantized) -> dict[str, Work]:
+        offsets = 4 * (q.outputs + 1) if q.bag else 0
+        work = Work(q.read + offsets, q.outputs * q.row, 2 * q.ids * q.dim)
+        return {bags if q.bag else ids: work}
+
+    return works
+
+
+def _quantized_backward_cuda(q: QuantizedBackward) -> dict[str, Work]:
+    bag_of = 4 * q.ids if q.bag else 0
+    kernels = {"find_bags": Work(0, bag_of, slack=4 * (q.outputs + 1))} if q.bag else {}
+    read = q.read + bag_of + q.outputs * q.row
+    return {**kernels, "dot_codes": Work(read, 4 * q.ids, 3 * q.ids * q.dim)}
+
+
+def _quantized_backward_triton(q: QuantizedBackward) -> dict[str, Work]:
+    read = q.read + (8 * q.ids if q.bag else 0) + q.outputs * q.row
+    return {"_quantized_dots": Work(read, 4 * q.ids, 3 * q.ids * q.dim)}
+
+
 _BF16, _F32 = torch.bfloat16, torch.float32
 MODELS: dict[tuple[str, str], Callable[[Any], dict[str, Work]]] = {
     ("hash_keys", "CUDA C++"): _hash_keys("hash_ids"),
@@ -227,6 +297,10 @@ MODELS: dict[tuple[str, str], Callable[[Any], dict[str, Work]]] = {
     ("compose_bag", "Triton"): _composed_triton,
     ("compose_bag_backward", "CUDA C++"): _composed_backward_cuda,
     ("compose_bag_backward", "Triton"): _composed_backward_triton,
+    ("quantized_bag", "CUDA C++"): _quantized("pool_codes", "look_up_codes"),
+    ("quantized_bag", "Triton"): _quantized("_quantized_bags", "_quantized_lookup"),
+    ("quantized_bag_backward", "CUDA C++"): _quantized_backward_cuda,
+    ("quantized_bag_backward", "Triton"): _quantized_backward_triton,
 }
 SMALL: dict[str, tuple[Any, ...]] = {
     "hash_keys": (Hashing(300, 4, 50), Hashing(70, 3, 1000)),
@@ -244,6 +318,11 @@ SMALL: dict[str, tuple[Any, ...]] = {
         ComposedBackward(60, 50, 24, _F32),
         ComposedBackward(60, 50, 20, _BF16, bag=6),
     ),
+    "quantized_bag": (Quantized(60, 50, 36, 8, _F32), Quantized(60, 80, 48, 4, _BF16, bag=6)),
+    "quantized_bag_backward": (
+        QuantizedBackward(60, 50, 36, 8, _F32),
+        QuantizedBackward(60, 80, 48, 4, _BF16, bag=6),
+    ),
 }
 LARGE: dict[str, tuple[Any, ...]] = {
     "hash_keys": (Hashing(1 << 20, 4, 1 << 20),),
@@ -251,4 +330,9 @@ LARGE: dict[str, tuple[Any, ...]] = {
     "hash_bag_backward": (BagBackward(1 << 18, 4, 1 << 20, 128, _F32),),
     "compose_bag": (Composed(1 << 20, 1 << 20, 64, _BF16, bag=16),),
     "compose_bag_backward": (ComposedBackward(1 << 20, 1 << 20, 64, _BF16, bag=16),),
+    "quantized_bag": (
+        Quantized(1 << 18, 1 << 20, 128, 8, _F32),
+        Quantized(1 << 20, 1 << 20, 64, 4, _BF16, bag=16),
+    ),
+    "quantized_bag_backward": (QuantizedBackward(1 << 20, 1 << 20, 64, 4, _BF16, bag=16),),
 }
