@@ -133,10 +133,7 @@ NO_GRADIENT = {
     "lexical_index": "integers: values are picked, and differentiated, by torch",
 }
 # Operators whose GPU tensors take the reference, with a warning: no GPU kernels yet.
-NO_TRITON = (
-    "compose_bag_backward_rows", "compose_bag_update_", "linear", "random_codes", "rotary_",
-    "row_dots", "row_outer", "row_sums",
-)  # fmt: skip
+NO_TRITON = ("linear", "random_codes", "rotary_", "row_dots", "row_outer", "row_sums")
 
 
 def _forward_ops():

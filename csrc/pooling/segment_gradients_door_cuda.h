@@ -2,8 +2,8 @@
 // order in which rows find the segments that reach them.
 #pragma once
 
+#include "common/cuda/sort.h"
 #include "pooling/segments_door_cuda.h"
-#include "tables/sort_cuda.h"
 
 namespace emblas {
 

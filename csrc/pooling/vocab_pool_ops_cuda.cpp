@@ -3,6 +3,7 @@
 #include <tuple>
 #include <vector>
 
+#include "common/cuda/sort.h"
 #include "pooling/lexical_cuda.h"
 #include "pooling/vocab_door_cuda.h"
 #include "pooling/vocab_pool_cuda.h"
@@ -11,24 +12,6 @@ namespace emblas {
 namespace {
 
 using OptionalTensor = std::optional<Tensor>;
-using torch::stable::detail::from;
-using torch::stable::detail::to;
-
-// The values of a vector in rising order, equal ones in theirs, and where each one was (int64).
-std::array<Tensor, 2> sort_stable(const Tensor& vector) {
-  const std::optional<bool> stable = true;
-  std::array<StableIValue, 4> stack{from(vector), from(stable), from(int64_t(0)), from(false)};
-  check_torch(torch_call_dispatcher("aten::sort", "stable", stack.data(), TORCH_ABI_VERSION));
-  return {to<Tensor>(stack[0]), to<Tensor>(stack[1])};
-}
-
-// The sums of a vector up to each element.
-Tensor cumulative_sum(const Tensor& vector) {
-  const std::optional<ScalarType> same;
-  std::array<StableIValue, 3> stack{from(vector), from(int64_t(0)), from(same)};
-  check_torch(torch_call_dispatcher("aten::cumsum", "", stack.data(), TORCH_ABI_VERSION));
-  return to<Tensor>(stack[0]);
-}
 
 std::tuple<Tensor, Tensor> vocab_max_cuda(const Tensor& x, const Tensor& weight,
                                           const OptionalTensor& bias, const Tensor& cu_seqlens,

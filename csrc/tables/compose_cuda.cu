@@ -1,6 +1,7 @@
 // Launches the kernels of composed tables; shapes alone decide the grids.
 #include "tables/compose_backward_cuda.cuh"
 #include "tables/launch_cuda.h"
+#include "tables/lookup_gradients_cuda.cuh"
 
 namespace emblas::cuda {
 
@@ -49,10 +50,9 @@ void compose_table_gradient(const ComposeGradientArgs<T>& args, const Composed& 
                             void* stream) {
   const Segments segments{table.bounds, table.rows, table.lookups};
   const bool whole = args.forward.combine != Combine::product && !args.argmax;
-  const auto run = [&](auto source) {
-    using Source = decltype(source);
-    const auto add = aligned ? sum<true, Source> : sum<false, Source>;
-    add(source, segments, table.width, partial, table.grad, stream);
+  const auto run = [&](const auto& source) {
+    sum(aligned, source, segments, table.lookups, table.width, partial,
+        StoreRows<T>{table.grad, table.width}, stream);
   };
   if (whole) {
     run(LookupGradients<T, true>{args, composed, table.order});

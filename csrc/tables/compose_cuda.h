@@ -70,6 +70,24 @@ struct TableGradient {
   T* grad;  // [rows, width]
 };
 
+// The lookups of one table among those of all, sorted by their rows among those of all tables.
+struct SortedLookups {
+  const int64_t* order;  // lookups i most_parts + p
+  const int32_t* keys;   // their rows, rising
+  int64_t lookups;
+  int64_t first_row, rows, width;  // of the table
+};
+
+// Its rows and an optimizer's state, from its first row on.
+template <class T>
+struct OptimizerArgs {
+  T* table;                           // [rows, width]
+  Accumulator<T>*first, *second;      // as OptimizerStep says: [rows], [rows, width], or not used
+  int64_t* last_step;                 // [rows], of Adam
+  const int64_t* steps;               // taken, with this one
+  const Accumulator<T>* corrections;  // [2], see count_optimizer_step
+};
+
 // out [bags, dim]; argmax [bags, dim] for BagMode::max, -1 where a bag is empty. `aligned`: rows
 // and columns start at multiples of 16 bytes.
 template <class T>
@@ -90,6 +108,37 @@ template <class T>
 void compose_table_gradient(const ComposeGradientArgs<T>& args, const Composed& composed,
                             const TableGradient<T>& table, bool aligned, Accumulator<T>* partial,
                             void* stream);
+
+// ranks [lookups] 1 where a row of the table begins, else 0: with their sums, list_used_rows writes
+// the numbers of the rows in use, and their `count`.
+void mark_used_rows(const SortedLookups& sorted, int32_t* marks, void* stream);
+void list_used_rows(const SortedLookups& sorted, const int64_t* ranks, int64_t* rows,
+                    int64_t* count, void* stream);
+
+// Gradients of the rows in use, `stride` apart: those of the rows by rank, or where ranks are null
+// by the place of their first lookup. E: T or its accumulator; partial: as above.
+template <class T, class E>
+void compose_used_gradient(const ComposeGradientArgs<T>& args, const Composed& composed,
+                           const SortedLookups& sorted, bool aligned, Accumulator<T>* partial,
+                           const int64_t* ranks, E* gradients, int64_t stride, void* stream);
+
+// Counts a step; corrections: Adam's rate, and what its second moments are multiplied by.
+template <class A>
+void count_optimizer_step(const OptimizerStep& step, int64_t* steps, A* corrections, void* stream);
+
+// Takes the step on each row in use where its gradient is summed up.
+template <class T>
+void compose_update(const ComposeGradientArgs<T>& args, const Composed& composed,
+                    const SortedLookups& sorted, bool aligned, Accumulator<T>* partial,
+                    const OptimizerStep& step, const OptimizerArgs<T>& optimizer, void* stream);
+// It does so for narrow rows whose gradients are sums of others times numbers.
+template <class T>
+bool updates_in_sums(Combine combine, BagMode mode, int64_t width);
+// Else from gradients by the place of first lookups.
+template <class T>
+void update_used_rows(const SortedLookups& sorted, bool aligned, const Accumulator<T>* gradients,
+                      int64_t stride, const OptimizerStep& step, const OptimizerArgs<T>& optimizer,
+                      void* stream);
 
 // grad_weights [ids, weights_per_id]; most_width: of one part.
 template <class T>

@@ -7,9 +7,9 @@
 #include <vector>
 
 #include "common/cuda/device_call.h"
+#include "common/cuda/sort.h"
 #include "tables/compose_cuda.h"
 #include "tables/plan.h"
-#include "tables/sort_cuda.h"
 
 namespace emblas {
 namespace {
@@ -159,36 +159,106 @@ std::tuple<Tensor, Tensor> compose_bag_cuda(const Tensor& ids, const Tensor& tab
   });
 }
 
+// The arguments that the forms of the backward pass have in common, checked, and what they work on.
 template <class T>
-Tensor table_gradient(const DeviceCall& call, const Composition& composition,
-                      const cuda::ComposeGradientArgs<T>& args, const Tensor& keys,
-                      const Tensor& table) {
-  const Plan& plan = composition.plan;
-  check(plan.has_disjoint_regions(), "a gradient needs tables that don't overlap");
-  int64_t covered = 0;
-  for (const Region& region : plan.regions) {
-    check(region.stride == region.width, "a gradient needs rows that don't overlap");
-    covered += region.size();
+struct Backward {
+  using A = Accumulator<T>;
+  const DeviceCall& call;
+  const Composition& composition;
+  int64_t lookups;
+  Tensor segments, scale, numbers, keys;
+  cuda::ComposeGradientArgs<T> args;
+
+  Backward(const DeviceCall& call, const Composition& composition, const Tensor& grad_out,
+           const Tensor& table, const std::optional<Tensor>& weights,
+           const std::optional<Tensor>& argmax, bool need_table);
+
+  // An error unless every element of the table belongs to one row.
+  void check_rows() const {
+    check(composition.plan.has_disjoint_regions(), "a gradient needs tables that don't overlap");
+    for (const Region& region : composition.plan.regions) {
+      check(region.stride == region.width, "a gradient needs rows that don't overlap");
+    }
   }
-  const auto [sorted, order] = sort_stable(keys);
+
+  // Workspace for the pieces of long sums.
+  Tensor pieces() const {
+    int64_t widest = 0;
+    for (const Region& region : composition.plan.regions) widest = std::max(widest, region.width);
+    return call.empty<2>(kScalarType<A>, {cuda::piece_rows(lookups), widest});
+  }
+
+  bool aligned(const void* rows) const {
+    return composition.aligned<T>(args.forward.table, args.grad_out) &&
+           reinterpret_cast<uintptr_t>(rows) % 16 == 0;
+  }
+};
+
+template <class T>
+Backward<T>::Backward(const DeviceCall& call, const Composition& composition,
+                      const Tensor& grad_out, const Tensor& table,
+                      const std::optional<Tensor>& weights, const std::optional<Tensor>& argmax,
+                      bool need_table)
+    : call(call),
+      composition(composition),
+      lookups(composition.ids.count * composition.composed.most_parts) {
+  const int64_t count = composition.ids.count, bags = composition.ids.bags;
+  const int64_t dim = composition.plan.dim;
+  check(lookups <= INT32_MAX, "a gradient needs fewer than 2^31 lookups");
+  check(grad_out.scalar_type() == table.scalar_type() && grad_out.dim() == 2 &&
+            grad_out.size(0) == bags && grad_out.size(1) == dim && grad_out.is_contiguous(),
+        "grad_out must be a contiguous (bags, dim) tensor of the dtype of the table");
+  const bool has_maximum = composition.mode == BagMode::max;
+  check(!has_maximum ||
+            (argmax && call.holds(*argmax) && has_dtype<int32_t>(*argmax) && argmax->dim() == 2 &&
+             argmax->size(0) == bags && argmax->size(1) == dim && argmax->is_contiguous()),
+        "argmax must be the forward's second output");
+  const int32_t* offsets = composition.ids.offsets;
+  const bool has_scale = need_table && composition.mode == BagMode::mean;
+  segments = call.empty<1>(ScalarType::Int, {offsets ? count : 0});
+  scale = call.empty<1>(kScalarType<A>, {has_scale ? composition.segments() : 0});
+  numbers = call.empty<1>(ScalarType::Int, {lookups});
+  keys = call.empty<1>(ScalarType::Int, {lookups});
+  const auto written = reinterpret_cast<uint32_t*>(call.write<int32_t>(numbers));
+  int32_t* segment_of = offsets ? call.write<int32_t>(segments) : nullptr;
+  if (offsets) {
+    cuda::bag_numbers(offsets, composition.segments(), count, segment_of, call.stream());
+  }
+  cuda::compose_lookups(composition.ids, composition.composed, segment_of, composition.plan.rows,
+                        written, call.write<int32_t>(keys), call.stream());
+  if (has_scale) {
+    cuda::bag_scales(composition.ids, composition.composed, call.write<A>(scale), call.stream());
+  }
+  args = {composition.args<T>(call, table, weights),
+          segment_of,
+          written,
+          has_maximum ? call.read<int32_t>(argmax) : nullptr,
+          has_scale ? call.write<A>(scale) : nullptr,
+          call.read<T>(grad_out)};
+}
+
+template <class T>
+Tensor table_gradient(const Backward<T>& backward, const Tensor& table) {
+  const DeviceCall& call = backward.call;
+  const Plan& plan = backward.composition.plan;
+  backward.check_rows();
+  const int64_t lookups = backward.lookups;
+  const auto [sorted, order] = sort_stable(backward.keys);
   const Tensor bounds = call.empty<1>(ScalarType::Int, {plan.rows + 1});
   int32_t* all_bounds = call.write<int32_t>(bounds);
-  cuda::row_bounds(call.read<int32_t>(sorted), keys.numel(), plan.rows, all_bounds, call.stream());
+  cuda::row_bounds(call.read<int32_t>(sorted), lookups, plan.rows, all_bounds, call.stream());
   const Tensor gradient = call.empty<1>(table.scalar_type(), {table.numel()});
+  int64_t covered = 0;
+  for (const Region& region : plan.regions) covered += region.size();
   if (covered < table.numel()) torch::stable::zero_(const_cast<Tensor&>(gradient));
   T* to = call.write<T>(gradient);
-  const bool aligned = composition.aligned<T>(args.forward.table, args.grad_out) &&
-                       reinterpret_cast<uintptr_t>(to) % 16 == 0;
-  int64_t widest = 0;
-  for (const Region& region : plan.regions) widest = std::max(widest, region.width);
-  const Tensor partial =
-      call.empty<2>(kScalarType<Accumulator<T>>, {cuda::piece_rows(keys.numel()), widest});
-  Accumulator<T>* pieces = call.write<Accumulator<T>>(partial);
+  const Tensor pieces = backward.pieces();
+  Accumulator<T>* partial = call.write<Accumulator<T>>(pieces);
   for (const Region& region : plan.regions) {
-    cuda::compose_table_gradient<T>(args, composition.composed,
+    cuda::compose_table_gradient<T>(backward.args, backward.composition.composed,
                                     {call.read<int64_t>(order), all_bounds + region.first_row,
-                                     keys.numel(), region.rows, region.width, to + region.base},
-                                    aligned, pieces, call.stream());
+                                     lookups, region.rows, region.width, to + region.base},
+                                    backward.aligned(to), partial, call.stream());
   }
   return gradient;
 }
@@ -201,57 +271,159 @@ std::tuple<Tensor, Tensor> compose_bag_backward_cuda(
   const DeviceCall call(grad_out);
   const Composition composition(call, ids, table, offsets, weights, parts, combine, mode,
                                 padding_id);
-  const cuda::Composed& composed = composition.composed;
-  const int64_t count = ids.size(0), lookups = count * composed.most_parts;
-  const int64_t bags = composition.ids.bags, dim = composition.plan.dim;
-  check(lookups <= INT32_MAX, "a gradient needs fewer than 2^31 lookups");
-  check(grad_out.scalar_type() == table.scalar_type() && grad_out.dim() == 2 &&
-            grad_out.size(0) == bags && grad_out.size(1) == dim && grad_out.is_contiguous(),
-        "grad_out must be a contiguous (bags, dim) tensor of the dtype of the table");
-  const bool has_maximum = composition.mode == BagMode::max;
-  check(!has_maximum ||
-            (argmax && call.holds(*argmax) && has_dtype<int32_t>(*argmax) && argmax->dim() == 2 &&
-             argmax->size(0) == bags && argmax->size(1) == dim && argmax->is_contiguous()),
-        "argmax must be the forward's second output");
   need_weights = need_weights && weights;
   return visit_float(table.scalar_type(), kDtypes, [&](auto element) {
     using T = decltype(element);
     using A = Accumulator<T>;
-    const Tensor segments = call.empty<1>(ScalarType::Int, {offsets ? count : 0});
-    const bool has_scale = need_table && composition.mode == BagMode::mean;
-    const Tensor scale = call.empty<1>(kScalarType<A>, {has_scale ? composition.segments() : 0});
-    const Tensor numbers = call.empty<1>(ScalarType::Int, {lookups});
-    const Tensor keys = call.empty<1>(ScalarType::Int, {lookups});
-    const auto written = reinterpret_cast<uint32_t*>(call.write<int32_t>(numbers));
-    const int32_t* segment_of = nullptr;
-    if (offsets) {
-      cuda::bag_numbers(composition.ids.offsets, composition.segments(), count,
-                        call.write<int32_t>(segments), call.stream());
-      segment_of = call.write<int32_t>(segments);
-    }
-    cuda::compose_lookups(composition.ids, composed, segment_of, composition.plan.rows, written,
-                          call.write<int32_t>(keys), call.stream());
-    if (has_scale) {
-      cuda::bag_scales(composition.ids, composed, call.write<A>(scale), call.stream());
-    }
-    const cuda::ComposeGradientArgs<T> args{composition.args<T>(call, table, weights),
-                                            segment_of,
-                                            written,
-                                            has_maximum ? call.read<int32_t>(argmax) : nullptr,
-                                            has_scale ? call.write<A>(scale) : nullptr,
-                                            call.read<T>(grad_out)};
-    const Tensor grad_table = need_table ? table_gradient(call, composition, args, keys, table)
-                                         : call.empty<1>(table.scalar_type(), {0});
+    const Backward<T> backward(call, composition, grad_out, table, weights, argmax, need_table);
+    const Tensor grad_table =
+        need_table ? table_gradient(backward, table) : call.empty<1>(table.scalar_type(), {0});
     const Tensor grad_weights =
         call.empty<1>(kScalarType<A>, {need_weights ? weights->numel() : 0});
     if (need_weights) {
       int64_t widest = 0;
       for (const Part& part : composition.plan.parts) widest = std::max(widest, part.width);
-      cuda::compose_weight_gradient(args, composed, widest,
-                                    composition.aligned<T>(args.forward.table, args.grad_out),
-                                    call.write<A>(grad_weights), call.stream());
+      cuda::compose_weight_gradient(backward.args, composition.composed, widest,
+                                    backward.aligned(nullptr), call.write<A>(grad_weights),
+                                    call.stream());
     }
     return std::make_tuple(grad_table, grad_weights);
+  });
+}
+
+// The rows in use and their gradients; rising, without repetition. How many they are stands on the
+// device: the first `count` of as many as there are lookups.
+std::tuple<Tensor, Tensor, Tensor> compose_bag_backward_rows_cuda(
+    const Tensor& grad_out, const Tensor& ids, const Tensor& table,
+    const std::optional<Tensor>& offsets, const std::optional<Tensor>& weights,
+    const std::optional<Tensor>& argmax, std::vector<int64_t> parts, int64_t combine, int64_t mode,
+    std::optional<int64_t> padding_id) {
+  const DeviceCall call(grad_out);
+  const Composition composition(call, ids, table, offsets, weights, parts, combine, mode,
+                                padding_id);
+  check(composition.plan.regions.size() == 1, "gradients by rows need parts of one table");
+  return visit_float(table.scalar_type(), kDtypes, [&](auto element) {
+    using T = decltype(element);
+    const Backward<T> backward(call, composition, grad_out, table, weights, argmax, true);
+    backward.check_rows();
+    const int64_t lookups = backward.lookups, features = composition.composed.num_features;
+    const Region& region = composition.plan.regions[0];
+    // How offsets share out the ids among several features stands on the device.
+    const int64_t most = offsets && features > 1
+                             ? lookups
+                             : composition.ids.count / features * composition.composed.num_parts;
+    const Tensor rows = call.empty<1>(ScalarType::Long, {most});
+    const Tensor values = call.empty<2>(table.scalar_type(), {most, region.width});
+    const Tensor count = call.empty<1>(ScalarType::Long, {1});
+    if (lookups == 0) {
+      torch::stable::zero_(const_cast<Tensor&>(count));
+      return std::make_tuple(rows, values, count);
+    }
+    const auto [keys, order] = sort_stable(backward.keys);
+    const cuda::SortedLookups sorted{
+        call.read<int64_t>(order), call.read<int32_t>(keys), lookups, 0, region.rows, region.width};
+    const Tensor marks = call.empty<1>(ScalarType::Int, {lookups});
+    cuda::mark_used_rows(sorted, call.write<int32_t>(marks), call.stream());
+    const Tensor ranks = cumulative_sum(marks);
+    cuda::list_used_rows(sorted, call.read<int64_t>(ranks), call.write<int64_t>(rows),
+                         call.write<int64_t>(count), call.stream());
+    T* to = call.write<T>(values);
+    const Tensor pieces = backward.pieces();
+    cuda::compose_used_gradient<T, T>(backward.args, composition.composed, sorted,
+                                      backward.aligned(to), call.write<Accumulator<T>>(pieces),
+                                      call.read<int64_t>(ranks), to, region.width, call.stream());
+    return std::make_tuple(rows, values, count);
+  });
+}
+
+// One step of an optimizer on the rows in use. A product's gradient reads rows of other tables, so
+// all gradients are taken before the first row moves.
+void compose_bag_update_cuda_(const Tensor& grad_out, const Tensor& ids, const Tensor& table,
+                              const std::optional<Tensor>& offsets,
+                              const std::optional<Tensor>& weights,
+                              const std::optional<Tensor>& argmax, std::vector<int64_t> parts,
+                              int64_t combine, int64_t mode, std::optional<int64_t> padding_id,
+                              const Tensor& first, const Tensor& second, const Tensor& last_step,
+                              const Tensor& steps, int64_t optimizer, double learning_rate,
+                              double epsilon, double beta1, double beta2, double weight_decay) {
+  const DeviceCall call(grad_out);
+  const Composition composition(call, ids, table, offsets, weights, parts, combine, mode,
+                                padding_id);
+  const Plan& plan = composition.plan;
+  check(0 <= optimizer && optimizer < kOptimizers, "unknown optimizer");
+  const auto kind = OptimizerKind(optimizer);
+  const bool adam = kind == OptimizerKind::adam;
+  call.check_vector<int64_t>(steps, 1, "step must be one int64 on the device of the table");
+  call.check_vector<int64_t>(last_step, adam ? plan.rows : 0,
+                             "last_step must be a contiguous int64 vector on the device of the "
+                             "table, for adam of all rows");
+  visit_float(table.scalar_type(), kDtypes, [&](auto element) {
+    using T = decltype(element);
+    using A = Accumulator<T>;
+    const int64_t sizes[kOptimizers] = {0, plan.rows, table.numel(), table.numel()};
+    const char* message =
+        "optimizer state must be contiguous vectors of the accumulator's dtype on the device of "
+        "the table, one element for each row or for each element";
+    call.check_vector<A>(first, sizes[optimizer], message);
+    call.check_vector<A>(second, adam ? table.numel() : 0, message);
+    const Backward<T> backward(call, composition, grad_out, table, weights, argmax, true);
+    backward.check_rows();
+    const OptimizerStep step{kind, learning_rate, epsilon, beta1, beta2, weight_decay, 0};
+    const Tensor factors = call.empty<1>(kScalarType<A>, {2});
+    int64_t* now = call.change<int64_t>(steps);
+    A* corrections = call.write<A>(factors);
+    cuda::count_optimizer_step<A>(step, now, corrections, call.stream());
+    if (backward.lookups == 0) return 0;
+    const auto [keys, order] = sort_stable(backward.keys);
+    const auto lookups_of = [&](const Region& region) {
+      return cuda::SortedLookups{call.read<int64_t>(order),
+                                 call.read<int32_t>(keys),
+                                 backward.lookups,
+                                 region.first_row,
+                                 region.rows,
+                                 region.width};
+    };
+    T* rows = call.change<T>(table);
+    A *first_state = call.change<A>(first), *second_state = call.change<A>(second);
+    int64_t* last_steps = call.change<int64_t>(last_step);
+    const auto state_of = [&](const Region& region) {
+      const int64_t at = kind == OptimizerKind::row_wise_adagrad ? region.first_row : region.base;
+      return cuda::OptimizerArgs<T>{rows + region.base,
+                                    kind == OptimizerKind::sgd ? nullptr : first_state + at,
+                                    adam ? second_state + region.base : nullptr,
+                                    adam ? last_steps + region.first_row : nullptr,
+                                    now,
+                                    corrections};
+    };
+    const bool aligned = backward.aligned(first_state) && backward.aligned(second_state);
+    const Tensor pieces = backward.pieces();
+    A* partial = call.write<A>(pieces);
+    const auto in_sums = [&](const Region& region) {
+      return cuda::updates_in_sums<T>(composition.combine, composition.mode, region.width);
+    };
+    int64_t widest = 0;
+    for (const Region& region : plan.regions) {
+      if (!in_sums(region)) widest = std::max(widest, region.width);
+    }
+    const Tensor gradients =
+        call.empty<2>(kScalarType<A>, {widest > 0 ? backward.lookups : 0, widest});
+    A* workspace = call.write<A>(gradients);
+    for (const Region& region : plan.regions) {
+      if (in_sums(region)) {
+        cuda::compose_update<T>(backward.args, composition.composed, lookups_of(region), aligned,
+                                partial, step, state_of(region), call.stream());
+      } else {
+        cuda::compose_used_gradient<T, A>(backward.args, composition.composed, lookups_of(region),
+                                          aligned, partial, nullptr, workspace, widest,
+                                          call.stream());
+      }
+    }
+    for (const Region& region : plan.regions) {
+      if (in_sums(region)) continue;
+      cuda::update_used_rows<T>(lookups_of(region), aligned, workspace, widest, step,
+                                state_of(region), call.stream());
+    }
+    return 0;
   });
 }
 
@@ -266,8 +438,20 @@ STABLE_TORCH_LIBRARY_FRAGMENT(EMBLAS_CUDA_NAMESPACE, library) {
       "compose_bag_backward_cuda(Tensor grad_out, Tensor ids, Tensor table, Tensor? offsets,"
       " Tensor? weights, Tensor? argmax, int[] parts, int combine, int bag_mode, int? padding_id,"
       " bool need_table, bool need_weights) -> (Tensor grad_table, Tensor grad_weights)");
+  library.def(
+      "compose_bag_backward_rows_cuda(Tensor grad_out, Tensor ids, Tensor table, Tensor? offsets,"
+      " Tensor? weights, Tensor? argmax, int[] parts, int combine, int bag_mode, int? padding_id)"
+      " -> (Tensor rows, Tensor values, Tensor count)");
+  library.def(
+      "compose_bag_update__cuda(Tensor grad_out, Tensor ids, Tensor(a!) table, Tensor? offsets,"
+      " Tensor? weights, Tensor? argmax, int[] parts, int combine, int bag_mode, int? padding_id,"
+      " Tensor(b!) first, Tensor(c!) second, Tensor(d!) last_step, Tensor(e!) step, int optimizer,"
+      " float learning_rate, float epsilon, float beta1, float beta2, float weight_decay) -> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(EMBLAS_CUDA_NAMESPACE, EMBLAS_CUDA_KEY, library) {
   library.impl("compose_bag_cuda", TORCH_BOX(&emblas::compose_bag_cuda));
   library.impl("compose_bag_backward_cuda", TORCH_BOX(&emblas::compose_bag_backward_cuda));
+  library.impl("compose_bag_backward_rows_cuda",
+               TORCH_BOX(&emblas::compose_bag_backward_rows_cuda));
+  library.impl("compose_bag_update__cuda", TORCH_BOX(&emblas::compose_bag_update_cuda_));
 }

@@ -51,8 +51,8 @@ template <class T>
 void hash_bag(const HashBagArgs<T>& args, const int32_t* offsets, int64_t bags,
               Accumulator<T>* partial, T* out, void* stream) {
   const Segments segments{offsets, bags, args.hashed.count};
-  const auto run = aligned_with(args, out) ? sum<true, HashedRows<T>> : sum<false, HashedRows<T>>;
-  run(hashed_rows(args), segments, args.dim, partial, out, stream);
+  sum(aligned_with(args, out), hashed_rows(args), segments, args.hashed.count, args.dim, partial,
+      StoreRows<T>{out, args.dim}, stream);
 }
 
 template <class T>
@@ -60,8 +60,8 @@ void hash_bag_grad_table(const HashBagTableArgs<T>& args, Accumulator<T>* partia
   const Segments segments{args.bounds, args.rows, args.lookups};
   const bool aligned =
       aligned_rows(args.grad_out, args.dim) && aligned_rows(args.grad_table, args.dim);
-  const auto run = aligned ? sum<true, SortedGradients<T>> : sum<false, SortedGradients<T>>;
-  run({args}, segments, args.dim, partial, args.grad_table, stream);
+  sum(aligned, SortedGradients<T>{args}, segments, args.lookups, args.dim, partial,
+      StoreRows<T>{args.grad_table, args.dim}, stream);
 }
 
 template <class T>

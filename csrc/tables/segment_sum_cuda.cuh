@@ -1,6 +1,9 @@
 // Sums of rows over segments on a GPU: over the ids of a bag, or over the lookups of a table's row.
 //
-//   out_s = sum of source row e over the entries e of segment s, bounds[s] <= e < bounds[s + 1]
+//   sum_s = sum of source row e over the entries e of segment s
+//
+// Segments are cut by bounds, bounds[s] <= e < bounds[s + 1], or as update_cuda.cuh says; a sink
+// takes the sums.
 //
 // A warp owns a segment. Its lanes first prepare a tile of entries, one or a few lanes each (hash
 // an id, read a number and a weight), then go through the tile together: a row is spread over 4 to
@@ -135,7 +138,8 @@ struct Range {
 };
 
 struct Segments {
-  const int32_t* bounds;  // [count + 1]
+  static constexpr bool kEmptyIsZero = true;  // or it has no sum
+  const int32_t* bounds;                      // [count + 1]
   int64_t count, entries;
 
   __device__ int64_t clamped(int64_t s) const {
@@ -177,6 +181,23 @@ struct Partials {
   }
 };
 
+// --- sinks ---------------------------------------------------------------------------------------
+//
+// put(s, shape, columns, sum), called by all lanes of a warp with the sum of their columns.
+
+// Row s of an array [segments, dim].
+template <class T>
+struct StoreRows {
+  T* rows;
+  int64_t dim;
+
+  template <class C>
+  __device__ void put(int64_t s, const RowShape& shape, const C& columns,
+                      const typename C::A (&sum)[C::size]) const {
+    if (lane_of_warp() < shape.lanes) columns.store(rows + s * dim, sum);
+  }
+};
+
 // --- kernels -------------------------------------------------------------------------------------
 
 // Every lane gets the sum of its columns over the entries of a range.
@@ -200,24 +221,24 @@ __device__ void sum_range(const Source& source, const RowShape& shape, const C& 
   }
 }
 
-// Grid (segments / kWarps, tiles of columns); out [segments, dim]. Leaves out those in pieces.
-template <class Source, bool aligned>
+// Grid (segments / kWarps, tiles of columns). Leaves out those in pieces.
+template <class Source, class Segments, class Sink, bool aligned>
 __global__ void __launch_bounds__(kThreads, 2)
-    sum_segments(Source source, Segments segments, RowShape shape, typename Source::Element* out) {
+    sum_segments(Source source, Segments segments, RowShape shape, Sink sink) {
   using C = Columns<typename Source::Element, aligned>;
   const int64_t s = int64_t(blockIdx.x) * kWarps + threadIdx.x / 32;
   if (s >= segments.count) return;
   const Range range = segments.range(s);
-  if (range.in_pieces()) return;
+  if (range.in_pieces() || (!Segments::kEmptyIsZero && range.begin == range.end)) return;
   const C columns(shape, blockIdx.y);
   typename C::A sum[C::size] = {};
   sum_range(source, shape, columns, range, sum);
-  if (lane_of_warp() < shape.lanes) columns.store(out + s * shape.dim, sum);
+  sink.put(s, shape, columns, sum);
 }
 
 // Grid (slots / kWarps, tiles of columns); partial [slots, dim]. Slots behind the last are idle,
 // too.
-template <class Source, bool aligned>
+template <class Source, class Segments, bool aligned>
 __global__ void __launch_bounds__(kThreads, 2)
     sum_pieces(Source source, Segments segments, RowShape shape,
                Accumulator<typename Source::Element>* partial) {
@@ -233,9 +254,9 @@ __global__ void __launch_bounds__(kThreads, 2)
 }
 
 // Grid (slots, tiles of columns): the block of a segment's first slot adds up its pieces.
-template <class T, bool aligned>
+template <class T, class Segments, class Sink, bool aligned>
 __global__ void __launch_bounds__(kThreads, 2)
-    add_pieces(Partials<T> partials, Segments segments, RowShape shape, T* out) {
+    add_pieces(Partials<T> partials, Segments segments, RowShape shape, Sink sink) {
   using C = Columns<T, aligned>;
   using A = Accumulator<T>;
   SIMT_SHARED(A, of_warp, [kWarps][32 * C::size]);
@@ -250,11 +271,11 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int lane = lane_of_warp();
   for (int i = 0; i < C::size; ++i) of_warp[warp][i * 32 + lane] = sum[i];
   __syncthreads();
-  if (warp > 0 || lane >= shape.lanes) return;
+  if (warp > 0) return;
   for (int w = 1; w < kWarps; ++w) {
     for (int i = 0; i < C::size; ++i) sum[i] += of_warp[w][i * 32 + lane];
   }
-  columns.store(out + s * shape.dim, sum);
+  sink.put(s, shape, columns, sum);
 }
 
 }  // namespace emblas::cuda::tables

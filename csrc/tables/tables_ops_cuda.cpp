@@ -4,7 +4,7 @@
 #include <tuple>
 
 #include "common/cuda/device_call.h"
-#include "tables/sort_cuda.h"
+#include "common/cuda/sort.h"
 #include "tables/tables_cuda.h"
 
 namespace emblas {

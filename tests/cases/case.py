@@ -16,6 +16,8 @@ HALVES = (torch.bfloat16, torch.float16)
 class Case:
     args: tuple[Any, ...]
     length: int = 1  # of the longest sum
+    changed: tuple[int, ...] = ()  # places of arguments that are changed, which are the results
+    counted: bool = False  # the last result says how many rows of the others mean something
 
 
 def short(dtype: torch.dtype) -> str:

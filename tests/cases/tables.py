@@ -10,7 +10,8 @@ import torch
 from contract import packed
 from emblas.tables import Composition, Part
 from emblas.tables.compose_op import MODES
-from emblas.tables.composition import COMBINES
+from emblas.tables.compose_reference import ADAM
+from emblas.tables.composition import COMBINES, tables_of
 from emblas.tables.packed_codes import pack_codes
 from torch import Tensor
 
@@ -199,6 +200,73 @@ def _compose_bag_backward() -> Iterator[tuple[str, Callable[[], Case]]]:
         yield f"needs {needs}", lambda a=needs: differentiated(_composed(weights=1), *a)
 
 
+# Two features that share one table, the elements before and after which are nobody's.
+_ONE_TABLE = (
+    Part(7, 8, "radix", a=1, base=1),
+    Part(7, 8, a=5, b=2, base=1, signed=True),
+    Part(5, 8, "radix", a=5, base=1, column=8, feature=1),
+)
+_WIDE = (Part(9, 300, a=4, b=1), Part(4, 260, "radix", a=1, base=2700, column=300))
+
+
+def _differentiated(case: Case) -> tuple[Any, ...]:
+    """Return the arguments of the forms of the gradient, a gradient in front."""
+    out, argmax = torch.ops.emblas.compose_bag(*case.args)
+    return torch.randn(out.shape).to(out.dtype), *case.args[:4], argmax, *case.args[4:]
+
+
+def _compose_bag_backward_rows() -> Iterator[tuple[str, Callable[[], Case]]]:
+    lengths = (3, 0, 9, 1)
+    for name, options in {
+        "one table": {"padding": 3, "bags": 9},
+        "one table, bags": {"lengths": lengths, "mode": "mean", "padding": 3},
+        "one table, max": {"lengths": lengths, "mode": "max"},
+        "one table, weights": {"weights": 1, "lengths": lengths},
+        "one row": {"lengths": (130, 3), "same_id": True},
+        "four hashes": {"parts": _FOUR_HASHES, "weights": 4, "bags": 6},
+        "product": {"parts": _FOUR_HASHES, "combine": "product", "bags": 5},
+        "bfloat16": {"parts": _FOUR_HASHES, "dtype": torch.bfloat16, "lengths": (3, 0, 5)},
+        "no ids": {"bags": 0},
+        "no bags": {"lengths": ()},
+        "padding alone": {"bags": 5, "same_id": True, "padding": 5},
+    }.items():
+        options = {"parts": _ONE_TABLE, **options}
+        yield name, lambda a=options: Case(_differentiated(_composed(**a)), 400, counted=True)
+
+
+def _compose_bag_update() -> Iterator[tuple[str, Callable[[], Case]]]:
+    lengths = (3, 0, 9, 1)
+
+    def updated(case: Case, optimizer: int) -> Case:
+        args = _differentiated(case)
+        table, fields = args[2], args[6]
+        rows, accumulator = sum(rows for _, rows in tables_of(fields)), torch.float32
+        elements = table.numel()
+        first = torch.rand((0, rows, elements, elements)[optimizer], dtype=accumulator)
+        second = torch.rand(elements if optimizer == ADAM else 0, dtype=accumulator)
+        last_step = torch.randint(0, 7, (rows if optimizer == ADAM else 0,))
+        state = (first, second, last_step, torch.tensor([6]))
+        # A large epsilon: the sign of a sum near zero is anybody's.
+        settings = (0.05, 0.1, 0.9, 0.99, 0.3)
+        return Case((*args, *state, optimizer, *settings), 400, (2, *range(10, 14)))
+
+    sgd, row_wise, adagrad, adam = range(4)
+    for name, options, kinds in (
+        ("two features", {"padding": 3, "bags": 6}, range(4)),
+        ("two features, bags", {"lengths": lengths, "mode": "mean"}, (sgd,)),
+        ("two features, max", {"lengths": lengths, "mode": "max"}, (adagrad,)),
+        ("product", {"combine": "product", "lengths": lengths}, (row_wise, adam)),
+        ("one row", {"parts": _ONE_TABLE, "lengths": (130, 3), "same_id": True}, (row_wise, adam)),
+        ("wide", {"parts": _WIDE, "bags": 6}, (row_wise, adagrad, adam)),
+        ("float16", {"parts": _FOUR_HASHES, "dtype": torch.float16, "bags": 6}, (adam,)),
+        ("bfloat16", {"parts": _SHARED, "dtype": torch.bfloat16, "lengths": lengths}, (row_wise,)),
+        ("no ids", {"bags": 0}, (adam,)),
+        ("no bags", {"lengths": ()}, (sgd,)),
+    ):
+        for kind in kinds:
+            yield f"{name}, {kind}", lambda a=options, n=kind: updated(_composed(**a), n)
+
+
 def _quantized(
     bits: int = 8,
     dim: int = 37,
@@ -289,6 +357,8 @@ CASES: dict[str, dict[str, Callable[[], Case]]] = {
     "hash_bag_backward": dict(_hash_bag_backward()),
     "compose_bag": dict(_compose_bag(backward=False)),
     "compose_bag_backward": dict(_compose_bag_backward()),
+    "compose_bag_backward_rows": dict(_compose_bag_backward_rows()),
+    "compose_bag_update_": dict(_compose_bag_update()),
     "quantized_bag": dict(_quantized_bag()),
     "quantized_bag_backward": dict(_quantized_bag_backward()),
 }

@@ -211,6 +211,19 @@ def _compositions() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
         yield "compose_bag_backward", words, (grad, *args, winners, *how, *wanted)
 
 
+def _optimizers() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
+    ids, settings = torch.zeros(64, dtype=torch.int64), (0.1, 1e-8, 0.9, 0.999, 0.1)
+    parts = Composition((Part(1008, 128, a=1),)).fields
+    for dtype in DTYPES:
+        table, grad = torch.empty(1008 * 128, dtype=dtype), torch.empty(64, 128, dtype=dtype)
+        args = (grad, ids, table, None, None, None, parts, 0, 0, None)
+        yield "compose_bag_backward_rows", _short(dtype), args
+        for number, name in enumerate(("SGD", "row-wise Adagrad", "Adagrad", "Adam")):
+            state = (torch.empty(1008 * 128), torch.empty(1008 * 128), *torch.zeros(2, 1008).long())
+            update = (*args, *state, number, *settings)
+            yield "compose_bag_update_", f"{_short(dtype)}, {name}", update
+
+
 def _quantized() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
     ids, offsets, weights = torch.zeros(64, dtype=torch.int64), torch.zeros(9).int(), torch.ones(64)
     zeros = torch.empty(1008)
@@ -366,7 +379,7 @@ def calls() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
     families = (
         _pooling, _linear_modes, _several_modes, _generalized_means, _maxima, _finish,
         _attention_pooling, _vocabulary_pooling, _vocabulary_sums, _tables, _compositions,
-        _quantized, _binary, _scores, _late_interaction, _attention, _rotary,
+        _optimizers, _quantized, _binary, _scores, _late_interaction, _attention, _rotary,
     )  # fmt: skip
     for family in families:
         yield from family()

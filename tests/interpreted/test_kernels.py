@@ -74,6 +74,10 @@ def test_wrong_offsets_stay_in_bounds(offsets):
     wrong = torch.randint(-99, 99, (73, 3), dtype=torch.int32)
     wrong[:2, 0] = torch.tensor([-1, 73])
     run("maxsim_backward", torch.randn(3, 3), x, cu, x, cu, wrong)
+    codes, scale = torch.zeros(73, 9, dtype=torch.uint8), torch.ones(73)
+    for mode in range(3):
+        run("quantized_bag", ids, codes, scale, cu, None, 8, 9, mode, None, None)
+    run("quantized_bag_backward", grad, ids, codes, scale, cu, 8, 9, None, None)
     run("hash_bag_backward", grad, ids, x, cu, torch.rand(73), 0, 0, 4, None, True, True)
     parts = Composition((Part(5, 9, a=1), Part(20, 9, "radix", a=3, base=45))).fields
     table, weights = x.flatten(), torch.rand(73)
@@ -82,6 +86,13 @@ def test_wrong_offsets_stay_in_bounds(offsets):
         winners = torch.full((3, 9), 2**31 - 1, dtype=torch.int32)
         run("compose_bag_backward", grad, ids, table, cu, None, winners, parts, 2, mode, None, True,
             False)  # fmt: skip
+        one_table = Composition((Part(5, 9, a=1),)).fields
+        lookups = (grad, ids, table, cu, None, winners)
+        run("compose_bag_backward_rows", *lookups, one_table, 0, mode, None)
+        moments = torch.rand(2, table.numel())
+        steps = torch.zeros(25).long(), torch.tensor([0])
+        settings = (3, 0.1, 0.1, 0.9, 0.9, 0.1)
+        run("compose_bag_update_", *lookups, parts, 2, mode, None, *moments, *steps, *settings)
     run("compose_bag_backward", grad, ids, table, cu, weights, None, parts, 2, 0, None, True, True)
 
 
@@ -101,6 +112,15 @@ def check_wrong_ids():
     ):
         found = run(name, *args)[-1].sort(1).values
         assert torch.equal(found, torch.tensor([[-1, -1, 3, 19]]).expand(20, -1))
+    table, ones = torch.zeros(20, 8, dtype=torch.uint8), torch.ones(20)
+    expected = torch.tensor([0.0, 0, -128, -128, 0, 0])[:, None].expand(-1, 8)
+    assert torch.equal(
+        run("quantized_bag", ids, table, ones, None, None, 8, 8, 0, None, None), expected
+    )
+    bag = run("quantized_bag", ids, table, ones, packed((6,)), None, 8, 8, 1, None, None)
+    assert torch.equal(bag, expected[2:3])
+    along = run("quantized_bag_backward", x[:6], ids, table, ones, None, 8, 8, None, None)
+    assert not along[[0, 1, 4, 5]].any()
     scores = run("gather_scores", x, x, ids.expand(20, -1).contiguous(), 0)
     expected = (x @ x[[3, 19]].T).double()
     torch.testing.assert_close(scores[:, 2:4].double(), expected, rtol=1e-5, atol=1e-5)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import math
 
+import executors
 import pytest
 import torch
 from emblas import use_backend
 from emblas.tables import Composition, Part, TableSpec, compose_bag, optim
 from torch import nn
 
+executor = executors.fixture("compose_bag", "compose_bag_backward", "compose_bag_update_")
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 QUOTIENT_REMAINDER = (
     Part(5, 6, "radix", a=8, limit=40),
@@ -57,7 +59,7 @@ def plain_step(name, w, g, state, used, step, lr):
 
 @pytest.mark.parametrize("name", ["SGD", "RowWiseAdagrad", "Adagrad", "Adam", "AdamW"])
 @pytest.mark.parametrize("rows", [10, 300], ids=["in order", "sorted"])
-def test_optimizers(isa, name, rows):
+def test_optimizers(executor, name, rows):
     composition = TableSpec(rows, 2, seed=1).composition(5)
     table = torch.randn(rows, 5, dtype=torch.float64)
     module = Table(table.clone(), composition)

@@ -56,7 +56,8 @@ add_library(
   csrc/tables/tables_ops_cuda.cpp
   csrc/tables/hash_bag_cuda.cu
   csrc/tables/compose_ops_cuda.cpp
-  csrc/tables/compose_cuda.cu)
+  csrc/tables/compose_cuda.cu
+  csrc/tables/compose_update_cuda.cu)
 set(host_options -Xcompiler=-Wall,-Wextra,-ffile-prefix-map=${CMAKE_SOURCE_DIR}/=)
 target_compile_options(
   _cuda PRIVATE "$<$<COMPILE_LANGUAGE:CUDA>:-Werror=all-warnings;${host_options}>"

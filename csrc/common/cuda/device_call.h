@@ -72,6 +72,12 @@ class DeviceCall {
     allow(tensor, false);
     return emblas::write<T>(tensor);
   }
+  // Element pointers of an argument that the operator changes in place.
+  template <class T>
+  T* change(const Tensor& tensor) const {
+    allow(tensor, true);
+    return emblas::write<T>(tensor);
+  }
 
   // The last number of an int64 vector; waits for the GPU.
   int64_t wait_for_last(Tensor numbers) const {

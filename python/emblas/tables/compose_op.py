@@ -164,8 +164,16 @@ _backward_rows = Op(
     "compose_bag_backward_rows",
     reference=reference.compose_bag_backward_rows,
     fake=_backward_rows_fake,
+    triton="emblas.tables.triton",
+    cuda_supports=_cuda_backward_supports,
 )
-_update = Op("compose_bag_update_", reference=reference.compose_bag_update_, fake=_update_fake)
+_update = Op(
+    "compose_bag_update_",
+    reference=reference.compose_bag_update_,
+    fake=_update_fake,
+    triton="emblas.tables.triton",
+    cuda_supports=_cuda_backward_supports,
+)
 
 
 def _chosen(op: Op) -> Callable[..., Any]:

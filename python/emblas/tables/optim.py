@@ -1,8 +1,8 @@
 """Optimizers that update a table inside the backward pass, one row in use at a time.
 
-No gradient of the table's size exists: each row's gradient is added up in the first-level cache and
-applied there. The rows that a batch doesn't use are not read, so memory and time follow the batch,
-not the table::
+No gradient of the table's size exists: each row's gradient is added up in the first-level cache, on
+a GPU in registers where its row allows, and applied there. The rows that a batch doesn't use are
+not read, so memory and time follow the batch, not the table::
 
     embedding = HashEmbedding(5000, 96)
     optimizer = optim.RowWiseAdagrad(embedding, lr=0.02)

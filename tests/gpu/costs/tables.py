@@ -179,6 +179,77 @@ class ComposedBackward(Composed):
         return grad, ids, table, offsets, weights, None, *options, True, False
 
 
+@dataclasses.dataclass(frozen=True)
+class ComposedRows(Composed):
+    """The rows in use of that gradient; as many lookups as there are ids, all of different rows."""
+
+    def arguments(self) -> tuple[Any, ...]:
+        ids, table, offsets, weights, *options = super().arguments()
+        grad = torch.rand(self.outputs, self.dim).to(self.dtype)
+        return grad, ids, table, offsets, weights, None, *options
+
+
+@dataclasses.dataclass(frozen=True)
+class RowWiseAdagrad(ComposedRows):
+    """The step of row-wise Adagrad on them."""
+
+    def arguments(self) -> tuple[Any, ...]:
+        nothing, steps = torch.zeros(0), torch.zeros(1, dtype=torch.int64)
+        state = (torch.zeros(self.rows), nothing, nothing.long(), steps)
+        return *super().arguments(), *state, 1, 0.1, 1e-8, 0.0, 0.0, 0.0
+
+
+def _lookups_cuda(c: Composed) -> dict[str, Work]:
+    bag_of = 4 * c.ids if c.bag else 0
+    kernels = {"find_bags": Work(0, bag_of, slack=4 * (c.outputs + 1))} if c.bag else {}
+    return {**kernels, "write_lookups": Work(8 * c.ids + bag_of, 8 * c.ids)}
+
+
+def _used_cuda(c: Composed, read: int, written: int, adds: int) -> dict[str, Work]:
+    """Sums over the lookups of rows in use, which are all different."""
+    read += 4 * c.ids + 12 * c.ids + (4 * c.ids if c.bag else 0) + c.outputs * c.row
+    kernels = {"sum_segments<LookupGradients": Work(read, written, c.ids * c.dim + adds)}
+    if c.ids >= 128:
+        pieces = Work(0, 0, slack=4 * c.ids)
+        kernels |= {"sum_pieces": pieces, "add_pieces": pieces}
+    return kernels
+
+
+def _rows_cuda(c: ComposedRows) -> dict[str, Work]:
+    keys = 4 * c.ids
+    return {
+        **_lookups_cuda(c),
+        "mark_rows": Work(keys, keys),
+        "list_rows": Work(keys + 8 * c.ids, 8 * c.ids + 8),
+        **_used_cuda(c, 8 * c.ids, c.ids * c.row, 0),
+    }
+
+
+def _update_cuda(c: RowWiseAdagrad) -> dict[str, Work]:
+    own = c.ids * (c.row + 4)  # rows in use and their sums of squares
+    return {
+        **_lookups_cuda(c),
+        "count_step": Work(8, 16),
+        **_used_cuda(c, own, own, 4 * c.ids * c.dim),
+    }
+
+
+def _rows_triton(c: ComposedRows) -> dict[str, Work]:
+    works = _composed_backward_triton(ComposedBackward(**dataclasses.asdict(c)))
+    bag_of = 8 * c.ids if c.bag else 0
+    read = 8 * c.ids + 8 * (c.ids + 1) + 4 * c.ids + bag_of + c.outputs * c.row
+    sums = Work(read, c.ids * c.row, c.ids * c.dim, slack=_PLAN + 8 * c.ids)
+    return {**works, "_row_gradients": sums}
+
+
+def _update_triton(c: RowWiseAdagrad) -> dict[str, Work]:
+    works, rows = _rows_triton(c), 4 * c.ids * c.dim
+    sums = dataclasses.replace(works["_row_gradients"], written=rows)
+    own = c.ids * (c.row + 4)
+    step = Work(4 * c.ids + rows + own, own, 4 * c.ids * c.dim)
+    return {**works, "_row_gradients": sums, "_update_rows": step}
+
+
 def _composed_cuda(c: Composed) -> dict[str, Work]:
     offsets = 4 * (c.outputs + 1) if c.bag else 0
     read = 8 * c.ids + offsets + min(c.ids, c.rows) * c.row
@@ -297,6 +368,10 @@ MODELS: dict[tuple[str, str], Callable[[Any], dict[str, Work]]] = {
     ("compose_bag", "Triton"): _composed_triton,
     ("compose_bag_backward", "CUDA C++"): _composed_backward_cuda,
     ("compose_bag_backward", "Triton"): _composed_backward_triton,
+    ("compose_bag_backward_rows", "CUDA C++"): _rows_cuda,
+    ("compose_bag_backward_rows", "Triton"): _rows_triton,
+    ("compose_bag_update_", "CUDA C++"): _update_cuda,
+    ("compose_bag_update_", "Triton"): _update_triton,
     ("quantized_bag", "CUDA C++"): _quantized("pool_codes", "look_up_codes"),
     ("quantized_bag", "Triton"): _quantized("_quantized_bags", "_quantized_lookup"),
     ("quantized_bag_backward", "CUDA C++"): _quantized_backward_cuda,
@@ -318,6 +393,14 @@ SMALL: dict[str, tuple[Any, ...]] = {
         ComposedBackward(60, 50, 24, _F32),
         ComposedBackward(60, 50, 20, _BF16, bag=6),
     ),
+    "compose_bag_backward_rows": (
+        ComposedRows(60, 70, 24, _F32),
+        ComposedRows(60, 70, 20, _BF16, bag=6),
+    ),
+    "compose_bag_update_": (
+        RowWiseAdagrad(60, 70, 24, _F32),
+        RowWiseAdagrad(60, 70, 20, _BF16, bag=6),
+    ),
     "quantized_bag": (Quantized(60, 50, 36, 8, _F32), Quantized(60, 80, 48, 4, _BF16, bag=6)),
     "quantized_bag_backward": (
         QuantizedBackward(60, 50, 36, 8, _F32),
@@ -330,6 +413,8 @@ LARGE: dict[str, tuple[Any, ...]] = {
     "hash_bag_backward": (BagBackward(1 << 18, 4, 1 << 20, 128, _F32),),
     "compose_bag": (Composed(1 << 20, 1 << 20, 64, _BF16, bag=16),),
     "compose_bag_backward": (ComposedBackward(1 << 20, 1 << 20, 64, _BF16, bag=16),),
+    "compose_bag_backward_rows": (ComposedRows(1 << 20, 1 << 22, 64, _BF16, bag=16),),
+    "compose_bag_update_": (RowWiseAdagrad(1 << 20, 1 << 22, 64, _F32),),
     "quantized_bag": (
         Quantized(1 << 18, 1 << 20, 128, 8, _F32),
         Quantized(1 << 20, 1 << 20, 64, 4, _BF16, bag=16),

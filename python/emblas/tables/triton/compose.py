@@ -42,7 +42,7 @@ _TILE_IDS, _BAG_IDS = 16, 8
 _TILE_DIM = 128
 
 
-class _Region(NamedTuple):
+class Region(NamedTuple):
     """Rows of one table inside the flat array."""
 
     base: int
@@ -52,13 +52,13 @@ class _Region(NamedTuple):
     first_row: int  # among the rows of all regions
 
 
-class _Plan(NamedTuple):
+class Plan(NamedTuple):
     """What the kernels need to know of the parts."""
 
     parts: Tensor  # [parts, fields]
     features: Tensor  # [features + 1] first part of each
     tiles: Tensor  # [tiles, fields]
-    regions: tuple[_Region, ...]
+    regions: tuple[Region, ...]
     num_features: int
     most_parts: int  # of one feature
     dim: int
@@ -67,12 +67,12 @@ class _Plan(NamedTuple):
 
 
 @functools.lru_cache(maxsize=256)
-def _plan(parts: tuple[int, ...], device: torch.device) -> _Plan:
+def _plan(parts: tuple[int, ...], device: torch.device) -> Plan:
     """Lay out the parts for the kernels; the first call for a composition copies to the device."""
     fields = [parts[i : i + FIELDS] for i in range(0, len(parts), FIELDS)]
     regions, total = [], 0
     for table, rows in tables_of(parts):
-        regions.append(_Region(*table, rows, total))
+        regions.append(Region(*table, rows, total))
         total += rows
     first_rows = {region[:3]: region.first_row for region in regions}
     features = [next(i for i, f in enumerate(fields) if f[0] == number)
@@ -91,7 +91,7 @@ def _plan(parts: tuple[int, ...], device: torch.device) -> _Plan:
             tiles += [(i, start, features[feature]) for start in range(0, width, _TILE_DIM)]
     most_parts = max(end - begin for begin, end in itertools.pairwise(features))
     dim = fields[-1][10] + fields[-1][9]
-    return _Plan(
+    return Plan(
         torch.tensor(records, device=device),
         torch.tensor(features, device=device),
         torch.tensor(tiles, device=device),
@@ -314,7 +314,7 @@ def _per_part(weights: Tensor | None) -> bool:
     return weights is not None and weights.dim() == 2
 
 
-def _alignment(plan: _Plan, table: Tensor) -> int:
+def _alignment(plan: Plan, table: Tensor) -> int:
     """Return how many elements of 16 bytes rows and columns start at multiples of."""
     return math.gcd(plan.alignment, 16 // table.element_size())
 

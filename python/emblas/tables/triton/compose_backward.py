@@ -8,7 +8,8 @@ Bytes: 12 for each lookup are written and read, besides what the sort moves; for
 grad_out is read (for products the other rows of its slot, too), and the gradient is written once.
 """
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -33,6 +34,8 @@ from emblas.tables.triton.compose import (
     _STRIDE,
     _TILE_DIM,
     _WIDTH,
+    Plan,
+    Region,
     _alignment,
     _load_ids,
     _per_part,
@@ -125,17 +128,28 @@ def _row_gradients(
     parts,
     first_parts,
     most_in_slot,
+    used,
+    first_row: tl.int64,
+    rows: tl.int64,
     base: tl.int64,
     width,
+    stride: tl.int64,
     COMBINE: tl.constexpr,
     PER_PART: tl.constexpr,
     ALIGN: tl.constexpr,
     BLOCK_I: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Sum, for one row of a table, of the gradients of the lookups in its part of ``sources``."""
+    """Sum, for one row of a table, of the gradients of the lookups in its part of ``sources``.
+
+    Rows of tables are all there are, from number ``first_row`` on, or those that are ``used``.
+    """
     row = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    if used is not None:
+        number = tl.load(used + row)
+        if (number < first_row) | (number >= first_row + rows):
+            return
     begin = tl.load(bounds + row)
     end = tl.load(bounds + row + 1)
     total = tl.zeros([BLOCK_I, BLOCK_D], tl.float32)
@@ -175,7 +189,7 @@ def _row_gradients(
                 gradient *= tl.where(other[:, None], values, 1.0)
         total += gradient
     summed = tl.sum(total, 0).to(grad_table.dtype.element_ty)
-    tl.store(grad_table + base + row * width + d, summed, mask=d < width)
+    tl.store(grad_table + base + row * stride + d, summed, mask=d < width)
 
 
 @triton.jit
@@ -288,6 +302,83 @@ def _segment_of(ids: Tensor, offsets: Tensor | None) -> Tensor | None:
     return segments.clamp(0, offsets.shape[0] - 2)
 
 
+class Lookups(NamedTuple):
+    """What is known of the lookups of a call, ``i most_parts + p`` that of part ``p`` of id ``i``.
+
+    Attributes
+    ----------
+    segment_of : Tensor, optional
+        ``(ids,)`` feature and bag of each id as one number, where there are offsets.
+    numbers : Tensor
+        Of each lookup ``2 row + (sign < 0)``.
+    keys : Tensor
+        Of each lookup its row among the rows of all tables; ``plan.rows`` if it counts for nothing.
+    """
+
+    segment_of: Tensor | None
+    numbers: Tensor
+    keys: Tensor
+
+
+def find_lookups(
+    ids: Tensor, offsets: Tensor | None, plan: Plan, bags: int, padding_id: int | None
+) -> Lookups:
+    """Write down the rows of all lookups."""
+    count, most = ids.shape[0], plan.most_parts
+    segment_of = _segment_of(ids, offsets)
+    numbers = torch.zeros(count * most, device=ids.device, dtype=torch.int64)
+    keys = torch.full((count * most,), plan.rows, device=ids.device, dtype=torch.int32)
+    _lookups[(triton.cdiv(count, _BLOCK_IDS), plan.parts.shape[0])](
+        ids, segment_of, numbers, keys, count, bags, plan.num_features, most, padding_id or 0,
+        plan.parts, plan.features, HAS_PADDING=padding_id is not None, BLOCK=_BLOCK_IDS,
+    )  # fmt: skip
+    return Lookups(segment_of, numbers, keys)
+
+
+def row_gradients(
+    grad_out: Tensor,
+    ids: Tensor,
+    table: Tensor,
+    weights: Tensor | None,
+    argmax: Tensor | None,
+    plan: Plan,
+    combine: int,
+    bag_mode: int,
+    padding_id: int | None,
+    lookups: Lookups,
+) -> Callable[..., None]:
+    """Return what adds up the gradients of one table, ``add(region, sources, bounds, out, used)``.
+
+    ``sources`` are the lookups sorted by row, cut at ``bounds``. Without ``used``, they are cut at
+    each row of all tables, and ``out`` is a flat array like ``table``; else row ``u`` of ``out``
+    ``(rows, width)`` is that of row number ``used[u]``, if that is one of the table.
+    """
+    scale = None
+    if bag_mode == _BAG_MEAN.value and lookups.segment_of is not None:
+        used = torch.ones_like(ids) if padding_id is None else (ids != padding_id).long()
+        sizes = used.new_zeros(plan.num_features * grad_out.shape[0])
+        sizes.index_add_(0, lookups.segment_of, used)
+        scale = sizes.clamp_(min=1).float().reciprocal_()
+
+    def add(
+        region: Region, sources: Tensor, bounds: Tensor, out: Tensor, used: Tensor | None = None
+    ) -> None:
+        rows = region.rows if used is None else used.shape[0]
+        _row_gradients[(rows, triton.cdiv(region.width, _TILE_DIM))](
+            sources, bounds[region.first_row if used is None else 0 :], lookups.numbers,
+            lookups.segment_of, scale, argmax if bag_mode == _BAG_MAX.value else None, table,
+            weights, _weights_per_id(weights), grad_out, out, grad_out.shape[0],
+            plan.num_features, plan.dim, plan.most_parts, plan.parts, plan.features,
+            plan.most_parts, used, region.first_row, region.rows,
+            region.base if used is None else 0, region.width,
+            region.width if used is None else out.shape[1], COMBINE=combine,
+            PER_PART=_per_part(weights), ALIGN=_alignment(plan, table), BLOCK_I=_ROW_IDS,
+            BLOCK_D=_TILE_DIM,
+        )  # fmt: skip
+
+    return add
+
+
 @_op.kernel(_backward_supports)
 def compose_bag_backward(
     grad_out: Tensor,
@@ -305,48 +396,34 @@ def compose_bag_backward(
 ) -> tuple[Tensor, Tensor]:
     plan, count = _plan(tuple(parts), ids.device), ids.shape[0]
     need_weights = need_weights and weights is not None
-    bags, features, most = grad_out.shape[0], plan.num_features, plan.most_parts
+    bags = grad_out.shape[0]
     grad_weights = torch.empty(
         weights.numel() if need_weights and weights is not None else 0,
         device=ids.device, dtype=torch.float32,
     )  # fmt: skip
     if bags == 0:  # no bag that an id could belong to
         return table.new_zeros(table.numel() if need_table else 0), grad_weights.zero_()
-    segment_of = _segment_of(ids, offsets)
-    numbers = torch.zeros(count * most, device=ids.device, dtype=torch.int64)
-    keys = torch.full((count * most,), plan.rows, device=ids.device, dtype=torch.int32)
-    _lookups[(triton.cdiv(count, _BLOCK_IDS), plan.parts.shape[0])](
-        ids, segment_of, numbers, keys, count, bags, features, most, padding_id or 0, plan.parts,
-        plan.features, HAS_PADDING=padding_id is not None, BLOCK=_BLOCK_IDS,
-    )  # fmt: skip
+    lookups = find_lookups(ids, offsets, plan, bags, padding_id)
     if need_weights:
         _weight_gradients[(triton.cdiv(count, _DOT_IDS),)](
-            ids, segment_of, numbers, table, grad_out, grad_weights, count, bags, features,
-            plan.dim, most, max(region.width for region in plan.regions), padding_id or 0,
+            ids, lookups.segment_of, lookups.numbers, table, grad_out, grad_weights, count, bags,
+            plan.num_features, plan.dim, plan.most_parts,
+            max(region.width for region in plan.regions), padding_id or 0,
             plan.parts, plan.features, HAS_PADDING=padding_id is not None, COMBINE=combine,
             PER_PART=_per_part(weights), ALIGN=_alignment(plan, table), BLOCK_I=_DOT_IDS,
             BLOCK_D=_TILE_DIM,
         )  # fmt: skip
     if not need_table:
         return table.new_empty(0), grad_weights
-    scale = None
-    if bag_mode == _BAG_MEAN.value and segment_of is not None:
-        used = torch.ones_like(ids) if padding_id is None else (ids != padding_id).long()
-        sizes = used.new_zeros(features * bags).index_add_(0, segment_of, used)
-        scale = sizes.clamp_(min=1).float().reciprocal_()
-    keys, sources = keys.sort(stable=True)
+    keys, sources = lookups.keys.sort(stable=True)
     bounds = torch.searchsorted(
         keys, torch.arange(plan.rows + 1, device=ids.device, dtype=torch.int32)
     )
     covered = sum(region.rows * region.width for region in plan.regions)
     grad_table = torch.empty_like(table) if covered == table.numel() else torch.zeros_like(table)
+    add = row_gradients(
+        grad_out, ids, table, weights, argmax, plan, combine, bag_mode, padding_id, lookups
+    )
     for region in plan.regions:
-        _row_gradients[(region.rows, triton.cdiv(region.width, _TILE_DIM))](
-            sources, bounds[region.first_row :], numbers, segment_of, scale,
-            argmax if bag_mode == _BAG_MAX.value else None, table, weights,
-            _weights_per_id(weights), grad_out, grad_table, bags, features, plan.dim, most,
-            plan.parts, plan.features, most, region.base, region.width, COMBINE=combine,
-            PER_PART=_per_part(weights), ALIGN=_alignment(plan, table), BLOCK_I=_ROW_IDS,
-            BLOCK_D=_TILE_DIM,
-        )  # fmt: skip
+        add(region, sources, bounds, grad_table)
     return grad_table, grad_weights
