@@ -351,6 +351,15 @@ def _quantized_bag_backward() -> Iterator[tuple[str, Callable[[], Case]]]:
             yield name, lambda make=make: backward(make())
 
 
+def _random_codes() -> Iterator[tuple[str, Callable[[], Case]]]:
+    for kind, sparsity in ((0, 1), (1, 1), (2, 3), (2, 2**31)):
+        for dim, dtype in ((1, 0), (8, 1), (67, 0), (12, 2), (7, 3), (520, 0)):
+            args = dim, kind, 2**40 + 5, sparsity, dtype
+            yield f"{kind}, {sparsity}, {dim}", lambda a=args: Case((_ids(9), _ids(9) & 7, *a))
+    yield "one sequence", lambda: Case((_ids(300), torch.tensor([2**32 - 1]), 5, 0, -1, 1, 0))
+    yield "no ids", lambda: Case((_ids(0), torch.tensor([1]), 5, 0, -1, 1, 0))
+
+
 CASES: dict[str, dict[str, Callable[[], Case]]] = {
     "hash_keys": dict(_hash_keys()),
     "hash_bag": dict(_hash_bag()),
@@ -361,4 +370,5 @@ CASES: dict[str, dict[str, Callable[[], Case]]] = {
     "compose_bag_update_": dict(_compose_bag_update()),
     "quantized_bag": dict(_quantized_bag()),
     "quantized_bag_backward": dict(_quantized_bag_backward()),
+    "random_codes": dict(_random_codes()),
 }

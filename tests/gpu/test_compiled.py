@@ -74,12 +74,14 @@ NO_WIDE_LOADS = {
     ("_nearest_of_chunk", "16 queries, k = 16, odd width"): _ODD,
     ("_quantized_bags", "2 bits, dim 128, float32, bags, sum"): _FEW_BITS,
     ("_quantized_lookup", "2 bits, dim 128, float32"): _FEW_BITS,
+    ("_random_codes", ""): "reads nothing but an id and a sequence for each of its threads",
     ("_unpack_planes", ""): "a byte becomes eight values: its threads read as they write",
     ("_row_gradients", ""): "but for the generalized mean it reads what segments contribute, "
     "64 columns at a time, from the caches",
 }
 # Files of CUDA C++ without any.
 NO_WIDE_LOADS_IN_FILE = {
+    "codes": "a thread reads an id and a sequence",
     "lexical": "all lanes of a warp read the same ids and weights",
     "merge": "lists hold 8 bytes for each lane of a warp",
     "unpack_planes": "a thread reads the bits of the 16 bytes that it writes",

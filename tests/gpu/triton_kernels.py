@@ -16,6 +16,7 @@ from emblas import _op
 from emblas.attention.op import Shaping
 from emblas.pooling.reference import MAX, Mode
 from emblas.tables import Composition, Part
+from emblas.tables.codes import CODES
 from emblas.tables.compose_op import MODES
 from emblas.tables.composition import COMBINES
 from sass import Binary
@@ -224,6 +225,14 @@ def _optimizers() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
             yield "compose_bag_update_", f"{_short(dtype)}, {name}", update
 
 
+def _codes() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
+    ids = torch.zeros(64, dtype=torch.int64)
+    for kind, name in enumerate(CODES):
+        for number, dtype in enumerate(_op.FLOATS):
+            if kind == 0 or dtype == torch.float32:
+                yield "random_codes", f"{name}, {_short(dtype)}", (ids, ids, 96, kind, 5, 3, number)
+
+
 def _quantized() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
     ids, offsets, weights = torch.zeros(64, dtype=torch.int64), torch.zeros(9).int(), torch.ones(64)
     zeros = torch.empty(1008)
@@ -379,7 +388,7 @@ def calls() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
     families = (
         _pooling, _linear_modes, _several_modes, _generalized_means, _maxima, _finish,
         _attention_pooling, _vocabulary_pooling, _vocabulary_sums, _tables, _compositions,
-        _optimizers, _quantized, _binary, _scores, _late_interaction, _attention, _rotary,
+        _optimizers, _codes, _quantized, _binary, _scores, _late_interaction, _attention, _rotary,
     )  # fmt: skip
     for family in families:
         yield from family()

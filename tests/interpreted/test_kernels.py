@@ -142,6 +142,14 @@ def test_bits_depend_on_the_own_sequence_only():
     assert torch.equal(whole[3:], alone)
 
 
+@pytest.mark.parametrize("kind", range(3))
+def test_codes_to_the_last_bit(kind):
+    ids = torch.tensor([0, 12345, -1, 2**62 + 9, -(2**63)])
+    for dim, sequence in ((1, ids[:1]), (31, torch.arange(5)), (260, ids[2:3] & 2**32 - 1)):
+        args = (ids, sequence, dim, kind, -5, 3, 1)
+        assert torch.equal(run("random_codes", *args), _op.ops()["random_codes"].reference(*args))
+
+
 def test_what_is_not_supported_is_said():
     double = torch.randn(73, 9, dtype=torch.float64)
     codes = torch.zeros(3, 4, dtype=torch.uint8)

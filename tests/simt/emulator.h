@@ -227,6 +227,11 @@ template <class T>
 T max(T a, T b) {
   return a < b ? b : a;
 }
+// Operations on doubles that nvcc doesn't fuse; g++ has no instruction to fuse them into.
+inline double __dadd_rn(double a, double b) { return a + b; }
+inline double __dmul_rn(double a, double b) { return a * b; }
+inline double __ddiv_rn(double a, double b) { return a / b; }
+inline double __dsqrt_rn(double x) { return std::sqrt(x); }
 inline int __popc(unsigned x) {
   emblas::simt::engine::count_operations(emblas::simt::engine::Operation::popcount, 1);
   return std::popcount(x);

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import executors
 import pytest
 import torch
 from contract import check_compiled, check_op, check_threads, packed
@@ -15,6 +16,8 @@ from emblas.tables import (
     LexinvariantEmbedding,
     random_codes,
 )
+
+executor = executors.fixture("random_codes")
 
 
 def philox_by_hand(counter, key):
@@ -92,8 +95,8 @@ def test_bits_of_codes():
 
 
 @pytest.mark.parametrize("kind", ["normal", "uniform", "sparse"])
-def test_same_bits_as_the_reference(isa, kind):
-    """On every instruction set, to the last bit of float64."""
+def test_same_bits_as_the_reference(executor, kind):
+    """By every executor, to the last bit of float64."""
     ids = torch.randint(-(2**63), 2**63 - 1, (3, 5))
     ids[0, 0] = 0
     sequences = torch.tensor([[0], [2**32 - 1], [3]])
@@ -102,7 +105,7 @@ def test_same_bits_as_the_reference(isa, kind):
         for dim in (1, 4, 31, 67):
             for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
                 got = random_codes(ids, dim, spec, sequence=sequences, dtype=dtype)
-                with use_backend("reference"):
+                with use_backend("reference"):  # also where the executor replaces the kernel
                     plain = random_codes(ids, dim, spec, sequence=sequences, dtype=dtype)
                 assert got.dtype == dtype
                 assert torch.equal(got, plain)

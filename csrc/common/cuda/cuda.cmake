@@ -55,6 +55,8 @@ add_library(
   csrc/tables/quantized_ops_cuda.cpp
   csrc/tables/tables_ops_cuda.cpp
   csrc/tables/hash_bag_cuda.cu
+  csrc/tables/codes_cuda.cu
+  csrc/tables/codes_ops_cuda.cpp
   csrc/tables/compose_ops_cuda.cpp
   csrc/tables/compose_cuda.cu
   csrc/tables/compose_update_cuda.cu)

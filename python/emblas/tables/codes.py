@@ -151,7 +151,13 @@ def _check_values(ids: Tensor, sequence: Tensor, *options: int) -> None:
         raise ValueError(f"sequence must be 0 to {WORD}, got {int(sequence[wrong][0])}")
 
 
-_random_codes = _op.Op("random_codes", reference=reference, fake=_fake, check_values=_check_values)
+_random_codes = _op.Op(
+    "random_codes",
+    reference=reference,
+    fake=_fake,
+    triton="emblas.tables.triton",
+    check_values=_check_values,
+)
 
 
 def _numbers(ids: Tensor, sequence: Tensor, dim: int, spec: CodeSpec) -> Tensor:

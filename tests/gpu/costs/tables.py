@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from costs.work import Work
+from emblas import _op
 from emblas.tables import Composition, Part
 from torch import Tensor
 
@@ -335,6 +336,28 @@ class QuantizedBackward(Quantized):
         return grad, *self.table(), self.bits, self.dim, None, None
 
 
+@dataclasses.dataclass(frozen=True)
+class Codes:
+    """Normal numbers of ids; some sixty operations on doubles for each are not counted."""
+
+    ids: int
+    dim: int
+    dtype: torch.dtype
+
+    def __str__(self) -> str:
+        return (
+            f"{self.ids} ids, {self.dim} normal numbers, {str(self.dtype).removeprefix('torch.')}"
+        )
+
+    def arguments(self) -> tuple[Any, ...]:
+        ids = torch.arange(self.ids)
+        return ids, ids[:1], self.dim, 0, 5, 1, _op.FLOATS.index(self.dtype)
+
+
+def _codes(kernel: str) -> Callable[[Codes], dict[str, Work]]:
+    return lambda c: {kernel: Work(8 * c.ids, c.ids * c.dim * c.dtype.itemsize, slack=8)}
+
+
 def _quantized(bags: str, ids: str) -> Callable[[Quantized], dict[str, Work]]:
     def works(q: Quantized) -> dict[str, Work]:
         offsets = 4 * (q.outputs + 1) if q.bag else 0
@@ -372,6 +395,8 @@ MODELS: dict[tuple[str, str], Callable[[Any], dict[str, Work]]] = {
     ("compose_bag_backward_rows", "Triton"): _rows_triton,
     ("compose_bag_update_", "CUDA C++"): _update_cuda,
     ("compose_bag_update_", "Triton"): _update_triton,
+    ("random_codes", "CUDA C++"): _codes("make_codes"),
+    ("random_codes", "Triton"): _codes("_random_codes"),
     ("quantized_bag", "CUDA C++"): _quantized("pool_codes", "look_up_codes"),
     ("quantized_bag", "Triton"): _quantized("_quantized_bags", "_quantized_lookup"),
     ("quantized_bag_backward", "CUDA C++"): _quantized_backward_cuda,
@@ -401,6 +426,7 @@ SMALL: dict[str, tuple[Any, ...]] = {
         RowWiseAdagrad(60, 70, 24, _F32),
         RowWiseAdagrad(60, 70, 20, _BF16, bag=6),
     ),
+    "random_codes": (Codes(70, 36, _F32), Codes(9, 7, _BF16)),
     "quantized_bag": (Quantized(60, 50, 36, 8, _F32), Quantized(60, 80, 48, 4, _BF16, bag=6)),
     "quantized_bag_backward": (
         QuantizedBackward(60, 50, 36, 8, _F32),
@@ -415,6 +441,7 @@ LARGE: dict[str, tuple[Any, ...]] = {
     "compose_bag_backward": (ComposedBackward(1 << 20, 1 << 20, 64, _BF16, bag=16),),
     "compose_bag_backward_rows": (ComposedRows(1 << 20, 1 << 22, 64, _BF16, bag=16),),
     "compose_bag_update_": (RowWiseAdagrad(1 << 20, 1 << 22, 64, _F32),),
+    "random_codes": (Codes(1 << 18, 128, _F32),),
     "quantized_bag": (
         Quantized(1 << 18, 1 << 20, 128, 8, _F32),
         Quantized(1 << 20, 1 << 20, 64, 4, _BF16, bag=16),
