@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from contract import packed
-from emblas.attention import reference
+from emblas.attention import deberta_buckets, reference
 from emblas.attention.op import Shaping
 
 from cases.case import HALVES, Case, short
@@ -40,17 +40,27 @@ def _attention_arguments(
     longest = (max((0, *lengths)) for lengths in (lengths_q, lengths_k))
     return (
         q, k, v, packed(lengths_q), packed(lengths_k), *longest, scale, *window, lse,
-        *(_shaping(options, lengths_q, lengths_k, heads) if options else ()),
+        *(_shaping(options, lengths_q, lengths_k, q, k.shape[1]) if options else ()),
     )  # fmt: skip
 
 
 def _shaping(
-    names: str, lengths_q: tuple[int, ...], lengths_k: tuple[int, ...], heads: int
+    names: str,
+    lengths_q: tuple[int, ...],
+    lengths_k: tuple[int, ...],
+    q: torch.Tensor,
+    key_heads: int,
 ) -> Shaping:
     """What shapes scores, by words with commas between."""
-    batch, tokens = len(lengths_k), sum(lengths_k)
+    batch, tokens, heads = len(lengths_k), sum(lengths_k), q.shape[1]
     pairs = sum(map(math.prod, zip(lengths_q, lengths_k, strict=True)))
     longest = max(lengths_q), max(lengths_k)
+
+    def positions(slots: int, count: int) -> torch.Tensor:
+        """Position vectors, as public functions widen those of the dtype of q."""
+        return torch.randn(slots, count, q.shape[2]).to(q.dtype).float()
+
+    lookup, some = deberta_buckets(4, 9).int(), torch.tensor([2, 0, 1, 1, 0]).int()
     made: dict[str, dict[str, Any]] = {
         "softcap": {"softcap": 1.5},
         "slopes": {"alibi_slopes": torch.rand(1, heads)},
@@ -65,6 +75,14 @@ def _shaping(
         "pairs": {"pair_bias": torch.randn(heads, pairs)},
         "padded pairs": {"pair_bias": torch.randn(batch, heads, longest[0] + 2, longest[1] + 3)},
         "shared pairs": {"pair_bias": torch.randn(1, 1, *longest).expand(batch, heads, *longest)},
+        "disentangled": {
+            "position_keys": positions(8, key_heads),
+            "position_queries": positions(8, heads),
+            "position_lookup": lookup,
+        },
+        "position keys": {"position_keys": positions(4, key_heads), "position_lookup": some},
+        "position queries": {"position_queries": positions(4, heads), "position_lookup": some},
+        "one slot": {"position_queries": positions(1, heads), "position_lookup": some[1:2]},
         "dropout": {"dropout_p": 0.3, "dropout_seeds": torch.arange(batch) * 7**20 - 5**25},
     }
     return Shaping(**{k: x for name in names.split(", ") for k, x in made[name].items()})
@@ -102,7 +120,7 @@ def _attention() -> Iterator[tuple[str, Callable[[], Case]]]:
 def _attention_options(beyond: bool | None = None) -> Iterator[tuple[str, Callable[[], Case]]]:
     """Calls with what shapes scores: all, or those whose gradient is one operator's or the other's.
 
-    Pairs and dropout take the one for biases beyond those of distance.
+    Pairs, dropout and position vectors take the one for biases beyond those of distance.
     """
     small, many, uneven = (3, 0, 1, 40), (100,), ((9, 40), (4, 50))
     bfloat16, grouped = {"dtype": torch.bfloat16}, {"heads": 2, "key_heads": 2}
@@ -129,9 +147,17 @@ def _attention_options(beyond: bool | None = None) -> Iterator[tuple[str, Callab
         (uneven, "dropout", {"window": (6, 9), **grouped}),
         (many, "dropout, distances, softcap", {"window": (33, 20), **one}),
         (uneven, "dropout, pairs, blocks, distances", {"window": (20, 0), "value_dim": 9}),
+        (uneven, "disentangled", {"scale": 0.3}),
+        (many, "disentangled, softcap", {"window": (40, 3), **bfloat16, **one, "dim": 40}),
+        ((20,), "disentangled, wide", {"dim": 136}),
+        ((3, 0, 30), "position keys, distances, branches", {}),
+        (((9, 30), (4, 40)), "position queries, dropout", {"window": (9, 20), **grouped}),
+        ((3, 0, 1, 17), "one slot, pairs", {}),
     ):
-        if beyond is None or beyond == any(x in words for x in ("pairs", "dropout")):
-            chosen = {**options} if "values" in words else {**options, "options": words}
+        named = ("pairs", "dropout", "disentangled", "position", "slot")
+        if beyond is None or beyond == any(x in words for x in named):
+            names = words.removesuffix(", wide")
+            chosen = {**options} if "values" in words else {**options, "options": names}
             q, k = lengths if isinstance(lengths[0], tuple) else (lengths, lengths)
             yield (
                 f"{words}, {len(q)} sequences",
@@ -186,9 +212,10 @@ def _attention_backward() -> Iterator[tuple[str, Callable[[], Case]]]:
 
 def _attention_biases_backward() -> Iterator[tuple[str, Callable[[], Case]]]:
     for name, case in _attention_options(beyond=True):
-        yield name, lambda a=case: _gradients(a(), True, False, True)
-    unneeded = dict(_attention_options())["shared pairs, softcap, 4 sequences"]
-    yield "unneeded biases", lambda: _gradients(unneeded(), False, False, False)
+        yield name, lambda a=case: _gradients(a(), True, True, True)
+    for words in ("shared pairs, softcap, 4 sequences", "disentangled, 2 sequences"):
+        unneeded = dict(_attention_options())[words]
+        yield f"unneeded biases, {words}", lambda a=unneeded: _gradients(a(), False, False, False)
 
 
 def _rotary() -> Iterator[tuple[str, Callable[[], Case]]]:

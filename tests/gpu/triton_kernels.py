@@ -304,13 +304,16 @@ def _shaped_attention(cu_seqlens: Tensor) -> Iterator[tuple[str, str, tuple[Any,
     """What shapes scores, each for itself: it makes little difference to another dtype or width."""
     ids, heads, tokens = torch.zeros(1024, dtype=torch.int32), 4, 1024
     q, k = torch.empty(2, tokens, heads, 64, dtype=torch.bfloat16)
+    slots, lookup = torch.empty(512, heads, 64), torch.zeros(1025, dtype=torch.int32)
     for words, dim, shaping in (
         ("softcap, slopes", 128, Shaping(30.0, torch.empty(4, heads))),
         ("masks", 64, Shaping(prefix_len=ids[:4], branch=ids, block_ids=ids)),
         ("distances", 64, Shaping(distance_bias=torch.empty(heads, 255))),
         ("pairs", 64, Shaping(pair_bias=torch.empty(4, heads, 512, 512))),
+        ("disentangled", 64, Shaping(position_keys=slots, position_queries=slots,
+                                     position_lookup=lookup)),
         ("dropout", 64, Shaping(dropout_p=0.1, dropout_seeds=torch.zeros(4, dtype=torch.int64))),
-    ):
+    ):  # fmt: skip
         v = torch.empty(tokens, heads, dim, dtype=torch.bfloat16)
         words = f"bfloat16, head_dim 64, {words}"
         numbers = (cu_seqlens, cu_seqlens, 512, 512, None, -1, -1)

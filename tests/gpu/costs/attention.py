@@ -72,6 +72,31 @@ class AttentionBiasesBackward(AttentionBackward):
         return sum(2 * length - 1 for length in self.lengths) * self.heads
 
 
+class DisentangledBackward(AttentionBackward):
+    """With disentangled scores, and gradients of both kinds of position vectors."""
+
+    slots = 2 * _RADIUS + 1
+
+    def __str__(self) -> str:
+        return f"{super().__str__()}, disentangled"
+
+    def arguments(self) -> tuple[Any, ...]:
+        tables = torch.rand(2, self.slots, self.heads, self.head_dim)
+        lookup = torch.arange(self.slots, dtype=torch.int32)
+        shaping = Shaping(
+            position_keys=tables[0], position_queries=tables[1], position_lookup=lookup
+        )
+        return *super().arguments(), *shaping, *[True] * 3
+
+    @property
+    def table(self) -> int:
+        return self.slots * self.heads * self.head_dim
+
+    @property
+    def sums(self) -> int:
+        return sum(2 * length - 1 for length in self.lengths) * self.heads * self.head_dim
+
+
 @dataclasses.dataclass(frozen=True)
 class Rotary:
     """All elements of the heads of some tokens turned, each token at a position of its own."""
@@ -129,6 +154,30 @@ def _attend_biases_backward(a: AttentionBiasesBackward) -> dict[str, Work]:
     }
 
 
+def _disentangled_backward(a: DisentangledBackward) -> dict[str, Work]:
+    """Tables are read as vectors of the dtype, and their gradients in float32."""
+    plain = _attend_backward(("_grad_queries", "_grad_keys"), a)
+    offsets, flops, lookup = 4 * (len(a.lengths) + 1), 2 * a.pairs * a.head_dim, 4 * a.slots
+    tables = 2 * a.table * a.dtype.itemsize + lookup
+    for_queries, for_keys = plain["_grad_queries"], plain["_grad_keys"]
+    add_vectors = Work(4 * a.sums + offsets + lookup + 8 * a.slots, 4 * a.table)
+    return {
+        "_grad_queries": Work(for_queries.read + tables, for_queries.written, 0, 9 * flops),
+        "_grad_keys": Work(for_keys.read + tables, for_keys.written, 0, 10 * flops),
+        "_grad_distances": Work(for_keys.read + tables, 8 * a.sums, 0, 10 * flops, slack=1),
+        "_add_vectors (keys)": add_vectors,
+        "_add_vectors (queries)": add_vectors,
+    }
+
+
+def _attend_shaped_backward(
+    a: AttentionBiasesBackward | DisentangledBackward,
+) -> dict[str, Work]:
+    if isinstance(a, DisentangledBackward):
+        return _disentangled_backward(a)
+    return _attend_biases_backward(a)
+
+
 _BF16, _F32 = torch.bfloat16, torch.float32
 MODELS: dict[tuple[str, str], Callable[[Any], dict[str, Work]]] = {
     ("rotary", "CUDA C++"): partial(_rotary, "turn_pairs"),
@@ -143,7 +192,7 @@ MODELS: dict[tuple[str, str], Callable[[Any], dict[str, Work]]] = {
     ("varlen_attention_backward", "Triton"): partial(
         _attend_backward, ("_grad_queries", "_grad_keys")
     ),
-    ("varlen_attention_biases_backward", "Triton"): _attend_biases_backward,
+    ("varlen_attention_biases_backward", "Triton"): _attend_shaped_backward,
 }
 _SMALL_ROTARY = (Rotary(20, 3, 64, _F32), Rotary(7, 2, 24, _BF16))
 _LARGE_ROTARY = (Rotary(32768, 24, 64, _BF16),)
@@ -155,7 +204,10 @@ SMALL: dict[str, tuple[Any, ...]] = {
         AttentionBackward((128, 256), 2, 64, _BF16),
         AttentionBackward((64, 32), 1, 32, _F32),
     ),
-    "varlen_attention_biases_backward": (AttentionBiasesBackward((128,), 2, 64, _BF16),),
+    "varlen_attention_biases_backward": (
+        AttentionBiasesBackward((128,), 2, 64, _BF16),
+        DisentangledBackward((64,), 2, 64, _BF16),
+    ),
 }
 LARGE: dict[str, tuple[Any, ...]] = {
     "rotary": _LARGE_ROTARY,
@@ -165,5 +217,8 @@ LARGE: dict[str, tuple[Any, ...]] = {
         AttentionBackward((512,) * 64, 12, 64, _BF16),
         AttentionBackward((8192,), 16, 128, _BF16),
     ),
-    "varlen_attention_biases_backward": (AttentionBiasesBackward((512,) * 64, 12, 64, _BF16),),
+    "varlen_attention_biases_backward": (
+        AttentionBiasesBackward((512,) * 64, 12, 64, _BF16),
+        DisentangledBackward((512,) * 64, 12, 64, _BF16),
+    ),
 }

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from emblas import _op
 from emblas.attention.op import Shaping
+from emblas.attention.triton.positions import add_position_scores, has_rows, position_tile
 from emblas.attention.triton.scores import (
     add_biases,
     any_of,
@@ -78,6 +79,10 @@ def _attend(
     pair_starts,
     pair_head: tl.int64,
     pair_query: tl.int64,
+    position_keys,
+    position_queries,
+    position_lookup,
+    position_radius,
     seeds,
     threshold: tl.int64,
     factor,
@@ -128,6 +133,12 @@ def _attend(
                 slopes, slopes_stride, distance_bias, bias_radius, pair_bias, pair_starts,
                 pair_head, pair_query,
             )  # fmt: skip
+            if position_lookup is not None:
+                scores = add_position_scores(
+                    scores, scale * LOG2_E, q_tile, position_keys, heads // group, head // group,
+                    k_tile, position_queries, heads, head, position_lookup, position_radius,
+                    start - first - ahead, head_dim, 1, PRECISION, BLOCK_M, BLOCK_D,
+                )  # fmt: skip
             scores = tl.where(seen, scores, float("-inf"))
 
             highest_score = tl.maximum(maximum, tl.max(scores, 1))
@@ -189,7 +200,7 @@ def _supports(
     return_lse: bool,
     *shaping: Any,
 ) -> bool:
-    return serves(q, k, v) and Shaping(*shaping).position_lookup is None
+    return serves(q, k, v) and has_rows(Shaping(*shaping))
 
 
 @_op.kernel(_supports)
@@ -223,12 +234,13 @@ def varlen_attention(
     batch = cu_seqlens_q.shape[0] - 1
     scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
     shaping = Shaping(
-        softcap, alibi_slopes, distance_bias, prefix_len, branch, block_ids, pair_bias=pair_bias,
-        dropout_p=dropout_p, dropout_seeds=dropout_seeds,
+        softcap, alibi_slopes, distance_bias, prefix_len, branch, block_ids, position_keys,
+        position_queries, position_lookup, pair_bias, dropout_p, dropout_seeds,
     )  # fmt: skip
     out = q.new_empty(tokens, heads, value_dim)
     lse = q.new_empty(heads if return_lse else 0, tokens, dtype=torch.float32)
-    block_m, block_n, num_warps, num_stages = _tile(q.dtype, width(head_dim, value_dim, shaping))
+    tile = _tile if shaping.position_lookup is None else position_tile
+    block_m, block_n, num_warps, num_stages = tile(q.dtype, width(head_dim, value_dim, shaping))
     _attend[(batch * heads, triton.cdiv(max_seqlen_q, block_m))](
         q, q.stride(0), q.stride(1), k, k.stride(0), k.stride(1), v, v.stride(0), v.stride(1),
         out, lse if return_lse else None, cu_seqlens_q, cu_seqlens_k, tokens, k.shape[0],

@@ -8,7 +8,7 @@ from torch import Tensor
 from emblas._triton import FLOATS, segment_bounds
 
 LOG2_E, LN_2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
-_FAR = 2**30  # a window that hides nothing
+FAR = 2**30  # a window that hides nothing
 
 
 @triton.jit
@@ -35,13 +35,13 @@ def serves(q: Tensor, k: Tensor, v: Tensor) -> bool:
         and 1 <= q.shape[2] <= 256
         and 1 <= v.shape[2] <= 256
         and k.shape[1] == v.shape[1] > 0
-        and max(q.shape[0], k.shape[0]) < _FAR
+        and max(q.shape[0], k.shape[0]) < FAR
     )
 
 
 def radius(window: int) -> int:
     """Return the keys that a query sees on one side; all of them for a negative window."""
-    return _FAR if window < 0 else min(window, _FAR)
+    return FAR if window < 0 else min(window, FAR)
 
 
 def block(dim: int) -> int:
