@@ -117,6 +117,18 @@ def _attention() -> Iterator[tuple[str, Callable[[], Case]]]:
         yield name, lambda a=(q, k): Case(_attention_arguments(*a, window=(-1, 0)), 40)
 
 
+def _wide_attention() -> Iterator[tuple[str, Callable[[], Case]]]:
+    """Vectors that have no gradient kernel on GPUs."""
+    for dtype in (torch.float32, torch.bfloat16):
+        wide = {"dtype": dtype, "dim": 512, "value_dim": 500, "heads": 1}
+        yield (
+            f"dim 512, {short(dtype)}",
+            lambda a=wide: Case(_attention_arguments((3, 40), **a), 40),
+        )
+    other = {"dim": 300, "value_dim": 9, "heads": 1, "window": (9, 0)}
+    yield "dim 300", lambda: Case(_attention_arguments((20,), **other), 20)
+
+
 def _attention_options(beyond: bool | None = None) -> Iterator[tuple[str, Callable[[], Case]]]:
     """Calls with what shapes scores: all, or those whose gradient is one operator's or the other's.
 
@@ -256,7 +268,9 @@ def _rotary() -> Iterator[tuple[str, Callable[[], Case]]]:
 CASES: dict[str, dict[str, Callable[[], Case]]] = {
     "rotary": dict(_rotary()),
     "rotary_backward": dict(_rotary()),
-    "varlen_attention": dict((*_attention(), *_attention_halves(), *_attention_options())),
+    "varlen_attention": dict(
+        (*_attention(), *_wide_attention(), *_attention_halves(), *_attention_options())
+    ),
     "varlen_attention_backward": dict(_attention_backward()),
     "varlen_attention_biases_backward": dict(_attention_biases_backward()),
 }

@@ -36,7 +36,6 @@ LOCAL_MEMORY = {
     ("_grad_keys", "bfloat16, head_dim 64, softcap, slopes"): (56, _ALL_ON_120),
     ("_grad_keys", "bfloat16, head_dim 64, dropout"): (24, _ALL_ON_120),
     ("_rotate", "float32, dim 384"): (8, "two words on sm_100, to get by with 64 registers"),
-    ("_attend", "float32, head_dim 256"): (8, "rows of 1 KiB: a tile of 16 x 32 spills two words"),
     ("_grad_queries", "float32, head_dim 256"): (136, _WIDE_ROWS),
     ("_grad_keys", "float32, head_dim 256"): (208, _WIDE_ROWS),
     ("_grad_weights", ""): (8, "ptxas spills two words to get by with 32 or 40 registers"),

@@ -37,6 +37,7 @@ from emblas.attention.triton.tiles import (
     block,
     load_vectors,
     precision,
+    products_of_parts,
     radius,
     sequence_bounds,
     serves,
@@ -90,6 +91,7 @@ def _attend(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    PART: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
     sequence = tl.program_id(0) // heads
@@ -125,7 +127,14 @@ def _attend(
         seen = sees(position[:, None], j[None, :], keys, left, right, prefix, branch, block_ids)
         if (branch is None and block_ids is None) or any_of(seen):
             k_tile = load_vectors(k, j, keys, k_token, head_dim, BLOCK_D)
-            scores = scale * LOG2_E * tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
+            if PART < BLOCK_D:
+                products = products_of_parts(
+                    q, i, queries, q_token, k, j, keys, k_token, head_dim, PRECISION, BLOCK_M,
+                    BLOCK_N, PART,
+                )  # fmt: skip
+            else:
+                products = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
+            scores = scale * LOG2_E * products
             if softcap is not None:
                 scores, _slope = cap(scores, softcap)
             scores = add_biases(
@@ -183,7 +192,14 @@ def _tile(dtype: torch.dtype, dim: int) -> tuple[int, int, int, int]:
         return (32, 32, 8, 2) if dim <= 128 else (16, 32, 8, 1)
     if dim <= 64:
         return 128, 64, 8, 2
-    return (128, 32, 8, 2) if dim <= 128 else (64, 32, 8, 2)
+    if dim <= 256:
+        return (128, 32, 8, 2) if dim <= 128 else (64, 32, 8, 2)
+    return 32, 32, 8, 1
+
+
+def _part(dtype: torch.dtype, dim: int) -> int:
+    """Return how much of a vector is multiplied at once: registers don't hold wide ones."""
+    return block(dim) if dtype != torch.float32 else min(block(dim), 128)
 
 
 def _supports(
@@ -200,7 +216,7 @@ def _supports(
     return_lse: bool,
     *shaping: Any,
 ) -> bool:
-    return serves(q, k, v) and has_rows(Shaping(*shaping))
+    return serves(q, k, v, 512) and has_rows(Shaping(*shaping))
 
 
 @_op.kernel(_supports)
@@ -247,6 +263,7 @@ def varlen_attention(
         scale, radius(window_left), radius(window_right), heads, heads // k.shape[1], head_dim,
         value_dim, **options(shaping, q, k, cu_seqlens_q, cu_seqlens_k),
         PRECISION=precision(q.dtype), BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=block(head_dim),
-        BLOCK_V=block(value_dim), num_warps=num_warps, num_stages=num_stages,
+        PART=_part(q.dtype, head_dim), BLOCK_V=block(value_dim), num_warps=num_warps,
+        num_stages=num_stages,
     )  # fmt: skip
     return out, lse

@@ -460,7 +460,7 @@ def _supports(
     out: Tensor,
     *others: Any,
 ) -> bool:
-    return serves(q, k, v) and q.dtype == out.dtype == grad_out.dtype
+    return serves(q, k, v, 256) and q.dtype == out.dtype == grad_out.dtype
 
 
 @_op.kernel(_supports)

@@ -27,13 +27,38 @@ def load_vectors(vectors, i, count, stride, dim, BLOCK: tl.constexpr):
     return tl.load(vectors + i.to(tl.int64)[:, None] * stride + d[None, :], mask=inside, other=0.0)
 
 
-def serves(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Tell whether the kernels take these queries, keys and values."""
+@triton.jit
+def products_of_parts(
+    a,
+    i,
+    rows,
+    a_stride,
+    b,
+    j,
+    columns,
+    b_stride,
+    dim,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PART: tl.constexpr,
+):
+    """Products of the rows i of a with the rows j of b, which are too wide to be held at once."""
+    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for start in range(0, dim, PART):
+        x = load_vectors(a + start, i, rows, a_stride, dim - start, PART)
+        y = load_vectors(b + start, j, columns, b_stride, dim - start, PART)
+        total = tl.dot(x, tl.trans(y), total, input_precision=PRECISION)
+    return total
+
+
+def serves(q: Tensor, k: Tensor, v: Tensor, widest: int) -> bool:
+    """Tell whether kernels for vectors up to the widest take these queries, keys and values."""
     return (
         q.dtype in FLOATS
         and q.dtype == k.dtype == v.dtype
-        and 1 <= q.shape[2] <= 256
-        and 1 <= v.shape[2] <= 256
+        and 1 <= q.shape[2] <= widest
+        and 1 <= v.shape[2] <= widest
         and k.shape[1] == v.shape[1] > 0
         and max(q.shape[0], k.shape[0]) < FAR
     )
