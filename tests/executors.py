@@ -102,8 +102,12 @@ def _gpu(backend: str, names: tuple[str, ...]) -> Iterator[None]:
     """The kernels of one backend on a real GPU: tensors go there and come back."""
 
     def run(overload: Callable[..., Any], *args: Any) -> Any:
+        there = tree_map_only(torch.Tensor, lambda tensor: tensor.cuda(), args)
         with use_backend(backend):
-            results = overload(*tree_map_only(torch.Tensor, lambda tensor: tensor.cuda(), args))
+            results = overload(*there)
+        for argument, own, other in zip(overload._schema.arguments, args, there, strict=False):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                own.copy_(other)
         return tree_map_only(torch.Tensor, lambda tensor: tensor.cpu(), results)
 
     with replaced({name: partial(run, _op.ops()[name].overload) for name in names}):

@@ -135,7 +135,7 @@ NO_GRADIENT = {
 # Operators whose GPU tensors take the reference, with a warning: no GPU kernels yet.
 NO_TRITON = (
     "compose_bag_backward_rows", "compose_bag_update_", "linear", "quantized_bag",
-    "quantized_bag_backward", "random_codes", "rotary_", "row_dots", "row_outer", "row_sums",
+    "quantized_bag_backward", "random_codes",
 )  # fmt: skip
 
 

@@ -45,8 +45,11 @@ def test_equals_oracle(name, executor, case):
     made = CASES[name][case]()
     if executor in ("simt", "cuda") and not cuda_serves(name, executor, made.args):
         pytest.skip("left to Triton")
-    expected = results(_op.ops()[name].reference(*map(wide, made.args)))
+    widened = list(map(wide, made.args))
+    expected = results(_op.ops()[name].reference(*widened))
     actual = results(EXECUTORS[name, executor](*made.args))
+    if name.endswith("_"):  # changes its first argument
+        expected, actual = widened[:1], made.args[:1]
     assert len(actual) == len(expected)
     dtypes = [a.dtype for a in made.args if isinstance(a, torch.Tensor) and a.is_floating_point()]
     for a, e in zip(actual, expected, strict=True):

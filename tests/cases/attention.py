@@ -265,9 +265,52 @@ def _rotary() -> Iterator[tuple[str, Callable[[], Case]]]:
             yield words, lambda a=options, i=interleaved: case(**a, interleaved=i)
 
 
+def _rows(name: str) -> Iterator[tuple[str, Callable[[], Case]]]:
+    """Calls of "row_dots", "row_sums" or "row_outer"."""
+
+    def case(
+        lengths: tuple[int, ...],
+        rows: tuple[int, ...],
+        heads: int = 2,
+        key_heads: int = 2,
+        dim: int = 24,
+        longest: int = 0,
+        dtype: torch.dtype = torch.float32,
+    ) -> Case:
+        tokens, longest = sum(lengths), longest or max((0, *lengths))
+        x, y = torch.randn(len(rows), heads, dim + 3), torch.randn(tokens, key_heads, dim + 3)
+        x, y = (vectors.to(dtype)[:, :, 2 : dim + 2] for vectors in (x, y))
+        s, where = (
+            torch.randn(len(rows), heads, longest),
+            (torch.tensor(rows, dtype=torch.int64), packed(lengths)),
+        )
+        args = {
+            "row_dots": (x, y, *where, longest),
+            "row_sums": (s, y, *where),
+            "row_outer": (s, x, *where, tokens, key_heads),
+        }
+        return Case(args[name], max(dim, longest, len(rows)))
+
+    ragged = (3, 0, 1, 40, 0)
+    for words, lengths, rows, options in (
+        ("ragged", ragged, (3, 2, -1, 43, 2, 0), {}),
+        ("grouped heads, longer s", ragged, (4, 0), {"heads": 6, "longest": 50}),
+        ("shorter s", (40, 0, 5), (41, 40, 44), {"longest": 5}),
+        ("wide", (70,), (0, 69), {"dim": 136, "heads": 1, "key_heads": 1}),
+        ("dim 1", (20, 1100), (1119, 0), {"dim": 1, "key_heads": 1}),
+        ("bfloat16", ragged, (40, 1), {"dtype": torch.bfloat16, "key_heads": 1}),
+        ("no row", ragged, (), {}),
+        ("no sequence", (), (-1, -1), {"longest": 2}),
+        ("nobody's rows", (4, 3), (-5, -1), {}),
+    ):
+        yield words, lambda a=lengths, r=rows, o=options: case(a, r, **o)
+
+
 CASES: dict[str, dict[str, Callable[[], Case]]] = {
     "rotary": dict(_rotary()),
+    "rotary_": dict(_rotary()),
     "rotary_backward": dict(_rotary()),
+    **{name: dict(_rows(name)) for name in ("row_dots", "row_sums", "row_outer")},
     "varlen_attention": dict(
         (*_attention(), *_wide_attention(), *_attention_halves(), *_attention_options())
     ),

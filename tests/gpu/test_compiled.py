@@ -66,6 +66,8 @@ NO_WIDE_LOADS = {
     ("_hash_keys", ""): "reads nothing but 8-byte ids, one for each thread",
     ("_maxsim", "bits"): "the 32 bits of each row that a tile holds are 4 bytes",
     ("_nearest_of_chunk", "16 queries, k = 16, odd width"): _ODD,
+    ("_spread_rows", ""): "its threads share a vector of a row, which goes to many tokens",
+    ("_sum_rows", "float32, dim 1"): "each thread reads values one by one, of one element each",
     ("_unpack_planes", ""): "a byte becomes eight values: its threads read as they write",
     ("_row_gradients", ""): "but for the generalized mean it reads what segments contribute, "
     "64 columns at a time, from the caches",

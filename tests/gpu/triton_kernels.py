@@ -339,6 +339,19 @@ def _rotary() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
                 words += ", interleaved" * interleaved
                 yield "rotary", words, (x, *tables, ids, interleaved)
                 yield "rotary_backward", words, (x, *tables, ids, interleaved)
+                if pairs == 32:
+                    yield "rotary_", words, (x, *tables, ids, interleaved)
+
+
+def _attention_rows() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
+    rows, cu_seqlens = torch.zeros(16, dtype=torch.int64), torch.zeros(5, dtype=torch.int32)
+    s, where = torch.empty(16, 4, 512), (rows, cu_seqlens)
+    for dtype in DTYPES:
+        x, y = torch.empty(16, 4, 64, dtype=dtype), torch.empty(1024, 4, 64, dtype=dtype)
+        yield "row_dots", _short(dtype), (x, y, *where, 512)
+        yield "row_sums", _short(dtype), (s, y, *where)
+        yield "row_outer", _short(dtype), (s, x, *where, 1024, 4)
+    yield "row_sums", "float32, dim 1", (s, torch.empty(1024, 1, 1), *where)
 
 
 def calls() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
@@ -347,6 +360,7 @@ def calls() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
         _pooling, _linear_modes, _several_modes, _generalized_means, _maxima, _finish,
         _attention_pooling, _vocabulary_pooling, _vocabulary_sums, _tables, _compositions,
         _binary, _scores, _late_interaction, _attention, _rotary,
+        _attention_rows,
     )  # fmt: skip
     for family in families:
         yield from family()

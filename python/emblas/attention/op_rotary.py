@@ -50,6 +50,7 @@ _rotary_in_place = Op(
     "rotary_",
     reference=reference.rotary_,
     fake=_in_place_fake,
+    triton="emblas.attention.triton",
     check_values=_check_values,
     backward="rotary_backward",
 )
