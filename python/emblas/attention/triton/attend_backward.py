@@ -354,12 +354,14 @@ def _grad_keys(
 _Tile = tuple[int, int, int, int]
 
 
-def _tiles(dtype: torch.dtype, dim: int) -> tuple[_Tile, _Tile]:
+def _tiles(dtype: torch.dtype, dim: int, shaping: Shaping) -> tuple[_Tile, _Tile]:
     """Return the tiles of either kernel.
 
     The largest whose registers don't spill and whose shared memory fits on every architecture
     (docs/gpu_kernels.md).
     """
+    if shaping.position_lookup is not None:
+        return (position_tile(dtype, dim),) * 2
     if dtype == torch.float32:
         if dim <= 32:
             return (32, 16, 4, 1), (16, 32, 4, 1)
@@ -369,9 +371,11 @@ def _tiles(dtype: torch.dtype, dim: int) -> tuple[_Tile, _Tile]:
     if dim <= 32:
         return (64, 64, 4, 2), (64, 64, 4, 2)
     if dim <= 64:
-        return (128, 64, 8, 2), (64, 128, 8, 2)
+        return (128, 64, 8, 2), (32, 128, 8, 2)
     if dim <= 128:
-        return (64, 32, 8, 2), (32, 64, 8, 2)
+        # The second kernel remembers the softcap's derivative, or dropout's factors, of its pairs.
+        factors = shaping.softcap > 0 or shaping.dropout_p > 0
+        return (64, 32, 8, 2), (32, 32, 4, 2) if factors else (32, 64, 8, 2)
     return (32, 32, 8, 2), (32, 32, 8, 1)
 
 
@@ -402,12 +406,7 @@ def _gradients(
     scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
     grad_q, grad_k, grad_v = (x.new_empty(x.shape) for x in (q, k, v))
     deltas = q.new_empty(heads, tokens, dtype=torch.float32)
-    dim = width(head_dim, value_dim, shaping)
-    for_queries, for_keys = (
-        _tiles(q.dtype, dim)
-        if shaping.position_lookup is None
-        else (position_tile(q.dtype, dim),) * 2
-    )
+    for_queries, for_keys = _tiles(q.dtype, width(head_dim, value_dim, shaping), shaping)
     group, offsets = heads // key_heads, (cu_seqlens_q, cu_seqlens_k)
     sizes = *offsets, tokens, k.shape[0], scale, radius(window_left), radius(window_right)
     how = options(shaping, q, k, *offsets) | {
