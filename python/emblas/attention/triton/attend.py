@@ -36,10 +36,10 @@ from emblas.attention.triton.tiles import (
     LOG2_E,
     block,
     load_vectors,
+    own_sequence,
     precision,
     products_of_parts,
     radius,
-    sequence_bounds,
     serves,
 )
 
@@ -94,10 +94,8 @@ def _attend(
     PART: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    sequence = tl.program_id(0) // heads
-    head = (tl.program_id(0) % heads).to(tl.int64)
-    q_begin, k_begin, queries, keys = sequence_bounds(
-        cu_seqlens_q, cu_seqlens_k, sequence, q_tokens, k_tokens
+    sequence, head, q_begin, k_begin, queries, keys = own_sequence(
+        heads, cu_seqlens_q, cu_seqlens_k, q_tokens, k_tokens
     )
     first = tl.program_id(1) * BLOCK_M
     if first >= queries:

@@ -47,9 +47,9 @@ from emblas.attention.triton.tiles import (
     LOG2_E,
     block,
     load_vectors,
+    own_sequence,
     precision,
     radius,
-    sequence_bounds,
     serves,
 )
 
@@ -115,10 +115,8 @@ def _grad_queries(
     BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    sequence = tl.program_id(0) // heads
-    head = (tl.program_id(0) % heads).to(tl.int64)
-    q_begin, k_begin, queries, keys = sequence_bounds(
-        cu_seqlens_q, cu_seqlens_k, sequence, q_tokens, k_tokens
+    sequence, head, q_begin, k_begin, queries, keys = own_sequence(
+        heads, cu_seqlens_q, cu_seqlens_k, q_tokens, k_tokens
     )
     first = tl.program_id(1) * BLOCK_M
     if first >= queries:
@@ -254,10 +252,8 @@ def _grad_keys(
     BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    sequence = tl.program_id(0) // key_heads
-    key_head = (tl.program_id(0) % key_heads).to(tl.int64)
-    q_begin, k_begin, queries, keys = sequence_bounds(
-        cu_seqlens_q, cu_seqlens_k, sequence, q_tokens, k_tokens
+    sequence, key_head, q_begin, k_begin, queries, keys = own_sequence(
+        key_heads, cu_seqlens_q, cu_seqlens_k, q_tokens, k_tokens
     )
     first = tl.program_id(1) * BLOCK_N
     if first >= keys:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from emblas.attention.triton.positions import position_tile, position_vectors
 from emblas.attention.triton.scores import add_biases, any_of, cap, kept, sees
-from emblas.attention.triton.tiles import FAR, LOG2_E, load_vectors, sequence_bounds
+from emblas.attention.triton.tiles import FAR, LOG2_E, load_vectors, own_sequence, sequence_bounds
 
 
 @triton.jit
@@ -77,10 +77,8 @@ def _grad_distances(
     BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    sequence = tl.program_id(0) // heads
-    head = (tl.program_id(0) % heads).to(tl.int64)
-    q_begin, k_begin, queries, keys = sequence_bounds(
-        cu_seqlens_q, cu_seqlens_k, sequence, q_tokens, k_tokens
+    sequence, head, q_begin, k_begin, queries, keys = own_sequence(
+        heads, cu_seqlens_q, cu_seqlens_k, q_tokens, k_tokens
     )
     nearest = tl.program_id(1) * BLOCK + 1 - keys  # the first of its distances j - p_i
     if nearest >= queries:

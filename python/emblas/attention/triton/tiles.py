@@ -20,6 +20,17 @@ def sequence_bounds(cu_seqlens_q, cu_seqlens_k, sequence, q_tokens, k_tokens):
 
 
 @triton.jit
+def own_sequence(heads, cu_seqlens_q, cu_seqlens_k, q_tokens, k_tokens):
+    """Sequence and head of a program; its first query and key, and how many it has of each."""
+    sequence = tl.program_id(0) // heads
+    head = (tl.program_id(0) % heads).to(tl.int64)
+    q_begin, k_begin, queries, keys = sequence_bounds(
+        cu_seqlens_q, cu_seqlens_k, sequence, q_tokens, k_tokens
+    )
+    return sequence, head, q_begin, k_begin, queries, keys
+
+
+@triton.jit
 def load_vectors(vectors, i, count, stride, dim, BLOCK: tl.constexpr):
     """Rows i, so far apart, of which there are ``count``; zeros elsewhere."""
     d = tl.arange(0, BLOCK)
