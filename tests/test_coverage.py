@@ -133,7 +133,7 @@ NO_GRADIENT = {
     "lexical_index": "integers: values are picked, and differentiated, by torch",
 }
 # Operators whose GPU tensors take the reference, with a warning: no GPU kernels yet.
-NO_TRITON = ("linear", "rotary_", "row_dots", "row_outer", "row_sums")
+NO_TRITON = ("linear",)
 
 
 def _forward_ops():

@@ -9,7 +9,7 @@ import torch
 from cases import CASES
 from contract import packed, tolerance
 from emblas import _op, use_backend
-from emblas.attention import varlen_attention
+from emblas.attention import deberta_buckets, varlen_attention
 from emblas.attention.op import Shaping
 from emblas.pooling import reference
 from emblas.pooling.reference import Mode
@@ -288,35 +288,39 @@ BIASES = [e for n, e in EXECUTORS if n == "varlen_attention_biases_backward"]
     "offsets", [[5, 900, -3, 2], [-7, 2**31 - 1, 2**31 - 1, -(2**31)], [80, 70, 60, 3]]
 )
 def test_shaped_attention_stays_in_bounds(executor, offsets, padded):
-    """Whatever offsets and prefixes hold, and where pairs are fewer than they should be."""
+    """Whatever offsets, prefixes and lookups hold; pairs may be fewer than they should be."""
     cu, ids = torch.tensor(offsets, dtype=torch.int32), torch.randint(-1, 2, (43,)).int()
+    wrong = torch.tensor([9, 0, 2**31 - 1, -1, 3]).int()
     shaping = Shaping(
         0.5, torch.rand(3, 1), torch.randn(1, 7), torch.tensor([2**31 - 1, -(2**31), 5]).int(),
-        ids, ids, pair_bias=torch.randn(3, 1, 40, 43) if padded else torch.randn(1, 1450),
-        dropout_p=0.1, dropout_seeds=torch.arange(3),
+        ids, ids, torch.randn(4, 1, 16), torch.randn(4, 1, 16), wrong,
+        torch.randn(3, 1, 40, 43) if padded else torch.randn(1, 1450), 0.1, torch.arange(3),
     )  # fmt: skip
     q, lse, numbers = torch.randn(43, 1, 16), torch.zeros(1, 43), (cu, cu, 43, 43, None, -1, 0)
     EXECUTORS["varlen_attention", executor](q, q, q, *numbers, True, *shaping)
     run = EXECUTORS["varlen_attention_biases_backward", executor]
-    run(q, lse, q, q, q, q, lse, *numbers, *shaping, True, False, True)
+    run(q, lse, q, q, q, q, lse, *numbers, *shaping, True, True, True)
 
 
 @pytest.mark.parametrize("executor", BIASES)
 def test_biases_train(executor):
     """The public function reaches the kernels of an executor, forward and backward."""
-    cu, names = packed((3, 0, 40)), ("varlen_attention", "varlen_attention_biases_backward")
-    given = torch.randn(43, 3, 2, 16), torch.randn(2, 5), torch.randn(1, 1, 40, 40)
+    cu, names = packed((3, 0, 20)), ("varlen_attention", "varlen_attention_biases_backward")
+    given = torch.randn(23, 3, 2, 16), torch.randn(2, 5), torch.randn(1, 1, 20, 20)
+    given += torch.randn(8, 2, 16), torch.randn(8, 2, 16)
     grads = []
     for run, dtype in ((executor, torch.float32), ("reference", torch.float64)):
         with IMPLEMENTATIONS[run](names) if run in IMPLEMENTATIONS else use_backend(run):
-            x, table, bias = leaves = [leaf.to(dtype, copy=True).requires_grad_() for leaf in given]
+            leaves = [leaf.to(dtype, copy=True).requires_grad_() for leaf in given]
+            x, table, bias, *vectors = leaves
             out = varlen_attention(
-                *x.unbind(1), cu, cu, 40, 40, 0.2, relative_bias=(table, torch.arange(9) % 5),
-                attn_bias=bias, dropout_seeds=torch.arange(3),
+                *x.unbind(1), cu, cu, 20, 20, 0.2, relative_bias=(table, torch.arange(9) % 5),
+                disentangled=(*vectors, deberta_buckets(4, 9)), attn_bias=bias,
+                dropout_seeds=torch.arange(3),
             )  # fmt: skip
             out.square().sum().backward()
         grads.append([leaf.grad.double() for leaf in leaves])
-    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=4e-5)
 
 
 @pytest.mark.parametrize("executor", ATTENTION)

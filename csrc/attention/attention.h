@@ -141,7 +141,7 @@ struct VarlenAttentionArgs {
   ScoreArgs<Accumulator<T>> scores = {};
 };
 
-inline constexpr int64_t kMaxHeadDim = 256;
+inline constexpr int64_t kMaxHeadDim = 512;
 
 template <class T>
 struct VarlenAttention {

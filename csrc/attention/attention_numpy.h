@@ -22,7 +22,7 @@ py::array varlen_attention_array(const Array<T>& q, const Array<T>& k, const Arr
   const int64_t value_dim = v.shape(2);
   check_array(
       head_dim >= 1 && head_dim <= kMaxHeadDim && value_dim >= 1 && value_dim <= kMaxHeadDim,
-      "head_dim must be from 1 to 256, got " + std::to_string(head_dim) + " and " +
+      "head_dim must be from 1 to 512, got " + std::to_string(head_dim) + " and " +
           std::to_string(value_dim) + " for v");
   check_array(k.shape(2) == head_dim && v.shape(0) == key_tokens && v.shape(1) == key_heads,
               "k must have the head_dim of q, and v the tokens and heads of k");

@@ -69,7 +69,7 @@ struct Inputs {
     check(key_heads() > 0 ? heads() % key_heads() == 0 : heads() == 0,
           "the heads of q must be a multiple of the heads of k");
     check(q.size(2) >= 1 && q.size(2) <= kMaxHeadDim && v.size(2) >= 1 && v.size(2) <= kMaxHeadDim,
-          "head_dim must be from 1 to 256");
+          "head_dim must be from 1 to 512");
     check(cu_seqlens_q.dim() == 1 && batch() >= 0,
           "cu_seqlens_q must be a vector of at least one element");
     check_offsets(

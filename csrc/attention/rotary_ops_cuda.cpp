@@ -7,14 +7,15 @@
 namespace emblas {
 namespace {
 
-Tensor rotated(const Tensor& x, const Tensor& cos, const Tensor& sin,
-               const std::optional<Tensor>& position_ids, bool interleaved, bool inverse) {
-  const DeviceCall call(x);
+// out may be x.
+void rotate(const DeviceCall& call, const Tensor& x, const Tensor& out, const Tensor& cos,
+            const Tensor& sin, const std::optional<Tensor>& position_ids, bool interleaved,
+            bool inverse) {
   check(x.dim() == 3 && (x.stride(2) == 1 || x.size(2) <= 1),
         "x must be a tensor (tokens, heads, head_dim) of contiguous vectors");
   const int64_t tokens = x.size(0), heads = x.size(1), head_dim = x.size(2);
   const char* dtypes = "x must be float32, float64, bfloat16 or float16";
-  return visit_float(x.scalar_type(), dtypes, [&](auto element) {
+  visit_float(x.scalar_type(), dtypes, [&](auto element) {
     using T = decltype(element);
     using A = Accumulator<T>;
     const auto is_table = [&](const Tensor& table) {
@@ -31,7 +32,6 @@ Tensor rotated(const Tensor& x, const Tensor& cos, const Tensor& sin,
     } else {
       check(cos.size(0) == tokens, "cos and sin must have a row per token without position_ids");
     }
-    const Tensor out = call.empty<3>(x.scalar_type(), {tokens, heads, head_dim});
     const RotaryArgs<T> args{.x = {call.read<T>(x), x.stride(0), x.stride(1)},
                              .out = {call.write<T>(out), out.stride(0), out.stride(1)},
                              .heads = heads,
@@ -42,8 +42,16 @@ Tensor rotated(const Tensor& x, const Tensor& cos, const Tensor& sin,
                              .position_ids = call.read<int64_t>(position_ids),
                              .inverse = inverse};
     cuda::rotary<T>(args, interleaved, tokens, cos.size(0), call.stream());
-    return out;
   });
+}
+
+Tensor rotated(const Tensor& x, const Tensor& cos, const Tensor& sin,
+               const std::optional<Tensor>& position_ids, bool interleaved, bool inverse) {
+  const DeviceCall call(x);
+  check(x.dim() == 3, "x must be (tokens, heads, head_dim)");
+  const Tensor out = call.empty<3>(x.scalar_type(), {x.size(0), x.size(1), x.size(2)});
+  rotate(call, x, out, cos, sin, position_ids, interleaved, inverse);
+  return out;
 }
 
 Tensor rotary_cuda(const Tensor& x, const Tensor& cos, const Tensor& sin,
@@ -53,6 +61,10 @@ Tensor rotary_cuda(const Tensor& x, const Tensor& cos, const Tensor& sin,
 Tensor rotary_backward_cuda(const Tensor& grad_out, const Tensor& cos, const Tensor& sin,
                             const std::optional<Tensor>& position_ids, bool interleaved) {
   return rotated(grad_out, cos, sin, position_ids, interleaved, true);
+}
+void rotary__cuda(const Tensor& x, const Tensor& cos, const Tensor& sin,
+                  const std::optional<Tensor>& position_ids, bool interleaved) {
+  rotate(DeviceCall(x), x, x, cos, sin, position_ids, interleaved, false);
 }
 
 }  // namespace
@@ -65,8 +77,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(EMBLAS_CUDA_NAMESPACE, library) {
   library.def(
       "rotary_backward_cuda(Tensor grad_out, Tensor cos, Tensor sin, Tensor? position_ids,"
       " bool interleaved) -> Tensor");
+  library.def(
+      "rotary__cuda(Tensor(a!) x, Tensor cos, Tensor sin, Tensor? position_ids, bool interleaved)"
+      " -> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(EMBLAS_CUDA_NAMESPACE, EMBLAS_CUDA_KEY, library) {
   library.impl("rotary_cuda", TORCH_BOX(&emblas::rotary_cuda));
   library.impl("rotary_backward_cuda", TORCH_BOX(&emblas::rotary_backward_cuda));
+  library.impl("rotary__cuda", TORCH_BOX(&emblas::rotary__cuda));
 }

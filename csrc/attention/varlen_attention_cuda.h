@@ -10,7 +10,8 @@ struct PackedSizes {
   int64_t batch, queries, keys;  // sequences; tokens of q and of k
 };
 inline constexpr int64_t kMostAttentionTokens = int64_t(1) << 30;  // of q or k, less than
-inline constexpr int kTileRows = 64;  // queries, or keys, that a block owns
+inline constexpr int64_t kWidestHead = 256;  // head_dim and value_dim, at most
+inline constexpr int kTileRows = 64;         // queries, or keys, that a block owns
 
 // Sequences are cut into tiles of queries, or keys, for blocks to take. Which tile has a block?
 // Sequence b starts at slot begin_b / kTileRows + b. It needs ceil(length / kTileRows) slots at

@@ -33,7 +33,7 @@ struct Inputs {
             "q, k and v must be tensors (tokens, heads, head_dim) of contiguous vectors, of less "
             "than 2^30 tokens");
       check(x->scalar_type() == q.scalar_type(), "q, k and v must have one dtype");
-      check(x->size(2) >= 1 && x->size(2) <= kMaxHeadDim, "head_dim must be from 1 to 256");
+      check(x->size(2) >= 1 && x->size(2) <= cuda::kWidestHead, "head_dim must be from 1 to 256");
     }
     check(v.size(0) == k.size(0) && v.size(1) == key_heads(),
           "k and v must have the same tokens and heads");

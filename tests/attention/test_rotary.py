@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -117,6 +118,31 @@ def test_gradients(isa, interleaved):
 
     check_gradients(turn, [x], ("rotary", "rotary_backward"))
     check_gradients(in_place, [x], ("rotary_", "rotary_backward"))
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_gradients_of_tables(interleaved):
+    """Of tokens that share a row, and of rows that no token has."""
+    cos, sin, x = torch.randn(4, 3), torch.randn(4, 3), torch.randn(3, 2, 8)
+
+    def turn(x, cos, sin, ids=None):
+        return rotary(x, cos, sin, ids, interleaved=interleaved)
+
+    def in_place(x, cos, sin):
+        return rotary_(x * 1, cos, sin, torch.tensor([1, 3, 1]), interleaved=interleaved)
+
+    names = ("rotary", "rotary_backward")
+    check_gradients(partial(turn, ids=torch.tensor([1, 3, 1])), [x, cos, sin], names)
+    check_gradients(turn, [x, cos[:3], sin[:3]], names)
+    check_gradients(in_place, [x, cos, sin], ("rotary_", "rotary_backward"))
+    check_gradients(lambda sin: turn(x.double(), cos[:3].double(), sin), [sin[:3]], names[:1])
+    with pytest.raises(ValueError, match="position_ids must be rows"):
+        turn(x, cos.requires_grad_(), sin, torch.tensor([0, 4, 1]))
+    calls = [(torch.randn(n, 2, 8), cos, sin, torch.arange(n) % 4) for n in (5, 7)]
+    check_compiled(turn, calls, backward=True)
+    x = torch.randn(3, 2, 8).bfloat16()
+    turn(x, cos, sin, torch.tensor([1, 3, 1])).float().sum().backward()
+    assert cos.grad.dtype == torch.float32
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)

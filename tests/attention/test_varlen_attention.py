@@ -63,7 +63,7 @@ def check(q, k, v, cu_q, cu_k, **kwargs):
     torch.testing.assert_close(lse.double(), expected_lse, **limit)
 
 
-@pytest.mark.parametrize("dim", [1, 16, 17, 24, 32, 40, 64, 128, 256])
+@pytest.mark.parametrize("dim", [1, 16, 17, 24, 32, 40, 64, 128, 256, 512])
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_equals_oracle(isa, dim, dtype):
     cu = packed((0, 5, 1, 0, 70, 33))
@@ -358,8 +358,8 @@ def call(q=Q, k=Q, v=Q, cu_q=CU, cu_k=CU, **kwargs):
         (TypeError, "k must have the dtype of q", {"k": Q.double()}),
         (ValueError, "v must have 3 dimensions", {"v": Q[0]}),
         (ValueError, "k must be on the device of q", {"k": Q.to("meta")}),
-        (ValueError, "head_dim of q must be from 1 to 256", {"q": torch.zeros(4, 2, 257)}),
-        (ValueError, "head_dim of v must be from 1 to 256", {"v": Q[:, :, :0]}),
+        (ValueError, "head_dim of q must be from 1 to 512", {"q": torch.zeros(4, 2, 513)}),
+        (ValueError, "head_dim of v must be from 1 to 512", {"v": Q[:, :, :0]}),
         (ValueError, "k must have the head_dim of q", {"q": Q[:, :, :20]}),
         (ValueError, "k and v must have the same tokens and heads", {"v": Q[:3]}),
         (ValueError, "heads of q must be a multiple", {"q": Q[:, :1]}),

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from contract import packed
-from emblas.attention import reference
+from emblas.attention import deberta_buckets, reference
 from emblas.attention.op import Shaping
 
 from cases.case import HALVES, Case, short
@@ -40,17 +40,27 @@ def _attention_arguments(
     longest = (max((0, *lengths)) for lengths in (lengths_q, lengths_k))
     return (
         q, k, v, packed(lengths_q), packed(lengths_k), *longest, scale, *window, lse,
-        *(_shaping(options, lengths_q, lengths_k, heads) if options else ()),
+        *(_shaping(options, lengths_q, lengths_k, q, k.shape[1]) if options else ()),
     )  # fmt: skip
 
 
 def _shaping(
-    names: str, lengths_q: tuple[int, ...], lengths_k: tuple[int, ...], heads: int
+    names: str,
+    lengths_q: tuple[int, ...],
+    lengths_k: tuple[int, ...],
+    q: torch.Tensor,
+    key_heads: int,
 ) -> Shaping:
     """What shapes scores, by words with commas between."""
-    batch, tokens = len(lengths_k), sum(lengths_k)
+    batch, tokens, heads = len(lengths_k), sum(lengths_k), q.shape[1]
     pairs = sum(map(math.prod, zip(lengths_q, lengths_k, strict=True)))
     longest = max(lengths_q), max(lengths_k)
+
+    def positions(slots: int, count: int) -> torch.Tensor:
+        """Position vectors, as public functions widen those of the dtype of q."""
+        return torch.randn(slots, count, q.shape[2]).to(q.dtype).float()
+
+    lookup, some = deberta_buckets(4, 9).int(), torch.tensor([2, 0, 1, 1, 0]).int()
     made: dict[str, dict[str, Any]] = {
         "softcap": {"softcap": 1.5},
         "slopes": {"alibi_slopes": torch.rand(1, heads)},
@@ -65,6 +75,14 @@ def _shaping(
         "pairs": {"pair_bias": torch.randn(heads, pairs)},
         "padded pairs": {"pair_bias": torch.randn(batch, heads, longest[0] + 2, longest[1] + 3)},
         "shared pairs": {"pair_bias": torch.randn(1, 1, *longest).expand(batch, heads, *longest)},
+        "disentangled": {
+            "position_keys": positions(8, key_heads),
+            "position_queries": positions(8, heads),
+            "position_lookup": lookup,
+        },
+        "position keys": {"position_keys": positions(4, key_heads), "position_lookup": some},
+        "position queries": {"position_queries": positions(4, heads), "position_lookup": some},
+        "one slot": {"position_queries": positions(1, heads), "position_lookup": some[1:2]},
         "dropout": {"dropout_p": 0.3, "dropout_seeds": torch.arange(batch) * 7**20 - 5**25},
     }
     return Shaping(**{k: x for name in names.split(", ") for k, x in made[name].items()})
@@ -99,10 +117,22 @@ def _attention() -> Iterator[tuple[str, Callable[[], Case]]]:
         yield name, lambda a=(q, k): Case(_attention_arguments(*a, window=(-1, 0)), 40)
 
 
+def _wide_attention() -> Iterator[tuple[str, Callable[[], Case]]]:
+    """Vectors that have no gradient kernel on GPUs."""
+    for dtype in (torch.float32, torch.bfloat16):
+        wide = {"dtype": dtype, "dim": 512, "value_dim": 500, "heads": 1}
+        yield (
+            f"dim 512, {short(dtype)}",
+            lambda a=wide: Case(_attention_arguments((3, 40), **a), 40),
+        )
+    other = {"dim": 300, "value_dim": 9, "heads": 1, "window": (9, 0)}
+    yield "dim 300", lambda: Case(_attention_arguments((20,), **other), 20)
+
+
 def _attention_options(beyond: bool | None = None) -> Iterator[tuple[str, Callable[[], Case]]]:
     """Calls with what shapes scores: all, or those whose gradient is one operator's or the other's.
 
-    Pairs and dropout take the one for biases beyond those of distance.
+    Pairs, dropout and position vectors take the one for biases beyond those of distance.
     """
     small, many, uneven = (3, 0, 1, 40), (100,), ((9, 40), (4, 50))
     bfloat16, grouped = {"dtype": torch.bfloat16}, {"heads": 2, "key_heads": 2}
@@ -129,9 +159,17 @@ def _attention_options(beyond: bool | None = None) -> Iterator[tuple[str, Callab
         (uneven, "dropout", {"window": (6, 9), **grouped}),
         (many, "dropout, distances, softcap", {"window": (33, 20), **one}),
         (uneven, "dropout, pairs, blocks, distances", {"window": (20, 0), "value_dim": 9}),
+        (uneven, "disentangled", {"scale": 0.3}),
+        (many, "disentangled, softcap", {"window": (40, 3), **bfloat16, **one, "dim": 40}),
+        ((20,), "disentangled, wide", {"dim": 136}),
+        ((3, 0, 30), "position keys, distances, branches", {}),
+        (((9, 30), (4, 40)), "position queries, dropout", {"window": (9, 20), **grouped}),
+        ((3, 0, 1, 17), "one slot, pairs", {}),
     ):
-        if beyond is None or beyond == any(x in words for x in ("pairs", "dropout")):
-            chosen = {**options} if "values" in words else {**options, "options": words}
+        named = ("pairs", "dropout", "disentangled", "position", "slot")
+        if beyond is None or beyond == any(x in words for x in named):
+            names = words.removesuffix(", wide")
+            chosen = {**options} if "values" in words else {**options, "options": names}
             q, k = lengths if isinstance(lengths[0], tuple) else (lengths, lengths)
             yield (
                 f"{words}, {len(q)} sequences",
@@ -186,12 +224,13 @@ def _attention_backward() -> Iterator[tuple[str, Callable[[], Case]]]:
 
 def _attention_biases_backward() -> Iterator[tuple[str, Callable[[], Case]]]:
     for name, case in _attention_options(beyond=True):
-        yield name, lambda a=case: _gradients(a(), True, False, True)
-    unneeded = dict(_attention_options())["shared pairs, softcap, 4 sequences"]
-    yield "unneeded biases", lambda: _gradients(unneeded(), False, False, False)
+        yield name, lambda a=case: _gradients(a(), True, True, True)
+    for words in ("shared pairs, softcap, 4 sequences", "disentangled, 2 sequences"):
+        unneeded = dict(_attention_options())[words]
+        yield f"unneeded biases, {words}", lambda a=unneeded: _gradients(a(), False, False, False)
 
 
-def _rotary() -> Iterator[tuple[str, Callable[[], Case]]]:
+def _rotary(changed: tuple[int, ...] = ()) -> Iterator[tuple[str, Callable[[], Case]]]:
     def case(
         tokens: int = 9,
         heads: int = 3,
@@ -208,7 +247,7 @@ def _rotary() -> Iterator[tuple[str, Callable[[], Case]]]:
         rows = 40 if ids else tokens
         position_ids = torch.randint(rows, (tokens,)) if ids else None
         cos, sin = torch.randn(rows, pairs), torch.randn(rows, pairs)
-        return Case((x, cos, sin, position_ids, interleaved), 2)
+        return Case((x, cos, sin, position_ids, interleaved), 2, changed)
 
     for interleaved in (False, True):
         for name, options in {
@@ -226,10 +265,55 @@ def _rotary() -> Iterator[tuple[str, Callable[[], Case]]]:
             yield words, lambda a=options, i=interleaved: case(**a, interleaved=i)
 
 
+def _rows(name: str) -> Iterator[tuple[str, Callable[[], Case]]]:
+    """Calls of "row_dots", "row_sums" or "row_outer"."""
+
+    def case(
+        lengths: tuple[int, ...],
+        rows: tuple[int, ...],
+        heads: int = 2,
+        key_heads: int = 2,
+        dim: int = 24,
+        longest: int = 0,
+        dtype: torch.dtype = torch.float32,
+    ) -> Case:
+        tokens, longest = sum(lengths), longest or max((0, *lengths))
+        x, y = torch.randn(len(rows), heads, dim + 3), torch.randn(tokens, key_heads, dim + 3)
+        x, y = (vectors.to(dtype)[:, :, 2 : dim + 2] for vectors in (x, y))
+        s, where = (
+            torch.randn(len(rows), heads, longest),
+            (torch.tensor(rows, dtype=torch.int64), packed(lengths)),
+        )
+        args = {
+            "row_dots": (x, y, *where, longest),
+            "row_sums": (s, y, *where),
+            "row_outer": (s, x, *where, tokens, key_heads),
+        }
+        return Case(args[name], max(dim, longest, len(rows)))
+
+    ragged = (3, 0, 1, 40, 0)
+    for words, lengths, rows, options in (
+        ("ragged", ragged, (3, 2, -1, 43, 2, 0), {}),
+        ("grouped heads, longer s", ragged, (4, 0), {"heads": 6, "longest": 50}),
+        ("shorter s", (40, 0, 5), (41, 40, 44), {"longest": 5}),
+        ("wide", (70,), (0, 69), {"dim": 136, "heads": 1, "key_heads": 1}),
+        ("dim 1", (20, 1100), (1119, 0), {"dim": 1, "key_heads": 1}),
+        ("bfloat16", ragged, (40, 1), {"dtype": torch.bfloat16, "key_heads": 1}),
+        ("no row", ragged, (), {}),
+        ("no sequence", (), (-1, -1), {"longest": 2}),
+        ("nobody's rows", (4, 3), (-5, -1), {}),
+    ):
+        yield words, lambda a=lengths, r=rows, o=options: case(a, r, **o)
+
+
 CASES: dict[str, dict[str, Callable[[], Case]]] = {
     "rotary": dict(_rotary()),
+    "rotary_": dict(_rotary(changed=(0,))),
     "rotary_backward": dict(_rotary()),
-    "varlen_attention": dict((*_attention(), *_attention_halves(), *_attention_options())),
+    **{name: dict(_rows(name)) for name in ("row_dots", "row_sums", "row_outer")},
+    "varlen_attention": dict(
+        (*_attention(), *_wide_attention(), *_attention_halves(), *_attention_options())
+    ),
     "varlen_attention_backward": dict(_attention_backward()),
     "varlen_attention_biases_backward": dict(_attention_biases_backward()),
 }

@@ -23,7 +23,9 @@ ARCHITECTURES = tuple(map(int, os.environ.get("EMBLAS_ARCHITECTURES", "80 120").
 FLOOR, FLOOR_WITH_TENSOR_CORES = 16, 8
 _TWO_WORDS = "ptxas spills two words for another four warps"
 _ALL_REGISTERS = "two words on sm_90, with all of its registers"
-_ALL_ON_120 = "some words on sm_120, with all of its registers: a smaller tile is to be tried"
+_ALL_ON_120 = (
+    "some words on sm_120, with all of its registers; half the tile would read twice as much"
+)
 _WIDE_ROWS = "rows of 1 KiB: the smallest tile that tensor cores take, 16 x 16, spills some words"
 # Bytes of local memory that are allowed, and why.
 LOCAL_MEMORY = {
@@ -31,12 +33,7 @@ LOCAL_MEMORY = {
     ("gem_contributions", "double, true"): (8, "two words on sm_120, to get by with 80 registers"),
     ("_weight_gradients", "float32, padded, weights, 2 modes"): (8, _TWO_WORDS),
     ("_grad_distances", "bfloat16, head_dim 64, distances"): (16, _ALL_ON_120),
-    ("_grad_keys", "bfloat16, head_dim 64"): (48, _ALL_ON_120),
-    ("_grad_keys", "float16, head_dim 64"): (48, _ALL_ON_120),
-    ("_grad_keys", "bfloat16, head_dim 64, softcap, slopes"): (56, _ALL_ON_120),
-    ("_grad_keys", "bfloat16, head_dim 64, dropout"): (24, _ALL_ON_120),
     ("_rotate", "float32, dim 384"): (8, "two words on sm_100, to get by with 64 registers"),
-    ("_attend", "float32, head_dim 256"): (8, "rows of 1 KiB: a tile of 16 x 32 spills two words"),
     ("_grad_queries", "float32, head_dim 256"): (136, _WIDE_ROWS),
     ("_grad_keys", "float32, head_dim 256"): (208, _WIDE_ROWS),
     ("_grad_weights", ""): (8, "ptxas spills two words to get by with 32 or 40 registers"),
@@ -75,6 +72,8 @@ NO_WIDE_LOADS = {
     ("_quantized_bags", "2 bits, dim 128, float32, bags, sum"): _FEW_BITS,
     ("_quantized_lookup", "2 bits, dim 128, float32"): _FEW_BITS,
     ("_random_codes", ""): "reads nothing but an id and a sequence for each of its threads",
+    ("_spread_rows", ""): "its threads share a vector of a row, which goes to many tokens",
+    ("_sum_rows", "float32, dim 1"): "each thread reads values one by one, of one element each",
     ("_unpack_planes", ""): "a byte becomes eight values: its threads read as they write",
     ("_row_gradients", ""): "but for the generalized mean it reads what segments contribute, "
     "64 columns at a time, from the caches",

@@ -335,12 +335,14 @@ def _late_interaction() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
 def _attention() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
     cu_seqlens = torch.zeros(5, dtype=torch.int32)
     for dtype in DTYPES:
-        for head_dim in (32, 64, 128, 256):
+        for head_dim in (32, 64, 128, 256, 512):
             x = torch.empty(1024, 3, 4, head_dim, dtype=dtype)
             q, k, v = x.unbind(1)
             words, numbers = f"{_short(dtype)}, head_dim {head_dim}", (512, 512, None, -1, -1)
             args = (q, k, v, cu_seqlens, cu_seqlens, *numbers)
             yield "varlen_attention", words, (*args, True)
+            if head_dim == 512:
+                continue  # has no gradient kernel
             lse = torch.empty(4, 1024)
             out = torch.empty(1024, 4, head_dim, dtype=dtype)
             yield "varlen_attention_backward", words, (out, None, q, k, v, out, lse, *args[3:])
@@ -351,13 +353,16 @@ def _shaped_attention(cu_seqlens: Tensor) -> Iterator[tuple[str, str, tuple[Any,
     """What shapes scores, each for itself: it makes little difference to another dtype or width."""
     ids, heads, tokens = torch.zeros(1024, dtype=torch.int32), 4, 1024
     q, k = torch.empty(2, tokens, heads, 64, dtype=torch.bfloat16)
+    slots, lookup = torch.empty(512, heads, 64), torch.zeros(1025, dtype=torch.int32)
     for words, dim, shaping in (
         ("softcap, slopes", 128, Shaping(30.0, torch.empty(4, heads))),
         ("masks", 64, Shaping(prefix_len=ids[:4], branch=ids, block_ids=ids)),
         ("distances", 64, Shaping(distance_bias=torch.empty(heads, 255))),
         ("pairs", 64, Shaping(pair_bias=torch.empty(4, heads, 512, 512))),
+        ("disentangled", 64, Shaping(position_keys=slots, position_queries=slots,
+                                     position_lookup=lookup)),
         ("dropout", 64, Shaping(dropout_p=0.1, dropout_seeds=torch.zeros(4, dtype=torch.int64))),
-    ):
+    ):  # fmt: skip
         v = torch.empty(tokens, heads, dim, dtype=torch.bfloat16)
         words = f"bfloat16, head_dim 64, {words}"
         numbers = (cu_seqlens, cu_seqlens, 512, 512, None, -1, -1)
@@ -381,6 +386,19 @@ def _rotary() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
                 words += ", interleaved" * interleaved
                 yield "rotary", words, (x, *tables, ids, interleaved)
                 yield "rotary_backward", words, (x, *tables, ids, interleaved)
+                if pairs == 32:
+                    yield "rotary_", words, (x, *tables, ids, interleaved)
+
+
+def _attention_rows() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
+    rows, cu_seqlens = torch.zeros(16, dtype=torch.int64), torch.zeros(5, dtype=torch.int32)
+    s, where = torch.empty(16, 4, 512), (rows, cu_seqlens)
+    for dtype in DTYPES:
+        x, y = torch.empty(16, 4, 64, dtype=dtype), torch.empty(1024, 4, 64, dtype=dtype)
+        yield "row_dots", _short(dtype), (x, y, *where, 512)
+        yield "row_sums", _short(dtype), (s, y, *where)
+        yield "row_outer", _short(dtype), (s, x, *where, 1024, 4)
+    yield "row_sums", "float32, dim 1", (s, torch.empty(1024, 1, 1), *where)
 
 
 def calls() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
@@ -388,7 +406,8 @@ def calls() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
     families = (
         _pooling, _linear_modes, _several_modes, _generalized_means, _maxima, _finish,
         _attention_pooling, _vocabulary_pooling, _vocabulary_sums, _tables, _compositions,
-        _optimizers, _codes, _quantized, _binary, _scores, _late_interaction, _attention, _rotary,
+        _optimizers, _codes, _quantized, _binary, _scores, _late_interaction, _attention,
+        _attention_rows, _rotary,
     )  # fmt: skip
     for family in families:
         yield from family()

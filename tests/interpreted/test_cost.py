@@ -19,7 +19,7 @@ def test_interpreter_counts_the_same(operator, shape):
     arguments = shape.arguments()[: kernel.arity]
     with checked_interpreter() as launches:
         kernel.run(*arguments)
-    assert [launch.kernel for launch in launches] == list(expected)
+    assert [launch.kernel for launch in launches] == [k.partition(" ")[0] for k in expected]
     for launch, work in zip(launches, expected.values(), strict=True):
         assert work.read <= launch.read <= work.read + work.slack, launch.kernel
         assert work.written <= launch.written <= work.written + work.slack, launch.kernel

@@ -9,7 +9,7 @@ import pytest
 import torch
 from contract import packed
 from emblas import _op, use_backend
-from emblas.attention import varlen_attention
+from emblas.attention import attend_rows, rotary_, varlen_attention
 from emblas.binary import pack_sign
 from emblas.pooling import segment_pool
 from emblas.tables import Composition, Part, TableSpec, compose_bag, hash_bag
@@ -39,7 +39,12 @@ def test_gradients_through_the_front_door():
         table, ids = x[:20, :5].contiguous(), torch.arange(73)
         return hash_bag(ids, table, TableSpec(20, seed=1), CU, w)
 
-    for function in (pooled, embedded):
+    def attended(x, w):
+        heads, rows = x[:, :8].unflatten(1, (2, 4)), torch.tensor([0, 72, -1, 30])
+        turned = rotary_(heads[rows] * 1, *torch.full((2, 4, 2), 0.5))
+        return attend_rows(turned, heads, heads * w[:, None, None], CU, 70, rows)
+
+    for function in (pooled, embedded, attended):
         results = []
         for triton in (True, False):
             leaves = [x.clone().requires_grad_(), w.clone().requires_grad_()]
@@ -69,6 +74,10 @@ def test_wrong_offsets_stay_in_bounds(offsets):
     run("segment_max", x, cu[1:], torch.ones(4), cu[:-1], cu[1:], cu)
     run("segment_max_backward", grad, cu[1:, None].repeat(1, 9), 73)
     run("varlen_attention", q, q, q, cu, cu, 73, 73, None, -1, -1, True)
+    rows, s = torch.tensor([72, -1, 0, 73, 2**40]), torch.randn(5, 1, 60)
+    run("row_dots", q[:5], q, rows, cu, 60)
+    run("row_sums", s, q, rows, cu)
+    run("row_outer", s, q[:5], rows, cu, 73, 1)
     run("hash_bag", ids, x, cu, None, 0, 0, 4, None)
     run("maxsim", x, cu, x, cu, 9, False)
     wrong = torch.randint(-99, 99, (73, 3), dtype=torch.int32)

@@ -24,8 +24,8 @@ def vectors(q: Tensor, k: Tensor, v: Tensor) -> None:
             raise ValueError(f"{name} must be on the device of q, {q.device}, got {tensor.device}")
     _, heads, head_dim = q.shape
     for name, dim in (("q", head_dim), ("v", v.shape[2])):
-        if not 1 <= dim <= 256:
-            raise ValueError(f"the head_dim of {name} must be from 1 to 256, got {dim}")
+        if not 1 <= dim <= 512:
+            raise ValueError(f"the head_dim of {name} must be from 1 to 512, got {dim}")
     if k.shape[2] != head_dim:
         raise ValueError(f"k must have the head_dim of q, {head_dim}, got {k.shape[2]}")
     if k.shape[:2] != v.shape[:2]:

@@ -224,11 +224,11 @@ def varlen_attention(
     ----------
     q : Tensor
         Queries ``(q_tokens, heads, head_dim)``, float32, float64, bfloat16 or float16; head_dim
-        from 1 to 256. Tokens and heads may be any stride apart: slices of a fused projection and
+        from 1 to 512. Tokens and heads may be any stride apart: slices of a fused projection and
         transposed views are read in place.
     k, v : Tensor
         Keys ``(k_tokens, key_heads, head_dim)`` and values ``(k_tokens, key_heads, value_dim)``, of
-        the dtype of ``q``; value_dim from 1 to 256. ``key_heads`` divides ``heads``: query head h
+        the dtype of ``q``; value_dim from 1 to 512. ``key_heads`` divides ``heads``: query head h
         reads key head ``h // (heads // key_heads)``.
     cu_seqlens_q, cu_seqlens_k : Tensor
         Offsets ``(batch + 1,)`` of the sequences, int32 or int64. Empty sequences are legal.

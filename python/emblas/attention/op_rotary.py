@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding
 
 from emblas._op import Op, needs_grad, rows, use_reference
 from emblas.attention import reference
@@ -50,12 +51,24 @@ _rotary_in_place = Op(
     "rotary_",
     reference=reference.rotary_,
     fake=_in_place_fake,
+    triton="emblas.attention.triton",
     check_values=_check_values,
     backward="rotary_backward",
 )
 
 
+def _pairs(x: Tensor, tables: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
+    """Return the elements (tokens, heads, pairs) that turn, in the dtype of the tables."""
+    pairs = tables.shape[1]
+    turned = x[..., : 2 * pairs].to(tables.dtype)
+    if interleaved:
+        return turned[..., 0::2], turned[..., 1::2]
+    return turned[..., :pairs], turned[..., pairs:]
+
+
 class _Rotary(torch.autograd.Function):
+    """Tables that need a gradient have a row for each token, see :func:`_row_per_token`."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -66,7 +79,10 @@ class _Rotary(torch.autograd.Function):
         interleaved: bool,
         in_place: bool,
     ) -> Tensor:
-        ctx.save_for_backward(cos, sin, position_ids)
+        kept = None
+        if any(ctx.needs_input_grad[1:3]):
+            kept = x.clone() if in_place else x
+        ctx.save_for_backward(cos, sin, position_ids, kept)
         ctx.interleaved = interleaved
         if not in_place:
             return _rotary(x, cos, sin, position_ids, interleaved)
@@ -76,9 +92,27 @@ class _Rotary(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        cos, sin, position_ids = ctx.saved_tensors
-        grad = _rotary_backward(rows(grad_out), cos, sin, position_ids, ctx.interleaved)
-        return grad, None, None, None, None, None
+        cos, sin, position_ids, x = ctx.saved_tensors
+        grad_x = grad_cos = grad_sin = None
+        if ctx.needs_input_grad[0]:
+            grad_x = _rotary_backward(rows(grad_out), cos, sin, position_ids, ctx.interleaved)
+        if x is not None:
+            a, b = _pairs(x, cos, ctx.interleaved)
+            grad_a, grad_b = _pairs(grad_out, cos, ctx.interleaved)
+            grad_cos = (a * grad_a + b * grad_b).sum(1)
+            grad_sin = (a * grad_b - b * grad_a).sum(1)
+        return grad_x, grad_cos, grad_sin, None, None, None
+
+
+def _row_per_token(
+    x: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Lay out tables that need a gradient by token, so that torch adds the tokens of a row."""
+    if position_ids is None or not needs_grad(cos, sin):
+        return cos, sin, position_ids
+    if not x.is_cuda and not torch.compiler.is_compiling():
+        _check_values(x, cos, sin, position_ids, False)
+    return embedding(position_ids, cos), embedding(position_ids, sin), None
 
 
 def rotary(
@@ -87,8 +121,9 @@ def rotary(
     """Rotate checked arguments; see :func:`emblas.attention.rotary`."""
     if use_reference():
         return reference.rotary(x, cos, sin, position_ids, interleaved)
-    if needs_grad(x):
-        return _Rotary.apply(x, cos, sin, position_ids, interleaved, False)
+    if needs_grad(x, cos, sin):
+        tables = _row_per_token(x, cos, sin, position_ids)
+        return _Rotary.apply(x, *tables, interleaved, False)
     return _rotary(x, cos, sin, position_ids, interleaved)
 
 
@@ -99,7 +134,8 @@ def rotary_(
     if use_reference():
         reference.rotary_(x, cos, sin, position_ids, interleaved)
         return x
-    if needs_grad(x):
-        return _Rotary.apply(x, cos, sin, position_ids, interleaved, True)
+    if needs_grad(x, cos, sin):
+        tables = _row_per_token(x, cos, sin, position_ids)
+        return _Rotary.apply(x, *tables, interleaved, True)
     _rotary_in_place(x, cos, sin, position_ids, interleaved)
     return x

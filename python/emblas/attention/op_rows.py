@@ -44,6 +44,7 @@ _dots = Op(
     "row_dots",
     reference=reference.row_dots,
     fake=_dots_fake,
+    triton="emblas.attention.triton",
     check_values=_check_values,
     backward="row_outer",
 )
@@ -51,10 +52,16 @@ _sums = Op(
     "row_sums",
     reference=reference.row_sums,
     fake=_sums_fake,
+    triton="emblas.attention.triton",
     check_values=_check_values,
     backward="row_outer",
 )
-_outer = Op("row_outer", reference=reference.row_outer, fake=_outer_fake)
+_outer = Op(
+    "row_outer",
+    reference=reference.row_outer,
+    fake=_outer_fake,
+    triton="emblas.attention.triton",
+)
 
 
 class _Dots(torch.autograd.Function):

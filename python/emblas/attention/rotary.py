@@ -85,8 +85,8 @@ def rotary(
     -------
     Tensor
         Like ``x``, contiguous: ``(a cos - b sin, b cos + a sin)`` for each pair ``(a, b)``,
-        computed in float32 (float64 for float64) and rounded once. Gradients flow to ``x``, not to
-        ``cos`` and ``sin``.
+        computed in float32 (float64 for float64) and rounded once. Gradients flow to ``x``, and to
+        ``cos`` and ``sin`` where they need one, in plain torch.
 
     Raises
     ------
@@ -117,7 +117,8 @@ def rotary_(
     """Turn the pairs of each head in place, and return ``x``; see :func:`rotary`.
 
     The last dimension of ``x`` must be contiguous. Where a gradient is wanted, ``x`` must be
-    something that torch lets change in place (no leaf, no slice out of ``unbind``).
+    something that torch lets change in place (no leaf, no slice out of ``unbind``); a gradient of
+    ``cos`` or ``sin`` has it copied before.
 
     Raises
     ------
@@ -137,7 +138,7 @@ def _arguments(
     tables = []
     for name, table in (("cos", cos), ("sin", sin)):
         _op.check_tensor(name, table, ndim=2, dtypes=_op.FLOATS, device=x.device)
-        tables.append(table.detach().to(accumulator(x)).contiguous())
+        tables.append(table.to(accumulator(x)).contiguous())
     if cos.shape != sin.shape:
         raise ValueError(
             f"cos and sin must have one shape, got {tuple(cos.shape)} and {tuple(sin.shape)}"

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from emblas import _op
 from emblas.attention.op import Shaping
+from emblas.attention.triton.positions import add_position_scores, has_rows, position_tile
 from emblas.attention.triton.scores import (
     add_biases,
     any_of,
@@ -35,9 +36,10 @@ from emblas.attention.triton.tiles import (
     LOG2_E,
     block,
     load_vectors,
+    own_sequence,
     precision,
+    products_of_parts,
     radius,
-    sequence_bounds,
     serves,
 )
 
@@ -78,6 +80,10 @@ def _attend(
     pair_starts,
     pair_head: tl.int64,
     pair_query: tl.int64,
+    position_keys,
+    position_queries,
+    position_lookup,
+    position_radius,
     seeds,
     threshold: tl.int64,
     factor,
@@ -85,12 +91,11 @@ def _attend(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    PART: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    sequence = tl.program_id(0) // heads
-    head = (tl.program_id(0) % heads).to(tl.int64)
-    q_begin, k_begin, queries, keys = sequence_bounds(
-        cu_seqlens_q, cu_seqlens_k, sequence, q_tokens, k_tokens
+    sequence, head, q_begin, k_begin, queries, keys = own_sequence(
+        heads, cu_seqlens_q, cu_seqlens_k, q_tokens, k_tokens
     )
     first = tl.program_id(1) * BLOCK_M
     if first >= queries:
@@ -120,7 +125,14 @@ def _attend(
         seen = sees(position[:, None], j[None, :], keys, left, right, prefix, branch, block_ids)
         if (branch is None and block_ids is None) or any_of(seen):
             k_tile = load_vectors(k, j, keys, k_token, head_dim, BLOCK_D)
-            scores = scale * LOG2_E * tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
+            if PART < BLOCK_D:
+                products = products_of_parts(
+                    q, i, queries, q_token, k, j, keys, k_token, head_dim, PRECISION, BLOCK_M,
+                    BLOCK_N, PART,
+                )  # fmt: skip
+            else:
+                products = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
+            scores = scale * LOG2_E * products
             if softcap is not None:
                 scores, _slope = cap(scores, softcap)
             scores = add_biases(
@@ -128,6 +140,12 @@ def _attend(
                 slopes, slopes_stride, distance_bias, bias_radius, pair_bias, pair_starts,
                 pair_head, pair_query,
             )  # fmt: skip
+            if position_lookup is not None:
+                scores = add_position_scores(
+                    scores, scale * LOG2_E, q_tile, position_keys, heads // group, head // group,
+                    k_tile, position_queries, heads, head, position_lookup, position_radius,
+                    start - first - ahead, head_dim, 1, PRECISION, BLOCK_M, BLOCK_D,
+                )  # fmt: skip
             scores = tl.where(seen, scores, float("-inf"))
 
             highest_score = tl.maximum(maximum, tl.max(scores, 1))
@@ -172,7 +190,14 @@ def _tile(dtype: torch.dtype, dim: int) -> tuple[int, int, int, int]:
         return (32, 32, 8, 2) if dim <= 128 else (16, 32, 8, 1)
     if dim <= 64:
         return 128, 64, 8, 2
-    return (128, 32, 8, 2) if dim <= 128 else (64, 32, 8, 2)
+    if dim <= 256:
+        return (128, 32, 8, 2) if dim <= 128 else (64, 32, 8, 2)
+    return 32, 32, 8, 1
+
+
+def _part(dtype: torch.dtype, dim: int) -> int:
+    """Return how much of a vector is multiplied at once: registers don't hold wide ones."""
+    return block(dim) if dtype != torch.float32 else min(block(dim), 128)
 
 
 def _supports(
@@ -189,7 +214,7 @@ def _supports(
     return_lse: bool,
     *shaping: Any,
 ) -> bool:
-    return serves(q, k, v) and Shaping(*shaping).position_lookup is None
+    return serves(q, k, v, 512) and has_rows(Shaping(*shaping))
 
 
 @_op.kernel(_supports)
@@ -223,18 +248,20 @@ def varlen_attention(
     batch = cu_seqlens_q.shape[0] - 1
     scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
     shaping = Shaping(
-        softcap, alibi_slopes, distance_bias, prefix_len, branch, block_ids, pair_bias=pair_bias,
-        dropout_p=dropout_p, dropout_seeds=dropout_seeds,
+        softcap, alibi_slopes, distance_bias, prefix_len, branch, block_ids, position_keys,
+        position_queries, position_lookup, pair_bias, dropout_p, dropout_seeds,
     )  # fmt: skip
     out = q.new_empty(tokens, heads, value_dim)
     lse = q.new_empty(heads if return_lse else 0, tokens, dtype=torch.float32)
-    block_m, block_n, num_warps, num_stages = _tile(q.dtype, width(head_dim, value_dim, shaping))
+    tile = _tile if shaping.position_lookup is None else position_tile
+    block_m, block_n, num_warps, num_stages = tile(q.dtype, width(head_dim, value_dim, shaping))
     _attend[(batch * heads, triton.cdiv(max_seqlen_q, block_m))](
         q, q.stride(0), q.stride(1), k, k.stride(0), k.stride(1), v, v.stride(0), v.stride(1),
         out, lse if return_lse else None, cu_seqlens_q, cu_seqlens_k, tokens, k.shape[0],
         scale, radius(window_left), radius(window_right), heads, heads // k.shape[1], head_dim,
         value_dim, **options(shaping, q, k, cu_seqlens_q, cu_seqlens_k),
         PRECISION=precision(q.dtype), BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=block(head_dim),
-        BLOCK_V=block(value_dim), num_warps=num_warps, num_stages=num_stages,
+        PART=_part(q.dtype, head_dim), BLOCK_V=block(value_dim), num_warps=num_warps,
+        num_stages=num_stages,
     )  # fmt: skip
     return out, lse

@@ -25,6 +25,12 @@ from torch import Tensor
 from emblas import _op
 from emblas.attention.op import Shaping
 from emblas.attention.triton.distances import distance_gradients
+from emblas.attention.triton.positions import (
+    add_position_gradients,
+    add_position_scores,
+    has_rows,
+    position_tile,
+)
 from emblas.attention.triton.scores import (
     add_biases,
     any_of,
@@ -41,9 +47,9 @@ from emblas.attention.triton.tiles import (
     LOG2_E,
     block,
     load_vectors,
+    own_sequence,
     precision,
     radius,
-    sequence_bounds,
     serves,
 )
 
@@ -96,6 +102,10 @@ def _grad_queries(
     pair_starts,
     pair_head: tl.int64,
     pair_query: tl.int64,
+    position_keys,
+    position_queries,
+    position_lookup,
+    position_radius,
     seeds,
     threshold: tl.int64,
     factor,
@@ -105,10 +115,8 @@ def _grad_queries(
     BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    sequence = tl.program_id(0) // heads
-    head = (tl.program_id(0) % heads).to(tl.int64)
-    q_begin, k_begin, queries, keys = sequence_bounds(
-        cu_seqlens_q, cu_seqlens_k, sequence, q_tokens, k_tokens
+    sequence, head, q_begin, k_begin, queries, keys = own_sequence(
+        heads, cu_seqlens_q, cu_seqlens_k, q_tokens, k_tokens
     )
     first = tl.program_id(1) * BLOCK_M
     if first >= queries:
@@ -156,6 +164,12 @@ def _grad_queries(
                 slopes, slopes_stride, distance_bias, bias_radius, pair_bias, pair_starts,
                 pair_head, pair_query,
             )  # fmt: skip
+            if position_lookup is not None:
+                scores = add_position_scores(
+                    scores, scale * LOG2_E, q_tile, position_keys, heads // group, head // group,
+                    k_tile, position_queries, heads, head, position_lookup, position_radius,
+                    start - first - ahead, head_dim, 1, PRECISION, BLOCK_M, BLOCK_D,
+                )  # fmt: skip
             weights = tl.where(seen, tl.exp2(scores - logarithm[:, None]), 0.0)
             grad_weights = tl.dot(above, tl.trans(v_tile), input_precision=PRECISION)
             if seeds is not None:
@@ -168,6 +182,12 @@ def _grad_queries(
                     grad_pairs_head, grad_pairs_query,
                 )  # fmt: skip
                 tl.store(grad_pairs + at, grad_scores, mask=there)
+            if position_keys is not None:
+                total = add_position_gradients(
+                    total, grad_scores, position_keys, heads // group, head // group,
+                    position_lookup, position_radius, start - first - ahead, head_dim, 1,
+                    PRECISION, BLOCK_M, BLOCK_D,
+                )  # fmt: skip
             if softcap is not None:
                 grad_scores *= slope
             total = tl.dot(grad_scores.to(k_tile.dtype), k_tile, total, input_precision=PRECISION)
@@ -219,6 +239,10 @@ def _grad_keys(
     pair_starts,
     pair_head: tl.int64,
     pair_query: tl.int64,
+    position_keys,
+    position_queries,
+    position_lookup,
+    position_radius,
     seeds,
     threshold: tl.int64,
     factor,
@@ -228,10 +252,8 @@ def _grad_keys(
     BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    sequence = tl.program_id(0) // key_heads
-    key_head = (tl.program_id(0) % key_heads).to(tl.int64)
-    q_begin, k_begin, queries, keys = sequence_bounds(
-        cu_seqlens_q, cu_seqlens_k, sequence, q_tokens, k_tokens
+    sequence, key_head, q_begin, k_begin, queries, keys = own_sequence(
+        key_heads, cu_seqlens_q, cu_seqlens_k, q_tokens, k_tokens
     )
     first = tl.program_id(1) * BLOCK_N
     if first >= keys:
@@ -281,6 +303,13 @@ def _grad_keys(
                     keys, slopes, slopes_stride, distance_bias, bias_radius, pair_bias,
                     pair_starts, pair_head, pair_query,
                 )  # fmt: skip
+                if position_lookup is not None:
+                    scores = add_position_scores(
+                        scores, scale * LOG2_E, k_tile, position_queries, key_heads * group, head,
+                        q_tile, position_keys, key_heads, key_head, position_lookup,
+                        position_radius, first - start - ahead, head_dim, -1, PRECISION, BLOCK_N,
+                        BLOCK_D,
+                    )  # fmt: skip
                 seen = sees(  # again: it takes registers to remember
                     position[None, :], j[:, None], keys, left, right, prefix, branch, block_ids
                 )
@@ -295,6 +324,12 @@ def _grad_keys(
                 if seeds is not None:
                     grad_weights *= tl.trans(keep)
                 grad_scores = weights * (grad_weights - delta[None, :])
+                if position_queries is not None:
+                    k_total = add_position_gradients(
+                        k_total, grad_scores, position_queries, key_heads * group, head,
+                        position_lookup, position_radius, first - start - ahead, head_dim, -1,
+                        PRECISION, BLOCK_N, BLOCK_D,
+                    )  # fmt: skip
                 if softcap is not None:
                     grad_scores *= slope
                 k_total = tl.dot(
@@ -315,12 +350,14 @@ def _grad_keys(
 _Tile = tuple[int, int, int, int]
 
 
-def _tiles(dtype: torch.dtype, dim: int) -> tuple[_Tile, _Tile]:
+def _tiles(dtype: torch.dtype, dim: int, shaping: Shaping) -> tuple[_Tile, _Tile]:
     """Return the tiles of either kernel.
 
     The largest whose registers don't spill and whose shared memory fits on every architecture
     (docs/gpu_kernels.md).
     """
+    if shaping.position_lookup is not None:
+        return (position_tile(dtype, dim),) * 2
     if dtype == torch.float32:
         if dim <= 32:
             return (32, 16, 4, 1), (16, 32, 4, 1)
@@ -330,9 +367,11 @@ def _tiles(dtype: torch.dtype, dim: int) -> tuple[_Tile, _Tile]:
     if dim <= 32:
         return (64, 64, 4, 2), (64, 64, 4, 2)
     if dim <= 64:
-        return (128, 64, 8, 2), (64, 128, 8, 2)
+        return (128, 64, 8, 2), (32, 128, 8, 2)
     if dim <= 128:
-        return (64, 32, 8, 2), (32, 64, 8, 2)
+        # The second kernel remembers the softcap's derivative, or dropout's factors, of its pairs.
+        factors = shaping.softcap > 0 or shaping.dropout_p > 0
+        return (64, 32, 8, 2), (32, 32, 4, 2) if factors else (32, 64, 8, 2)
     return (32, 32, 8, 2), (32, 32, 8, 1)
 
 
@@ -353,16 +392,17 @@ def _gradients(
     window_right: int,
     shaping: Shaping,
     need_distance_bias: bool,
-    need_pair_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of q, k, v, and of biases of distances and of pairs."""
+    need_positions: bool = False,
+    need_pair_bias: bool = False,
+) -> tuple[Tensor, ...]:
+    """Return the gradients of q, k, v, of biases of distances, of position vectors, of pairs."""
     tokens, heads, head_dim = q.shape
     key_heads, value_dim = v.shape[1:]
     batch = cu_seqlens_q.shape[0] - 1
     scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
     grad_q, grad_k, grad_v = (x.new_empty(x.shape) for x in (q, k, v))
     deltas = q.new_empty(heads, tokens, dtype=torch.float32)
-    for_queries, for_keys = _tiles(q.dtype, width(head_dim, value_dim, shaping))
+    for_queries, for_keys = _tiles(q.dtype, width(head_dim, value_dim, shaping), shaping)
     group, offsets = heads // key_heads, (cu_seqlens_q, cu_seqlens_k)
     sizes = *offsets, tokens, k.shape[0], scale, radius(window_left), radius(window_right)
     how = options(shaping, q, k, *offsets) | {
@@ -390,15 +430,20 @@ def _gradients(
         value_dim, **how, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=num_warps,
         num_stages=num_stages,
     )  # fmt: skip
-    grad_distances = q.new_empty(0, 0, dtype=torch.float32)
-    if shaping.distance_bias is not None and need_distance_bias:
-        given = *above, *vectors, lse, deltas
-        grad_distances = distance_gradients(
-            given, sizes, (heads, group, head_dim, value_dim), how, max_seqlen_q + max_seqlen_k
-        )
-    if grad_pairs is None:
-        grad_pairs = q.new_empty(0, 0, dtype=torch.float32)
-    return grad_q, grad_k, grad_v, grad_distances, grad_pairs
+    sums = distance_gradients(
+        (*above, *vectors, lse, deltas), sizes, (heads, group, head_dim, value_dim), how,
+        max_seqlen_q + max_seqlen_k, need_distance_bias, need_positions,
+    )  # fmt: skip
+    shapes = (2, 3, 3, 2)
+    return (
+        grad_q,
+        grad_k,
+        grad_v,
+        *(
+            q.new_empty((0,) * dims, dtype=torch.float32) if grad is None else grad
+            for grad, dims in zip((*sums, grad_pairs), shapes, strict=True)
+        ),
+    )
 
 
 def _supports(
@@ -410,7 +455,7 @@ def _supports(
     out: Tensor,
     *others: Any,
 ) -> bool:
-    return serves(q, k, v) and q.dtype == out.dtype == grad_out.dtype
+    return serves(q, k, v, 256) and q.dtype == out.dtype == grad_out.dtype
 
 
 @_op.kernel(_supports)
@@ -438,10 +483,11 @@ def varlen_attention_backward(
     need_distance_bias: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     shaping = Shaping(softcap, alibi_slopes, distance_bias, prefix_len, branch, block_ids)
-    return _gradients(
+    grad_q, grad_k, grad_v, grad_distances, *_nothing = _gradients(
         grad_out, grad_lse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
-        max_seqlen_k, softmax_scale, window_left, window_right, shaping, need_distance_bias, False,
-    )[:4]  # fmt: skip
+        max_seqlen_k, softmax_scale, window_left, window_right, shaping, need_distance_bias,
+    )  # fmt: skip
+    return grad_q, grad_k, grad_v, grad_distances
 
 
 def _supports_biases(
@@ -462,7 +508,7 @@ def _supports_biases(
     *shaping_and_needs: Any,
 ) -> bool:
     shaping = Shaping(*shaping_and_needs[:-3])
-    return _supports(grad_out, grad_lse, q, k, v, out) and shaping.position_lookup is None
+    return _supports(grad_out, grad_lse, q, k, v, out) and has_rows(shaping)
 
 
 @_op.kernel(_supports_biases)
@@ -498,13 +544,11 @@ def varlen_attention_biases_backward(
     need_pair_bias: bool,
 ) -> tuple[Tensor, ...]:
     shaping = Shaping(
-        softcap, alibi_slopes, distance_bias, prefix_len, branch, block_ids, pair_bias=pair_bias,
-        dropout_p=dropout_p, dropout_seeds=dropout_seeds,
+        softcap, alibi_slopes, distance_bias, prefix_len, branch, block_ids, position_keys,
+        position_queries, position_lookup, pair_bias, dropout_p, dropout_seeds,
     )  # fmt: skip
-    *grads, grad_pairs = _gradients(
+    return _gradients(
         grad_out, grad_lse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
         max_seqlen_k, softmax_scale, window_left, window_right, shaping, need_distance_bias,
-        need_pair_bias,
+        need_positions, need_pair_bias,
     )  # fmt: skip
-    nothing = q.new_empty(0, 0, 0, dtype=torch.float32)
-    return *grads, nothing, nothing.clone(), grad_pairs

@@ -166,6 +166,22 @@ def pair_matrices(
     return starts, pairs.stride(0), -1
 
 
+def _positions(shaping: Shaping, dtype: torch.dtype) -> dict[str, Any]:
+    """Return the arguments of disentangled scores: tables (slots, heads, head_dim) and lookup."""
+    lookup = shaping.position_lookup
+    tables = (shaping.position_keys, shaping.position_queries)
+    keys, queries = (None if x is None else x.to(dtype).contiguous() for x in tables)
+    if lookup is not None:  # whatever it holds, kernels read rows of the tables
+        slots = [x.shape[0] for x in (keys, queries) if x is not None]
+        lookup = lookup.clamp(0, min(slots) - 1) if slots else None
+    return {
+        "position_keys": keys,
+        "position_queries": queries,
+        "position_lookup": lookup,
+        "position_radius": 0 if lookup is None else lookup.shape[0] // 2,
+    }
+
+
 def options(
     shaping: Shaping, q: Tensor, k: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor
 ) -> dict[str, Any]:
@@ -187,6 +203,7 @@ def options(
         "pair_starts": starts,
         "pair_head": pair_head,
         "pair_query": pair_query,
+        **_positions(shaping, q.dtype),
         "seeds": shaping.dropout_seeds if shaping.dropout_p > 0 else None,
         "threshold": int(shaping.dropout_p * 2**32),
         "factor": 1 / (1 - shaping.dropout_p),
