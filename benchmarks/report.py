@@ -157,8 +157,8 @@ def summary(results: list[dict[str, Any]]) -> str:
     ]
     for op, cells in sorted(ratios.items()):
         ranges = [
-            f"{min(cells[column]):.2f} to {max(cells[column]):.2f}" if column in cells else ""
-            for column in columns
+            " to ".join(f"{ratio:.2f}" for ratio in sorted({*found[:1], *found[-1:]}))
+            for found in (sorted(cells.get(column, [])) for column in columns)
         ]
         lines.append(f"| {op} | {', '.join(sorted(peers[op]))} | {' | '.join(ranges)} |")
     return "\n".join(lines)

@@ -1,5 +1,6 @@
 // The inner products of dots.h: kRows x kQueries pairs at a time, one vector of sums each.
 #include "binary/dots.h"
+#include "common/fetch.h"
 #include "common/isa.h"
 #include "common/simd.h"
 
@@ -184,6 +185,7 @@ inline void four_rows(const Args& args, int64_t q, int64_t r0) {
   typename S::Sums total[4] = {};
   for (int r = 0; r < 4; ++r) {
     const auto* row = row_of(args, r0 + r);
+    if (q == 0 && !args.rows) fetch_page_ahead(row, args.dim * int64_t(sizeof(*row)));
     int64_t i = 0;
     for (; i + S::kStep <= args.dim; i += S::kStep) {
       S::add(total[r], load(query + i), S::load_row(row + i));
