@@ -56,6 +56,17 @@ typedef uint16_t Halves __attribute__((vector_size(64)));
 
 constexpr int64_t kPart = 64;  // bytes of a code that one vector holds
 
+// The last `rest` bytes of a code, and zeros.
+inline __m512i load_rest(const uint8_t* from, int64_t rest) {
+#if defined(EMBLAS_EMULATE_AVX512)  // SIMDe has no _mm512_maskz_loadu_epi8
+  uint8_t bytes[kPart] = {};
+  std::memcpy(bytes, from, size_t(rest));
+  return _mm512_loadu_si512(bytes);
+#else
+  return _mm512_maskz_loadu_epi8(~uint64_t(0) >> (kPart - rest), from);
+#endif
+}
+
 template <bool pairs>
 inline __m512i load_words(const uint64_t* words) {
   return pairs ? _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i*)words))
@@ -148,7 +159,6 @@ void scan_vectors(const RowScanArgs& args) {
     });
   } else {
     const int64_t parts = (bytes + kPart - 1) / kPart, rest = bytes - (parts - 1) * kPart;
-    const __mmask64 held = ~uint64_t(0) >> (kPart - rest);  // of the last part
     scan_eights<false, planes, (kBytes + 63) / 64>(
         args, parts, [&](int64_t i, int v, int64_t part) {
           const uint8_t* from = code(i + v) + kPart * part;
