@@ -163,7 +163,7 @@ void scan_vectors(const RowScanArgs& args) {
         args, parts, [&](int64_t i, int v, int64_t part) {
           const uint8_t* from = code(i + v) + kPart * part;
           if (kBytes % kPart == 0 && kBytes > 0) return _mm512_loadu_si512(from);
-          return part + 1 < parts ? _mm512_loadu_si512(from) : _mm512_maskz_loadu_epi8(held, from);
+          return part + 1 < parts ? _mm512_loadu_si512(from) : load_rest(from, rest);
         });
   }
 }
