@@ -3,8 +3,8 @@
 #include <utility>
 
 #include "common/isa.h"
-#include "common/simd.h"
 #include "tables/codes.h"
+#include "tables/lookup.h"
 
 namespace emblas {
 namespace {
@@ -12,17 +12,6 @@ namespace {
 constexpr int kBlocks = kLanes<double>;
 constexpr std::make_integer_sequence<int, kBlocks> kLaneNumbers{};
 constexpr uint64_t kWord = 0xffffffff;
-
-// The low words of a times b.
-vuint64 multiply(vuint64 a, uint32_t b) {
-#if defined(EMBLAS_HAS_AVX512)
-  return (vuint64)_mm512_mul_epu32((__m512i)a, _mm512_set1_epi64(b));
-#elif defined(EMBLAS_HAS_AVX2)
-  return (vuint64)_mm256_mul_epu32((__m256i)a, _mm256_set1_epi64x(b));
-#else
-  return (a & kWord) * uint64_t(b);
-#endif
-}
 
 vdouble square_root(vdouble x) {
 #if defined(EMBLAS_HAS_AVX512)

@@ -81,7 +81,7 @@ class Numbers {
   }
 
   void reduce(const Part& part, int count, uint32_t* to) const {
-    const Modulo modulo(uint64_t(part.rows));
+    const VectorModulo modulo(uint64_t(part.rows));
     const uint64_t* words = words_[part.b / 2 % 2];
     const uint64_t sign = part.is_signed ? kSignBit : 0;
     for (int i = 0; i < count; i += lanes) {
@@ -244,6 +244,7 @@ void forward(const ComposeArgs<T>& args, const Feature& feature, int64_t first, 
   const bool single = args.mode != BagMode::max;
   const bool one_sum = single && slot_end(feature, 0) == feature.num_parts &&
                        (args.combine == Combine::sum || feature.num_parts == 1);
+  RowList<T> list;
   for (int64_t b = first; b < last; ++b) {
     const int64_t begin = position(b), end = position(b + 1);
     T* to = out + b * args.dim + begin_column;
@@ -253,7 +254,7 @@ void forward(const ComposeArgs<T>& args, const Feature& feature, int64_t first, 
     }
     int64_t used = 0;
     const bool in_order = one_sum && end - begin > 1;
-    RowSum<T> sum(scratch, width, far);
+    RowSum<T> sum(list, scratch, width, far);
     if (in_order) std::memset(scratch, 0, width * sizeof(A));
     for (int64_t id = begin; id < end; ++id) {
       const int64_t later = id + ahead < ids_end ? id + ahead : id;
@@ -369,7 +370,8 @@ void add_lookups(const ComposeGradient<T>& gradient, const Lookup* first, const 
   const ComposeArgs<T>& args = gradient.args;
   const bool product = args.combine == Combine::product, max = args.mode == BagMode::max;
   const int64_t width = gradient.parts[first->part].width;
-  RowSum<T> sum(total, width, false);
+  RowList<T> list;
+  RowSum<T> sum(list, total, width, false);
   const int ahead = prefetch_distance(width * int64_t(sizeof(T)));
   const auto grad_row = [&](const Lookup& lookup) {
     const Part& part = gradient.parts[lookup.part];

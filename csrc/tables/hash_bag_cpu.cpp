@@ -12,14 +12,15 @@ bool is_padding(const HashedIds& hashed, int64_t i) {
   return hashed.padding_id && hashed.ids[i * hashed.stride] == *hashed.padding_id;
 }
 
-// The rows of consecutive ids. They are hashed a block at a time and two blocks are kept, so that
-// the rows of later ids are known at every id.
+// The rows of consecutive ids, id by id, as offsets from the first row. Ids are hashed a block at a
+// time and two blocks are kept, so that the rows of later ids are known at every id.
 class Rows {
  public:
-  // Of the ids [first, last).
-  Rows(const HashedIds& hashed, int64_t first, int64_t last)
+  // Of the ids [first, last), rows `row_stride` elements apart.
+  Rows(const HashedIds& hashed, int64_t row_stride, int64_t first, int64_t last)
       : hashed_(hashed),
         modulo_(hashed.num_embeddings),
+        row_stride_(row_stride),
         first_(first),
         last_(last),
         filled_(first) {}
@@ -28,14 +29,21 @@ class Rows {
   void reach(int64_t id) {
     while (filled_ <= id && filled_ < last_) fill();
   }
-  uint64_t of(int64_t id, int64_t j) const { return rows_[j][(id - first_) & (kKept - 1)]; }
+  // The num_hashes rows of an id, followed by those of the ids up to end_of_run(id).
+  const int64_t* of(int64_t id) const { return rows_ + place(id) * hashed_.num_hashes; }
+  int64_t end_of_run(int64_t id) const {
+    const int64_t end = id + kKept - place(id);
+    return end < filled_ ? end : filled_;
+  }
 
  private:
   static constexpr int kKept = 2 * kBlock;
 
+  int64_t place(int64_t id) const { return (id - first_) & (kKept - 1); }
+
   void fill() {
     constexpr int lanes = EMBLAS_VECTOR_BYTES / 8;
-    const int64_t at = (filled_ - first_) & (kKept - 1);
+    int64_t* to = rows_ + place(filled_) * hashed_.num_hashes;
     const int count = last_ - filled_ < kBlock ? int(last_ - filled_) : kBlock;
     for (int i = 0; i < count; ++i) ids_[i] = hashed_.ids[(filled_ + i) * hashed_.stride];
     for (int i = 0; i < count; i += lanes) {  // lanes past the count hold ids of before
@@ -45,9 +53,16 @@ class Rows {
         const Hash128<vuint64> words = four_keys(hashed_.family, hashed_.seed, id, key / 4);
         const vuint64 keys[4] = {words.low & 0xffffffff, words.low >> 32, words.high & 0xffffffff,
                                  words.high >> 32};
-        for (int j = 0; j < 4 && key + j < hashed_.num_hashes; ++j) {
-          const vuint64 rows = modulo_(keys[j]);
-          std::memcpy(rows_[key + j] + at + i, &rows, sizeof rows);
+        int64_t rows[4][lanes];
+        for (int j = 0; j < 4; ++j) {
+          const vuint64 offsets = modulo_(keys[j]) * uint64_t(row_stride_);
+          std::memcpy(rows[j], &offsets, sizeof offsets);
+        }
+        const int group = hashed_.num_hashes - key < 4 ? int(hashed_.num_hashes) - key : 4;
+        for (int lane = 0; lane < lanes; ++lane) {
+          for (int j = 0; j < group; ++j) {
+            to[(i + lane) * hashed_.num_hashes + key + j] = rows[j][lane];
+          }
         }
       }
     }
@@ -55,72 +70,128 @@ class Rows {
   }
 
   const HashedIds& hashed_;
-  const Modulo modulo_;
-  const int64_t first_, last_;
+  const VectorModulo modulo_;
+  const int64_t row_stride_, first_, last_;
   int64_t filled_;  // the ids before it are done
   alignas(64) int64_t ids_[kBlock] = {};
-  alignas(64) uint64_t rows_[kMaxHashes][kKept];
+  alignas(64) int64_t rows_[kKept * kMaxHashes];
 };
 
 template <class Row>
 void hash_ids(const HashedIds& hashed, int64_t first, int64_t last, Row* keys) {
-  Rows rows(hashed, first, last);
+  Rows rows(hashed, 1, first, last);
   Row* to = keys + first * hashed.num_hashes;
-  for (int64_t id = first; id < last; ++id) {
+  for (int64_t id = first, end; id < last; id = end) {
     rows.reach(id);
-    for (int j = 0; j < hashed.num_hashes; ++j) *to++ = Row(rows.of(id, j));
+    end = rows.end_of_run(id);
+    const int64_t count = (end - id) * hashed.num_hashes;
+    for (int64_t i = 0; i < count; ++i) to[i] = Row(rows.of(id)[i]);
+    to += count;
   }
 }
 
-// The table rows of consecutive ids, one id per call of next().
+// A run of rows of ids that follow each other.
+template <class T, bool weighted>
+struct RowRun {
+  const T* table;
+  const int64_t *offsets, *later;
+  const Accumulator<T>* coefficients;
+
+  const T* row(int l) const { return table + offsets[l]; }
+  const T* later_row(int l) const { return table + later[l]; }
+  Accumulator<T> coefficient(int l) const {
+    if constexpr (weighted) return coefficients[l];
+    return 1;
+  }
+};
+
+// The table rows of the ids [first, last), which are asked for in rising order.
 template <class T>
 class RowStream {
  public:
   RowStream(const HashBagArgs<T>& args, int64_t first, int64_t last)
-      : numbers_(args.hashed, first, last),
+      : numbers_(args.hashed, args.row_stride, first, last),
         args_(args),
+        num_hashes_(int(args.hashed.num_hashes)),
         far_(int64_t(args.hashed.num_embeddings) * args.dim * int64_t(sizeof(T)) > kCachedBytes),
         ahead_(prefetch_distance(args.hashed.num_hashes * args.dim * int64_t(sizeof(T)))),
-        next_(first),
         last_(last) {
-    for (int64_t id = first; far_ && id < first + ahead_ && id < last; ++id) {
-      numbers_.reach(id);
-      prefetch_rows(id);
-    }
+    for (int64_t id = first; far_ && id < first + ahead_ && id < last; ++id) prefetch_rows(id);
   }
 
-  bool far() const { return far_; }
-
-  // num_hashes rows of the next id; null if it is the padding id.
-  const T* const* next() {
-    const int64_t id = next_++;
-    later_ = id + ahead_ < last_ ? id + ahead_ : id;
-    numbers_.reach(later_);
+  // num_hashes rows of an id; null if it is the padding id. Those of a later id are asked for.
+  const T* const* of(int64_t id) {
+    if (far_) prefetch_rows(later(id));
+    numbers_.reach(id);
     if (is_padding(args_.hashed, id)) return nullptr;
-    for (int j = 0; j < args_.hashed.num_hashes; ++j) rows_[j] = row(id, j);
+    for (int j = 0; j < num_hashes_; ++j) rows_[j] = args_.table + numbers_.of(id)[j];
     return rows_;
   }
-  // Row j of the id that comes `ahead` after the one that next() gave; null if the table is near.
-  const T* later(int j) const { return far_ ? row(later_, j) : nullptr; }
-  // Asks for the rows of that id at once.
-  void prefetch_later() const {
-    if (far_) prefetch_rows(later_);
+
+  // total += the rows of the ids [begin, end), weighted; returns whether there were any.
+  bool add(int64_t begin, int64_t end, Accumulator<T>* total) {
+    bool any = false;
+    for (int64_t id = begin; id < end;) {
+      numbers_.reach(later(id));
+      if (is_padding(args_.hashed, id)) {
+        ++id;
+        continue;
+      }
+      any = true;
+      int64_t run_end = numbers_.end_of_run(id);
+      if (run_end > end) run_end = end;
+      if (run_end > id + kMost / num_hashes_) run_end = id + kMost / num_hashes_;
+      for (int64_t i = id + 1; args_.hashed.padding_id && i < run_end; ++i) {
+        if (is_padding(args_.hashed, i)) run_end = i;
+      }
+      if (far_) run_end = add_run<true>(id, run_end, total);
+      if (!far_) run_end = add_run<false>(id, run_end, total);
+      id = run_end;
+    }
+    return any;
   }
 
  private:
-  const T* row(int64_t id, int j) const {
-    return args_.table + int64_t(numbers_.of(id, j)) * args_.row_stride;
+  static constexpr int kMost = 2 * kMaxHashes;  // rows in a run
+
+  int64_t later(int64_t id) const { return far_ && id + ahead_ < last_ ? id + ahead_ : id; }
+  void prefetch_rows(int64_t id) {
+    numbers_.reach(id);
+    for (int j = 0; j < num_hashes_; ++j) prefetch(args_.table + numbers_.of(id)[j], args_.dim);
   }
-  void prefetch_rows(int64_t id) const {
-    for (int j = 0; j < args_.hashed.num_hashes; ++j) prefetch(row(id, j), args_.dim);
+
+  // Adds the rows of the ids [id, end) or of some of them, and returns where it ended.
+  template <bool ahead>
+  int64_t add_run(int64_t id, int64_t end, Accumulator<T>* total) {
+    const int64_t* later_rows = numbers_.of(later(id));
+    if constexpr (ahead) {
+      const int64_t known = numbers_.end_of_run(later(id)) - later(id);
+      if (end > id + known) end = id + known;
+    }
+    const int count = int(end - id) * num_hashes_;
+    const int64_t* rows = numbers_.of(id);
+    if (args_.weights) {
+      for (int l = 0; l < count;) {
+        const Accumulator<T> weight = args_.weights[id + l / num_hashes_];
+        for (int j = 0; j < num_hashes_; ++j) coefficients_[l++] = weight;
+      }
+      const RowRun<T, true> run{args_.table, rows, later_rows, coefficients_};
+      add_scaled<ahead, T>(total, run, count, args_.dim);
+    } else {
+      const RowRun<T, false> run{args_.table, rows, later_rows, nullptr};
+      add_scaled<ahead, T>(total, run, count, args_.dim);
+    }
+    return end;
   }
 
   Rows numbers_;
   const HashBagArgs<T>& args_;
+  const int num_hashes_;
   const bool far_;
   const int ahead_;  // ids
-  int64_t next_, last_, later_ = 0;
+  const int64_t last_;
   const T* rows_[kMaxHashes];
+  Accumulator<T> coefficients_[kMost];
 };
 
 // The first id of a bag; ids of the bags [first, last) are those from first_id(first) on.
@@ -138,28 +209,21 @@ void forward(const HashBagArgs<T>& args, int64_t first, int64_t last, Accumulato
   for (int64_t b = first; b < last; ++b) {
     const int64_t begin = first_id(args, b), end = first_id(args, b + 1);
     T* to = out + b * args.dim;
-    const bool single = end - begin == 1;
-    RowSum<T> sum(scratch, args.dim, stream.far());
-    if (!single) std::memset(scratch, 0, args.dim * sizeof(A));
-    bool empty = true;
-    for (int64_t i = begin; i < end; ++i) {
-      const T* const* rows = stream.next();
-      if (!rows) continue;
-      empty = false;
-      const A weight = args.weights ? args.weights[i] : A(1);
-      if (single) {
-        stream.prefetch_later();
+    if (end - begin == 1) {
+      const T* const* rows = stream.of(begin);
+      const A weight = args.weights ? args.weights[begin] : A(1);
+      if (rows) {
         sum_rows<false>(to, rows, num_hashes, weight, args.dim);
-      } else {
-        for (int j = 0; j < num_hashes; ++j) sum.add(rows[j], weight, stream.later(j));
+        continue;
+      }
+    } else {
+      std::memset(scratch, 0, args.dim * sizeof(A));
+      if (stream.add(begin, end, scratch)) {
+        store_row(to, scratch, args.dim);
+        continue;
       }
     }
-    sum.flush();
-    if (empty) {
-      std::memset(to, 0, args.dim * sizeof(T));
-    } else if (!single) {
-      store_row(to, scratch, args.dim);
-    }
+    std::memset(to, 0, args.dim * sizeof(T));  // an empty bag
   }
 }
 
@@ -191,8 +255,7 @@ void grad_weights(const HashBagArgs<T>& args, int64_t first, int64_t last, const
   for (int64_t b = first; b < last; ++b) {
     const T* grad = grad_out + b * args.dim;
     for (int64_t i = first_id(args, b); i < first_id(args, b + 1); ++i) {
-      const T* const* rows = stream.next();
-      stream.prefetch_later();
+      const T* const* rows = stream.of(i);
       grad_weights[i] = rows ? dot_rows(rows, num_hashes, grad, args.dim) : Accumulator<T>(0);
     }
   }

@@ -1,6 +1,8 @@
 // What the CPU kernels of hashed and of composed tables share: prefetching, sums of rows.
 #pragma once
 
+#include <utility>
+
 #include "common/simd.h"
 #include "tables/tables.h"
 
@@ -10,6 +12,38 @@ namespace {
 constexpr int kBlock = 64;                 // ids hashed at once
 constexpr int64_t kCachedBytes = 1 << 20;  // a smaller table needs no prefetching
 constexpr int kCacheLine = 64;
+
+// The low words of a times b.
+inline vuint64 multiply(vuint64 a, uint32_t b) {
+#if defined(EMBLAS_HAS_AVX512)
+  return (vuint64)_mm512_mul_epu32((__m512i)a, _mm512_set1_epi64(b));
+#elif defined(EMBLAS_HAS_AVX2)
+  return (vuint64)_mm256_mul_epu32((__m256i)a, _mm256_set1_epi64x(b));
+#else
+  return (a & 0xffffffff) * uint64_t(b);
+#endif
+}
+
+// Modulo (common/hash.h) of a key in each lane, by products of words only.
+class VectorModulo {
+ public:
+  explicit VectorModulo(uint64_t divisor)
+      : divisor_(uint32_t(divisor)),
+        reciprocal_(Modulo::reciprocal(divisor)),
+        all_(divisor == uint64_t(1) << 32) {}
+
+  vuint64 operator()(vuint64 key) const {
+    if (all_) return key;
+    const vuint64 fraction =
+        multiply(key, uint32_t(reciprocal_)) + (multiply(key, uint32_t(reciprocal_ >> 32)) << 32);
+    return (multiply(fraction >> 32, divisor_) + (multiply(fraction, divisor_) >> 32)) >> 32;
+  }
+
+ private:
+  uint32_t divisor_;
+  uint64_t reciprocal_;
+  bool all_;  // no word holds the divisor
+};
 
 // Asks for every line that holds a byte of the row.
 template <class T>
@@ -121,74 +155,102 @@ void put(Out* to, Vector<Out> x) {
   store(to, x);
 }
 
-// Rows to be added, or to be added later: where they are, and how many.
+// Rows to be added: where they are, and which to ask for while the row of the same number is added.
 template <class T>
 struct RowList {
   static constexpr int kMost = 32;
-  int count = 0;
   const T* rows[kMost];
-  const T* later[kMost];  // asked for while the row of the same number is added
+  const T* later[kMost];
   Accumulator<T> coefficients[kMost];
+
+  const T* row(int l) const { return rows[l]; }
+  const T* later_row(int l) const { return later[l]; }
+  Accumulator<T> coefficient(int l) const { return coefficients[l]; }
 };
 
-// total += sum_l coefficients[l] * rows[l], in this order, in registers: the same bits however a
+// Values [begin, begin + size) of add_scaled: `vectors` vectors, the last of which ends where they
+// do.
+template <bool ahead, int vectors, class T, class List>
+void add_piece(Accumulator<T>* total, const List& list, int count, int64_t begin, int64_t size) {
+  constexpr int64_t lanes = kLanes<T>, bytes = vectors * lanes * int64_t(sizeof(T));
+  const int64_t end = size - lanes;
+  total += begin;
+  Vector<T> sums[vectors];
+#pragma GCC unroll 16
+  for (int u = 0; u < vectors - 1; ++u) sums[u] = load(total + u * lanes);
+  sums[vectors - 1] = load(total + end);
+  for (int l = 0; l < count; ++l) {
+    if constexpr (ahead) {
+      const char* later = reinterpret_cast<const char*>(list.later_row(l) + begin);
+      for (int64_t line = 0; line < bytes; line += kCacheLine) __builtin_prefetch(later + line);
+    }
+    const T* row = list.row(l) + begin;
+    const Accumulator<T> coefficient = list.coefficient(l);
+#pragma GCC unroll 16
+    for (int u = 0; u < vectors - 1; ++u) sums[u] += coefficient * load(row + u * lanes);
+    sums[vectors - 1] += coefficient * load(row + end);
+  }
+#pragma GCC unroll 16
+  for (int u = 0; u < vectors - 1; ++u) store(total + u * lanes, sums[u]);
+  store(total + end, sums[vectors - 1]);
+}
+
+// total += sum_l coefficient(l) * row(l), in this order, in registers: the same bits however a
 // longer sum is cut into calls. If `ahead`, each piece of a row is paid with a request for that of
 // a later one: requests in a burst would fill the queue of cache misses and stall what comes after,
 // and leave it empty while rows are added.
-template <bool ahead, class T>
-void add_scaled(Accumulator<T>* total, const RowList<T>& list, int64_t width) {
-  constexpr int lanes = kLanes<T>, unroll = 4;
-  int64_t i = 0;
-  for (; i + unroll * lanes <= width; i += unroll * lanes) {
-    Vector<T> sums[unroll];
-    for (int u = 0; u < unroll; ++u) sums[u] = load(total + i + u * lanes);
-    for (int l = 0; l < list.count; ++l) {
-      if constexpr (ahead) prefetch(list.later[l] + i, unroll * lanes);
-      for (int u = 0; u < unroll; ++u) {
-        sums[u] += list.coefficients[l] * load(list.rows[l] + i + u * lanes);
+template <bool ahead, class T, class List>
+void add_scaled(Accumulator<T>* total, const List& list, int count, int64_t width) {
+  constexpr int64_t lanes = kLanes<T>;
+  if (width < lanes) {
+    for (int64_t i = 0; i < width; ++i) {
+      for (int l = 0; l < count; ++l) {
+        total[i] += list.coefficient(l) * to_accumulator(list.row(l)[i]);
       }
     }
-    for (int u = 0; u < unroll; ++u) store(total + i + u * lanes, sums[u]);
+    return;
   }
-  if (i == width) return;
-  for (int l = 0; ahead && l < list.count; ++l) prefetch(list.later[l] + i, width - i);
-  map_lanes<T>(
-      width - i,
-      [&](int64_t k, auto lane) {
-        auto sum = value(total + i + k, lane);
-        for (int l = 0; l < list.count; ++l) {
-          sum += list.coefficients[l] * value(list.rows[l] + i + k, lane);
-        }
-        return sum;
-      },
-      [&](int64_t k, auto sum) { put(total + i + k, sum); });
+  // Pieces of 8 vectors, as many sums as hide the latency of adding; the last piece has up to 9.
+  int64_t i = 0;
+  for (; width - i > 9 * lanes; i += 8 * lanes) {
+    add_piece<ahead, 8, T>(total, list, count, i, 8 * lanes);
+  }
+  const int64_t rest = width - i;
+  const auto add = [&]<int... vectors>(std::integer_sequence<int, vectors...>) {
+    ((rest > vectors * lanes && rest <= (vectors + 1) * lanes &&
+      (add_piece<ahead, vectors + 1, T>(total, list, count, i, rest), true)) ||
+     ...);
+  };
+  add(std::make_integer_sequence<int, 9>{});
 }
 
-// Adds rows to a total, some at a time.
+// Adds rows to a total, some at a time. The list is the caller's, so that the count, whose address
+// nobody takes, stays in a register.
 template <class T>
 class RowSum {
  public:
   // far: rows come from memory, and each is told which one to ask for meanwhile.
-  RowSum(Accumulator<T>* total, int64_t width, bool far)
-      : total_(total), width_(width), far_(far) {}
+  RowSum(RowList<T>& list, Accumulator<T>* total, int64_t width, bool far)
+      : list_(list), total_(total), width_(width), far_(far) {}
 
   void add(const T* row, Accumulator<T> coefficient, const T* later = nullptr) {
-    list_.rows[list_.count] = row;
-    list_.later[list_.count] = later;
-    list_.coefficients[list_.count++] = coefficient;
-    if (list_.count == RowList<T>::kMost) flush();
+    list_.rows[count_] = row;
+    if (far_) list_.later[count_] = later;
+    list_.coefficients[count_++] = coefficient;
+    if (count_ == RowList<T>::kMost) flush();
   }
   void flush() {
-    if (list_.count > 0 && far_) add_scaled<true>(total_, list_, width_);
-    if (list_.count > 0 && !far_) add_scaled<false>(total_, list_, width_);
-    list_.count = 0;
+    if (count_ > 0 && far_) add_scaled<true, T>(total_, list_, count_, width_);
+    if (count_ > 0 && !far_) add_scaled<false, T>(total_, list_, count_, width_);
+    count_ = 0;
   }
 
  private:
+  RowList<T>& list_;
   Accumulator<T>* total_;
   int64_t width_;
   bool far_;
-  RowList<T> list_;
+  int count_ = 0;
 };
 
 template <class T>
