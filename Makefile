@@ -51,7 +51,7 @@ full: $(VENV)/installed-dev,demo,bench
 	HYPOTHESIS_PROFILE=full EMBLAS_ARCHITECTURES="75 80 86 89 90 100 120" $(PYTEST)
 	for isa in $$($(BIN)/python -c 'from emblas._load import _C; print(*_C.supported_isas())'); do \
 	  EMBLAS_ISA=$$isa $(PYTEST) || exit 1; done
-	PATH=$(abspath $(BIN)):$$PATH bash .ci/native
+	PATH=$(abspath $(BIN)):$$PATH bash .ci/native all
 
 bench: $(VENV)/installed-dev,demo,bench
 	mkdir -p benchmarks/results
