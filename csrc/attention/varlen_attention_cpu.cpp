@@ -20,7 +20,7 @@ struct Forward : TileOf<T, vectors> {
   A* const qt;      // [head_dim][width]
   A* const ot;      // [value_dim][width]
   A* const scores;  // [kKeyBlock][width]
-  A* const block;   // [kKeyBlock][head_dim or value_dim], where K and V are widened
+  A* const block;   // [kKeyBlock][head_dim or value_dim], where K and V lie close together
   A* const extra;   // of biases, then of dropout
   V maximum[vectors], total[vectors];
 
@@ -35,7 +35,8 @@ struct Forward : TileOf<T, vectors> {
       maximum[c] = broadcast<V>(A(-INFINITY));
       total[c] = V{};
     }
-    for (int64_t i = 0; i < args.value_dim * width; i += lanes) store(ot + i, V{});
+    const int64_t size = args.value_dim * width;
+    for (int64_t i = 0; i < size; i += lanes) store(ot + i, V{});
   }
 
   void run() {
@@ -63,7 +64,8 @@ struct Forward : TileOf<T, vectors> {
   void attend(int64_t first, int64_t keys) {
     V top[vectors];
     for (int c = 0; c < vectors; ++c) top[c] = maximum[c];
-    const auto k = widen(args.k, Tile::first_key + first, Tile::group, keys, args.head_dim, block);
+    const auto k =
+        contiguous(args.k, Tile::first_key + first, Tile::group, keys, args.head_dim, block);
     Tile::score(k, qt, first, keys, scores, top, nullptr, extra);
 
     V rescale[vectors], shift[vectors];
@@ -82,7 +84,8 @@ struct Forward : TileOf<T, vectors> {
       }
     }
 
-    const auto v = widen(args.v, Tile::first_key + first, Tile::group, keys, args.value_dim, block);
+    const auto v =
+        contiguous(args.v, Tile::first_key + first, Tile::group, keys, args.value_dim, block);
     for_rows(args.value_dim, [&]<int rows>(Constant<rows>, int64_t c) {
       V o[rows][vectors];
       for (int r = 0; r < rows; ++r) {

@@ -2,8 +2,8 @@
 //
 // A tile of up to three vectors of queries is transposed once, x[c][query]. Products are then outer
 // products of one broadcast element of K, V or the scores with vectors, accumulated in registers.
-// So K and V are read where they lie (16-bit values are widened block by block), maximum and sum of
-// the softmax run down the lanes without any shuffle, and the number of keys needs no rounding up.
+// So maximum and sum of the softmax run down the lanes without any shuffle, and the number of keys
+// needs no rounding up.
 // Each lane does the same arithmetic whatever its neighbours hold, which is why the bits of a query
 // don't depend on the batch.
 //
@@ -184,6 +184,7 @@ inline void exchange(V& a, V& b, std::integer_sequence<int, lane...>) {
 template <int width = 1, class V, size_t lanes>
 inline void transpose(V (&x)[lanes]) {
   if constexpr (width < int(lanes)) {
+#pragma GCC unroll 64
     for (int i = 0; i < int(lanes); ++i) {
       if (!(i & width)) {
         exchange<width>(x[i], x[i + width], std::make_integer_sequence<int, lanes>{});
@@ -199,12 +200,20 @@ inline void transpose(V (&x)[lanes]) {
 template <int vectors, class T, class Visit>
 inline void for_transposed(const T* from, int64_t stride, int64_t count, int64_t dim,
                            const Visit& visit) {
-  constexpr int64_t lanes = kLanes<T>;
+  constexpr int lanes = kLanes<T>;
   for (int64_t c = 0; c < dim; c += lanes) {
     for (int64_t i = 0; i < vectors * lanes; i += lanes) {
       Vector<T> x[lanes];
-      for (int64_t lane = 0; lane < lanes; ++lane) {
-        x[lane] = load_part(from + smaller(i + lane, count - 1) * stride + c, dim - c);
+      if (i + lanes <= count && c + lanes <= dim) {  // in registers
+#pragma GCC unroll 64
+        for (int lane = 0; lane < lanes; ++lane) x[lane] = load(from + (i + lane) * stride + c);
+      } else {
+        Vector<T> part[lanes];
+        for (int lane = 0; lane < lanes; ++lane) {
+          part[lane] = load_part(from + smaller(i + lane, count - 1) * stride + c, dim - c);
+        }
+#pragma GCC unroll 64
+        for (int lane = 0; lane < lanes; ++lane) x[lane] = part[lane];
       }
       transpose(x);
       visit(x, c, i);
@@ -216,9 +225,10 @@ inline void for_transposed(const T* from, int64_t stride, int64_t count, int64_t
 template <int vectors, class T>
 inline void read_transposed(const T* from, int64_t stride, int64_t count, int64_t dim,
                             Accumulator<T> factor, Accumulator<T>* to) {
-  constexpr int64_t lanes = kLanes<T>;
+  constexpr int lanes = kLanes<T>;
   for_transposed<vectors>(from, stride, count, dim, [&](auto& x, int64_t c, int64_t i) {
-    for (int64_t lane = 0; lane < lanes; ++lane) {
+#pragma GCC unroll 64
+    for (int lane = 0; lane < lanes; ++lane) {
       store(to + (c + lane) * vectors * lanes + i, factor * x[lane]);
     }
   });
@@ -228,52 +238,62 @@ inline void read_transposed(const T* from, int64_t stride, int64_t count, int64_
 template <int vectors, class T>
 inline void write_transposed(const Accumulator<T>* from, const Vector<T> (&factor)[vectors],
                              int64_t count, int64_t dim, T* to, int64_t stride) {
-  constexpr int64_t lanes = kLanes<T>;
+  constexpr int lanes = kLanes<T>;
   for (int64_t i = 0; i < vectors; ++i) {
     const int64_t rows = smaller(lanes, count - i * lanes);
+    T* const row = to + i * lanes * stride;
     for (int64_t c = 0; c < dim; c += lanes) {
       Vector<T> x[lanes];
-      for (int64_t lane = 0; lane < lanes; ++lane) {
+#pragma GCC unroll 64
+      for (int lane = 0; lane < lanes; ++lane) {
         const Vector<T> o = factor[i] * load(from + ((c + lane) * vectors + i) * lanes);
         x[lane] = factor[i] == Accumulator<T>(INFINITY) ? Vector<T>{} : o;
       }
       transpose(x);
-      for (int64_t lane = 0; lane < rows; ++lane) {
-        store_part(to + (i * lanes + lane) * stride + c, x[lane], dim - c);
+      if (rows == lanes && c + lanes <= dim) {  // from registers
+#pragma GCC unroll 64
+        for (int lane = 0; lane < lanes; ++lane) store(row + lane * stride + c, x[lane]);
+      } else {
+        Vector<T> part[lanes];
+#pragma GCC unroll 64
+        for (int lane = 0; lane < lanes; ++lane) part[lane] = x[lane];
+        for (int lane = 0; lane < rows; ++lane) {
+          store_part(row + lane * stride + c, part[lane], dim - c);
+        }
       }
     }
   }
 }
 
-// The vectors of `count` tokens as accumulators: in place, or widened into scratch[count][dim].
+// The vectors of `count` tokens as accumulators, close together: in place, or copied into
+// scratch[count][dim]. One head of many has its vectors far apart, often in as many pages, and the
+// products pass over them several times.
 template <class T>
-inline Rows<const Accumulator<T>> widen(const HeadVectors<const T>& x, int64_t token, int64_t head,
-                                        int64_t count, int64_t dim, Accumulator<T>* scratch) {
-  const T* from = x.at(token, head);
-  if constexpr (std::is_same_v<T, Accumulator<T>>) {
-    return {from, x.token_stride};
-  } else {
-    constexpr int64_t lanes = kLanes<T>;
-    for (int64_t i = 0; i < count; ++i) {
-      for (int64_t c = 0; c < dim; c += lanes) {
-        store_part(scratch + i * dim + c, load_part(from + i * x.token_stride + c, dim - c),
-                   dim - c);
-      }
-    }
-    return {scratch, dim};
-  }
-}
-
-// The vectors of a tile's queries with the elements across the lanes: in place where they fill
-// vectors, or in scratch.
-template <class T>
-Rows<const Accumulator<T>> in_vectors(const HeadVectors<const T>& x, int64_t token, int64_t head,
-                                      int64_t count, int64_t dim, Accumulator<T>* scratch) {
+inline Rows<const Accumulator<T>> contiguous(const HeadVectors<const T>& x, int64_t token,
+                                             int64_t head, int64_t count, int64_t dim,
+                                             Accumulator<T>* scratch) {
   constexpr int64_t lanes = kLanes<T>;
   const T* from = x.at(token, head);
   if constexpr (std::is_same_v<T, Accumulator<T>>) {
-    if (dim % lanes == 0) return {from, x.token_stride};
+    if (x.token_stride == dim) return {from, dim};
   }
+  for (int64_t i = 0; i < count; ++i, from += x.token_stride) {
+    Accumulator<T>* const to = scratch + i * dim;
+    int64_t c = 0;
+    for (; c + lanes <= dim; c += lanes) store(to + c, load(from + c));
+    if (c < dim) store_part(to + c, load_part(from + c, dim - c), dim - c);
+  }
+  return {scratch, dim};
+}
+
+// The same with zeros behind each up to a multiple of the lanes.
+template <class T>
+Rows<const Accumulator<T>> contiguous_vectors(const HeadVectors<const T>& x, int64_t token,
+                                              int64_t head, int64_t count, int64_t dim,
+                                              Accumulator<T>* scratch) {
+  constexpr int64_t lanes = kLanes<T>;
+  if (dim % lanes == 0) return contiguous(x, token, head, count, dim, scratch);
+  const T* from = x.at(token, head);
   const int64_t stride = round_up(dim, lanes);
   for (int64_t i = 0; i < count; ++i) {
     for (int64_t c = 0; c < dim; c += lanes) {
