@@ -167,6 +167,8 @@ def _several() -> Iterator[tuple[str, Callable[[], Case]]]:
         x, starts, *_ = _segments(sizes, dim, torch.float32)
         args = (x, starts, None, tuple(map(int, every)), None, None, None, False)
         yield name, lambda a=args: Case(a)
+    for dim in (132, 133):  # beyond a block's columns
+        yield f"dim {dim}", lambda a=dim: several({}, (Mode.mean, Mode.weighted_mean, MAX), dim=a)
 
 
 def _several_backward() -> Iterator[tuple[str, Callable[[], Case]]]:
@@ -244,6 +246,13 @@ def _gem_backward() -> Iterator[tuple[str, Callable[[], Case]]]:
             return Case((torch.randn(out.shape), x, out, starts, *others, True), 70 * 67)
 
         yield name, backward
+
+    def masked() -> Case:  # rows without a weight, the first among them, are not read
+        x, starts, *others = dict(_gem())["weights"]().args
+        out = torch.ops.emblas.segment_gem(x, starts, *others)
+        return Case((torch.randn(out.shape), x, out, starts, *others, False), 70)
+
+    yield "masked", masked
 
 
 # --- finishing -----------------------------------------------------------------------------------

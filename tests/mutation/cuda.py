@@ -21,6 +21,8 @@ from simt import emulator
 CSRC = emulator.ROOT / "csrc"
 # What simt.h has for both compilers begins here; above is the twin of the emulator's own.
 _COMMON = "// --- built on the above"
+# Of csrc/common, what no GPU kernel stands on.
+_CPU_ONLY = ("aligned.h", "fetch.h", "isa.h", "simd.h")
 
 _OPERATORS = {
     "<": "Less", "<=": "LessEqual", ">": "Greater", ">=": "GreaterEqual",
@@ -212,7 +214,8 @@ class CudaMutants:
     def files(family: str) -> list[Path]:
         """Return the tests of a family, and what they stand on."""
         tests, here = emulator.ROOT / "tests", Path(__file__)
-        tools = [CSRC / "common", tests / "simt", tests / "executors.py"]
+        tools = [path for path in (CSRC / "common").rglob("*.*h") if path.name not in _CPU_ONLY]
+        tools += [tests / "simt", tests / "executors.py"]
         tools += [here, here.with_name("mutant.h"), here.with_name("mutant.cpp")]
         calls = [tests / "cases" / "case.py", tests / "cases" / f"{family}.py"]
         emulated = (f for f in (tests / family).glob("*.py") if "executors" in f.read_text())

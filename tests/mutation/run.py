@@ -66,6 +66,11 @@ class Plugin:
             survivors = [entry for entry in old["survivors"] if entry[0] in kernels]
         return {"tests": " ".join(sorted(pieces)), "kernels": kernels, "survivors": survivors}
 
+    def needs(self, tests: str) -> bool:
+        """Say whether a file or folder of tests concerns a family whose mutants are wanted."""
+        families = {mutant.family for mutant in self.wanted}
+        return tests not in self.record or tests in families or "common" in families
+
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         """Keep the tests that run the kernels."""
         items[:] = [item for item in items if self.mutants.concerns(item)]
@@ -196,7 +201,7 @@ def main() -> None:
     if plugin.wanted:
         plugin.mutants.build()
         os.environ["HYPOTHESIS_PROFILE"] = "mutation"
-        tests = [str(TESTS / name) for name in plugin.mutants.tests]
+        tests = [str(TESTS / name) for name in plugin.mutants.tests if plugin.needs(name)]
         options = ["-s", "-p", "no:cacheprovider", "-p", "no:faulthandler"]
         options += ["-W", "ignore::pytest.PytestConfigWarning"]  # faulthandler has options
         if code := pytest.main([*options, *tests], plugins=[plugin]):

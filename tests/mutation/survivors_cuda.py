@@ -49,6 +49,7 @@ REASONS: dict[str, list[tuple[str, str]]] = {
         ("look_up", "if (first «>=» rows.hashed.count) return;"),
         ("merge_lists", "for (unsigned at = 0; at «<» count; at += 32 * ahead) {"),
         ("pack_rows", "for (int64_t first = 0; first «<» rows * row_pieces; first += kPackThreads) {"),
+        ("pool_contributions", "modes.count == 1 ? pooled_range(rows, b, modes.at«[0]») : positions_of(rows, b));"),
         ("pooled_range", "for (; weights && range.begin «<» range.end; range.begin += 32) {"),
         ("pooled_range", "for (; weights && range.begin «<» range.end; range.end -= 32) {"),
         ("rank_entries", "for (int64_t first = 0; first «<» list.keep; first += kSearchThreads) {"),
@@ -81,6 +82,8 @@ REASONS: dict[str, list[tuple[str, str]]] = {
         ("sum_range", "for (int n = own; n «<» count + own; n += at_once) {"),
         ("sum_range", "for (int64_t first = range.begin; first «<» range.end; first += Source::kTile) {"),
         ("sum_through", "for (int step = 1; step «<» 32; step *= 2) {"),
+        ("take_chunks", "const bool whole = aligned && first + vector «<=» columns;"),
+        ("take_chunks", "for (int64_t begin = chunk.range.begin; begin «<» chunk.range.end; begin += kChunkRows) {"),
         ("sum_winners", "for (int64_t c = warp * 32; c «<» candidates; c += warps * 32) {"),
         ("sum_winners", "if (aligned && first + vector «<=» columns) {"),
         ("token_gradients_of_words", "const bool whole = aligned && first + vector «<=» columns;"),
@@ -95,6 +98,8 @@ REASONS: dict[str, list[tuple[str, str]]] = {
         ("hash_of", "return bits «*» (2654435761u * uint64_t(column) + 1);"),
         ("keep_fingerprint", "parts.fingerprint[b] = int64_t(hash) «-» parts.rows.segments.begins[b];"),
         ("pool_contributions", "hash «+=» hash_of(shared, m * dim + c);"),
+        ("pool_contributions", "hash += hash_of(shared, m «*» dim + c);"),
+        ("pool_contributions", "hash += hash_of(shared, m * dim «+» c);"),
     ],
     "beyond the tile there is no column": [
         ("find_maxima", "for (int i = 0; i «<» vector; ++i) {"),
@@ -103,6 +108,7 @@ REASONS: dict[str, list[tuple[str, str]]] = {
         ("sum_chunks", "for (int i = 0; i «<» vector; ++i) {"),
         ("sum_products", "for (int i = 0; i «<» 8; ++i) {"),
         ("sum_winners", "for (int i = 0; i «<» vector; ++i) {"),
+        ("take_chunks", "for (int i = 0; i «<» vector; ++i) {"),
         ("token_gradients_of_words", "for (int j = 0; j «<» vector; ++j) {"),
     ],
     "both ways give the same where the two are equal": [

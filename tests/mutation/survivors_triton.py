@@ -57,9 +57,12 @@ REASONS: dict[str, list[tuple[str, str]]] = {
         ("_rotate", "values = tl.gather(turned, tl.where(d <= dim, (d + dim - first) % dim, d), 0)"),
         ("_rotate", "values = tl.load(x + row * row_stride + d, mask=d < dim).to(ACCUMULATOR)"),
         ("_row_gradients", "at = tl.multiple_of(bag * dim + tl.load(part + _COLUMN, mask=inside), ALIGN)"),
+        ("_row_gradients", "contribution = tl.load(shared + at * dim + d, mask=d < dim)[None, :]"),
         ("_row_gradients", "lookup = tl.load(sources + place, mask=inside)"),
         ("_row_gradients", "sign = tl.load(numbers + lookup, mask=inside) & 1"),
         ("_row_gradients", "value = tl.load(x + at[:, None] + d[None, :], mask=wanted).to(tl.float32)"),
+        ("_row_gradients", "where = tl.load(argmax + segment * dim + d, mask=d < dim)"),
+        ("_weight_gradients", "contribution = tl.load(shared + n * dim + d, mask=d < dim)"),
         ("_row_gradients", "winner = tl.load(argmax + at[:, None] + d[None, :], mask=wanted)"),
         ("_scatter", "gradient = tl.load(grad_out + at, mask=d < dim).to(tl.float32)"),
         ("_scatter", "row = tl.load(argmax + segment[:, None] * dim + d[None, :], mask=inside)"),
@@ -119,6 +122,7 @@ REASONS: dict[str, list[tuple[str, str]]] = {
         ("_weight_gradients", "high = _count_up_to(starts, batch, begin + BLOCK_R + 1)"),
         ("keep_best", "if tl.max(tl.max((number > limit[:, None]).to(tl.int32), 1), 0) >= 0:"),
         ("keep_best", "if tl.max(tl.max((number >= limit[:, None]).to(tl.int32), 1), 0) > 0:"),
+        ("_segment_gradients", "if COUNT >= 1:"),
     ],
     "writes to idle slots, which nobody reads": [
         ("_pool_parts", "inside = (d < dim) & (first <= end)"),
@@ -141,6 +145,7 @@ REASONS: dict[str, list[tuple[str, str]]] = {
         ("_gem_gradients", "log = tl.log2(tl.where(value <= epsilon, epsilon, value))"),
         ("_powers", "value = tl.where(value <= epsilon, epsilon, value)"),
         ("_row_gradients", "clamped = tl.where(value <= epsilon, epsilon, value)"),
+        ("_weight_gradients", "clamped = tl.where(value <= epsilon, epsilon, value)"),
     ],
     "hidden lanes hold index 0, which may be read, and their values are not used": [
         ("_grad_rows", "bag = tl.load(bag_of + i, mask=inside == inside, other=0)"),
@@ -203,5 +208,8 @@ REASONS: dict[str, list[tuple[str, str]]] = {
     ],
     "weights of parts come with one feature only, whose first part is 0": [
         ("_slot_values", "own = weights + i * weights_per_id + (first + number + tl.load(tile + 2))"),
+    ],
+    "the one token of cls: a weight over itself": [
+        ("weight_of", "if weights is not None and MODE <= CLS:"),
     ],
 }
