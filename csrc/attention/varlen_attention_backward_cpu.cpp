@@ -85,9 +85,8 @@ struct Backward : TileOf<T, vectors> {
     read_transposed<vectors>(all.grad_out.at(first_query, head), all.grad_out.token_stride, count,
                              args.value_dim, factor, gt);
     read_rows();
-    const auto q_rows = contiguous_vectors(args.q, first_query, head, count, args.head_dim, q);
-    const auto g_rows =
-        contiguous_vectors(all.grad_out, first_query, head, count, args.value_dim, g);
+    const auto q_rows = near_vectors(args.q, first_query, head, count, args.head_dim, q);
+    const auto g_rows = near_vectors(all.grad_out, first_query, head, count, args.value_dim, g);
     for (int64_t i = 0; i < args.head_dim * width; i += lanes) store(dqt + i, V{});
     for (int64_t key = Tile::begin; key < Tile::end; key += kKeyBlock) {
       const int64_t keys = smaller(kKeyBlock, Tile::end - key);
@@ -129,7 +128,7 @@ struct Backward : TileOf<T, vectors> {
     const bool dropped = args.scores.dropout.seeds;
     V unused[vectors] = {};
     const int64_t token = Tile::first_key + first;
-    const auto v = contiguous(args.v, token, Tile::group, keys, args.value_dim, block);
+    const auto v = near(args.v, token, Tile::group, keys, args.value_dim, block);
     for_rows(keys, [&]<int rows>(Constant<rows>, int64_t j) {
       V s[rows][vectors] = {};
       multiply_add(s, v.data + j * v.stride, v.stride, 1, gt, width, args.value_dim);
@@ -145,7 +144,7 @@ struct Backward : TileOf<T, vectors> {
         store(ds + i, load(keep + i) * load(ds + i) - d[i / lanes % vectors]);
       }
     }
-    const auto k = contiguous(args.k, token, Tile::group, keys, args.head_dim, block);
+    const auto k = near(args.k, token, Tile::group, keys, args.head_dim, block);
     Tile::score(k, qt, first, keys, p, unused, slope, extra);
     exponentiate<A>(p, keys, lse, unused);
     for (int64_t i = 0; i < keys * width; i += lanes) store(ds + i, load(p + i) * load(ds + i));
@@ -182,8 +181,8 @@ struct Backward : TileOf<T, vectors> {
     }
     if (args.scores.positions.any()) {
       // Rows of k in vectors; `block` holds them widened, `keep` is used up.
-      const auto k_rows = contiguous_vectors(args.k, Tile::first_key + first, Tile::group, keys,
-                                             args.head_dim, extra + kColumnScratch);
+      const auto k_rows = near_vectors(args.k, Tile::first_key + first, Tile::group, keys,
+                                       args.head_dim, extra + kColumnScratch);
       const auto& positions = args.scores.positions;
       const auto sums = [&](A* from, int64_t h) -> A* {
         return from ? from + h * all.position_sums_stride + row * positions.stride : nullptr;

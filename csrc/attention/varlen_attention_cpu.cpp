@@ -64,8 +64,7 @@ struct Forward : TileOf<T, vectors> {
   void attend(int64_t first, int64_t keys) {
     V top[vectors];
     for (int c = 0; c < vectors; ++c) top[c] = maximum[c];
-    const auto k =
-        contiguous(args.k, Tile::first_key + first, Tile::group, keys, args.head_dim, block);
+    const auto k = near(args.k, Tile::first_key + first, Tile::group, keys, args.head_dim, block);
     Tile::score(k, qt, first, keys, scores, top, nullptr, extra);
 
     V rescale[vectors], shift[vectors];
@@ -84,8 +83,7 @@ struct Forward : TileOf<T, vectors> {
       }
     }
 
-    const auto v =
-        contiguous(args.v, Tile::first_key + first, Tile::group, keys, args.value_dim, block);
+    const auto v = near(args.v, Tile::first_key + first, Tile::group, keys, args.value_dim, block);
     for_rows(args.value_dim, [&]<int rows>(Constant<rows>, int64_t c) {
       V o[rows][vectors];
       for (int r = 0; r < rows; ++r) {

@@ -265,17 +265,17 @@ inline void write_transposed(const Accumulator<T>* from, const Vector<T> (&facto
   }
 }
 
-// The vectors of `count` tokens as accumulators, close together: in place, or copied into
-// scratch[count][dim]. One head of many has its vectors far apart, often in as many pages, and the
-// products pass over them several times.
+// The vectors of `count` tokens as accumulators: in place where they lie close together, or copied
+// into scratch[count][dim]. One head of many has its vectors far apart, often in as many pages, and
+// the products pass over them several times.
 template <class T>
-inline Rows<const Accumulator<T>> contiguous(const HeadVectors<const T>& x, int64_t token,
-                                             int64_t head, int64_t count, int64_t dim,
-                                             Accumulator<T>* scratch) {
+inline Rows<const Accumulator<T>> near(const HeadVectors<const T>& x, int64_t token, int64_t head,
+                                       int64_t count, int64_t dim, Accumulator<T>* scratch) {
   constexpr int64_t lanes = kLanes<T>;
   const T* from = x.at(token, head);
   if constexpr (std::is_same_v<T, Accumulator<T>>) {
-    if (x.token_stride == dim) return {from, dim};
+    constexpr int64_t close = 1024;  // bytes; farther apart, copying paid where it was measured
+    if (x.token_stride * int64_t(sizeof(T)) <= close) return {from, x.token_stride};
   }
   for (int64_t i = 0; i < count; ++i, from += x.token_stride) {
     Accumulator<T>* const to = scratch + i * dim;
@@ -288,11 +288,10 @@ inline Rows<const Accumulator<T>> contiguous(const HeadVectors<const T>& x, int6
 
 // The same with zeros behind each up to a multiple of the lanes.
 template <class T>
-Rows<const Accumulator<T>> contiguous_vectors(const HeadVectors<const T>& x, int64_t token,
-                                              int64_t head, int64_t count, int64_t dim,
-                                              Accumulator<T>* scratch) {
+Rows<const Accumulator<T>> near_vectors(const HeadVectors<const T>& x, int64_t token, int64_t head,
+                                        int64_t count, int64_t dim, Accumulator<T>* scratch) {
   constexpr int64_t lanes = kLanes<T>;
-  if (dim % lanes == 0) return contiguous(x, token, head, count, dim, scratch);
+  if (dim % lanes == 0) return near(x, token, head, count, dim, scratch);
   const T* from = x.at(token, head);
   const int64_t stride = round_up(dim, lanes);
   for (int64_t i = 0; i < count; ++i) {
