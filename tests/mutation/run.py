@@ -27,6 +27,7 @@ from typing import Any
 import pytest
 import torch
 from _pytest.runner import runtestprotocol
+from emblas import _op
 from mutation import record
 
 TESTS = Path(__file__).parents[1]
@@ -66,14 +67,20 @@ class Plugin:
             survivors = [entry for entry in old["survivors"] if entry[0] in kernels]
         return {"tests": " ".join(sorted(pieces)), "kernels": kernels, "survivors": survivors}
 
-    def needs(self, tests: str) -> bool:
-        """Say whether a file or folder of tests concerns a family whose mutants are wanted."""
+    def needs(self, family: str) -> bool:
+        """Say whether tests of a family can tell anything of the mutants that are wanted."""
         families = {mutant.family for mutant in self.wanted}
-        return tests not in self.record or tests in families or "common" in families
+        return family not in self.record or family in families or "common" in families
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         """Keep the tests that run the kernels."""
-        items[:] = [item for item in items if self.mutants.concerns(item)]
+        items[:] = [item for item in items if self.mutants.concerns(item) and self._needs(item)]
+
+    def _needs(self, item: pytest.Item) -> bool:
+        """Say the same of one test, which may name its operator."""
+        name = item.callspec.params.get("name") if hasattr(item, "callspec") else None
+        operator = _op.ops().get(name)
+        return operator is None or self.needs(operator.reference.__module__.split(".")[1])
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
