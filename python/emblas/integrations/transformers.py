@@ -144,6 +144,7 @@ def attend(
         # transformers counts the token itself: radius sliding_window - 1.
         window = (sliding_window - 1, 0 if causal else sliding_window - 1)
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
+    q, k = q.to(v.dtype), k.to(v.dtype)  # rotary embedding widens them under autocast
 
     def run(
         q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int
