@@ -192,6 +192,22 @@ def test_training(name, texts):
         )
 
 
+@pytest.mark.parametrize("name", ["bert", "qwen2", "gemma3"])
+def test_autocast(name, texts):
+    """Rotary embedding leaves queries and keys in float32 where values are bfloat16."""
+    hf.register()
+    torch.manual_seed(0)
+    model = transformers.AutoModel.from_config(TRAINED[name]()).eval()
+    model.set_attn_implementation("emblas")
+    expected = hf.forward_packed(model, *packed.pack(texts)).detach()
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = hf.forward_packed(model, *packed.pack(texts))
+    torch.testing.assert_close(actual.float(), expected, rtol=0, atol=0.1)
+    actual.float().sum().backward()
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    assert all(gradient.isfinite().all() for gradient in gradients)
+
+
 def test_verify(texts, monkeypatch):
     hf.register()
     model = transformers.AutoModel.from_config(CONFIGS["bert"]()).eval()

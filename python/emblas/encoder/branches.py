@@ -16,6 +16,7 @@ from torch import Tensor
 
 from emblas import packed
 from emblas.encoder.tokens import Branches
+from emblas.integrations import transformers as hf
 
 
 class PackedBranches(NamedTuple):
@@ -79,15 +80,17 @@ def check_branches(model: Any, modes: Sequence[str]) -> None:
     Raises
     ------
     ValueError
-        If a layer isn't causal or has a window, or vectors are pooled from more than last tokens.
+        If a layer isn't causal, has a window or re-routes the last token (which is that of the last
+        branch), or vectors are pooled from more than last tokens.
     """
     if tuple(modes) != ("last",):
         raise ValueError(f"the output 'branches' needs pooling='last', got {tuple(modes)}")
-    causal = [m.is_causal for m in model.base_model.modules() if hasattr(m, "is_causal")]
-    if len(causal) != model.config.num_hidden_layers or not all(causal):
+    if not hf.is_causal(model):
         raise ValueError(
             "the output 'branches' needs a model whose layers all have causal attention, "
             f"got {type(model).__name__}"
         )
     if getattr(model.config, "sliding_window", None):
         raise ValueError("the output 'branches' needs a model without sliding windows")
+    if any("reroute_last" in getattr(m, hf.KEYS, {}) for m in hf.attentions(model)):
+        raise ValueError("the output 'branches' needs a model without a re-routed last token")

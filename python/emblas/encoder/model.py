@@ -35,7 +35,7 @@ from emblas.encoder.tokens import (
     prompt_tokens,
     tokenize,
 )
-from emblas.integrations import last_layer, versions
+from emblas.integrations import last_layer, layer_keys, versions
 from emblas.integrations import transformers as hf
 from emblas.integrations.optimize import optimize
 from emblas.losses import gather_rows
@@ -384,6 +384,7 @@ class Encoder:
         }
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
         learned = {} if self.prefixes is None else self.prefixes.state_dict(prefix="prefixes.")
+        learned |= layer_keys.tensors(self.model)
         for name, value in sorted({**self.model.state_dict(), **learned}.items()):
             digest.update(name.encode())
             data = value.detach().cpu().contiguous().reshape(-1)

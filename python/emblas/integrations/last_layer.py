@@ -210,7 +210,9 @@ def forward(layer: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any
     rows: Tensor | None = kwargs.pop(KEY, None)
     if rows is None:
         return type(layer).forward(layer, hidden_states, *args, **kwargs)
-    if layer.training and _dropout(layer) > 0:  # attention of chosen rows has no dropout
+    attention = layer.self_attn if hasattr(layer, "self_attn") else layer.attention.self
+    # Attention of chosen rows has neither dropout nor keys of a layer's own.
+    if (layer.training and _dropout(attention) > 0) or hasattr(attention, hf.KEYS):
         return type(layer).forward(layer, hidden_states, *args, **kwargs)[:, rows]
     return _LAYERS[type(layer)](layer, rows, hidden_states, *args, **kwargs)
 
@@ -272,8 +274,8 @@ def forward_rows(
     return torch.where((rows >= 0)[:, None], out, 0)
 
 
-def _dropout(layer: Any) -> float:
+def _dropout(attention: Any) -> float:
     """Return the probability with which attention drops a key in training."""
-    if hasattr(layer, "self_attn"):
-        return float(layer.self_attn.attention_dropout)
-    return float(layer.attention.self.dropout.p)
+    if hasattr(attention, "attention_dropout"):
+        return float(attention.attention_dropout)
+    return float(attention.dropout.p)

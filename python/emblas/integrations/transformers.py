@@ -27,6 +27,10 @@ except ImportError as error:
 # transformers reads "flash", "sdpa" and "/" in a name as requests of its own.
 NAME = "emblas"
 BRANCH = "emblas_branch"  # travels through a model's keyword arguments, like cu_seq_lens_q
+# Attribute of attention modules: arguments of varlen_attention that are the layer's own.
+KEYS = "emblas_keys"
+# Parameters, which are wider than activations under autocast.
+_PREFIX = frozenset({"k_prefix", "v_prefix"})
 
 
 class PaddedBatch(NamedTuple):
@@ -144,6 +148,9 @@ def attend(
         # transformers counts the token itself: radius sliding_window - 1.
         window = (sliding_window - 1, 0 if causal else sliding_window - 1)
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
+    q, k = q.to(v.dtype), k.to(v.dtype)  # rotary embedding widens them under autocast
+    extra = dict(getattr(module, KEYS, {}))
+    extra |= {name: extra[name].to(v.dtype) for name in _PREFIX.intersection(extra)}
 
     def run(
         q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int
@@ -152,7 +159,7 @@ def attend(
             q, k, v, cu_q, cu_k, max_q, max_k, dropout, scaling, causal, window, softcap or 0.0,
             relative_bias=position_bias if isinstance(position_bias, RelativeBias) else None,
             disentangled=position_bias if isinstance(position_bias, DisentangledBias) else None,
-            branch=emblas_branch,
+            branch=emblas_branch, **extra,
         )  # fmt: skip
 
     batch_size, heads, length, _ = query.shape
@@ -300,6 +307,41 @@ def layers(model: nn.Module, start: int = 1) -> list[nn.Module]:
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return [*list(module)[start - 1 : -1], base]
     raise ValueError(f"model must hold a torch.nn.ModuleList of its {count} layers, found none")
+
+
+def attentions(model: nn.Module) -> list[nn.Module]:
+    """Return the self-attention of a model's layers, in order.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        With or without a head.
+
+    Returns
+    -------
+    list of Module
+        Those that :func:`attend` is called with.
+
+    Raises
+    ------
+    ValueError
+        If there isn't one of each layer that can be told by its ``is_causal``.
+    """
+    base: Any = model.base_model
+    found = [module for module in base.modules() if hasattr(module, "is_causal")]
+    if len(found) != getattr(base.config, "num_hidden_layers", None):
+        raise ValueError(
+            "model must have one attention module with is_causal in each layer, and no other, got "
+            f"{type(model).__name__} with {len(found)}"
+        )
+    return found
+
+
+def is_causal(model: nn.Module) -> bool:
+    """Return whether no token of a model sees those behind it; raises as :func:`attentions`."""
+    base: Any = model.base_model
+    setting = getattr(base.config, "is_causal", None)  # transformers lets it decide, where it's set
+    return all(m.is_causal for m in attentions(model)) if setting is None else bool(setting)
 
 
 def routers(model: nn.Module) -> list[nn.Module]:
