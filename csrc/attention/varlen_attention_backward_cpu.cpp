@@ -53,17 +53,17 @@ struct Backward : TileOf<T, vectors> {
   A *const q, *const g;     // [width][head_dim], [width][value_dim]
   A *const p, *const ds;    // [kKeyBlock][width]
   A* const slope;           // of the softcap, [kKeyBlock][width]
-  A* const block;           // [kKeyBlock][head_dim or value_dim]
   A* const keep;            // of dropout, [kKeyBlock][width]
   A* const extra;           // of biases
+  const KeyValues<T>& from;
   V lse[vectors], d[vectors];
 
   static constexpr int64_t scratch_size(int64_t head_dim, int64_t value_dim) {
-    return 3 * (head_dim + value_dim) * width + 4 * kKeyBlock * width +
-           kKeyBlock * larger(head_dim, value_dim) + bias_scratch(head_dim);
+    return 3 * (head_dim + value_dim) * width + 4 * kKeyBlock * width + bias_scratch(head_dim);
   }
 
-  Backward(const Tile& tile, const VarlenAttentionBackwardArgs<T>& all, A* scratch)
+  Backward(const Tile& tile, const VarlenAttentionBackwardArgs<T>& all, const KeyValues<T>& from,
+           A* scratch)
       : Tile(tile),
         all(all),
         qt(scratch),
@@ -74,9 +74,9 @@ struct Backward : TileOf<T, vectors> {
         p(g + value_dim * width),
         ds(p + kKeyBlock * width),
         slope(ds + kKeyBlock * width),
-        block(slope + kKeyBlock * width),
-        keep(block + kKeyBlock * larger(head_dim, value_dim)),
-        extra(keep + kKeyBlock * width) {}
+        keep(slope + kKeyBlock * width),
+        extra(keep + kKeyBlock * width),
+        from(from) {}
 
   void run(Rows<A> dk, Rows<A> dv) {
     // dS is wanted times the scale, in both its products: gradients times the scale give it.
@@ -127,8 +127,7 @@ struct Backward : TileOf<T, vectors> {
   void weigh(int64_t first, int64_t keys, Rows<const A> q_rows, Rows<A> dk) {
     const bool dropped = args.scores.dropout.seeds;
     V unused[vectors] = {};
-    const int64_t token = Tile::first_key + first;
-    const auto v = near(args.v, token, Tile::group, keys, args.value_dim, block);
+    const auto k = from.keys(first), v = from.values(first);
     for_rows(keys, [&]<int rows>(Constant<rows>, int64_t j) {
       V s[rows][vectors] = {};
       multiply_add(s, v.data + j * v.stride, v.stride, 1, gt, width, args.value_dim);
@@ -144,7 +143,6 @@ struct Backward : TileOf<T, vectors> {
         store(ds + i, load(keep + i) * load(ds + i) - d[i / lanes % vectors]);
       }
     }
-    const auto k = near(args.k, token, Tile::group, keys, args.head_dim, block);
     Tile::score(k, qt, first, keys, p, unused, slope, extra);
     exponentiate<A>(p, keys, lse, unused);
     for (int64_t i = 0; i < keys * width; i += lanes) store(ds + i, load(p + i) * load(ds + i));
@@ -180,7 +178,7 @@ struct Backward : TileOf<T, vectors> {
       for (int64_t i = 0; i < keys * width; i += lanes) store(ds + i, args.scale * load(ds + i));
     }
     if (args.scores.positions.any()) {
-      // Rows of k in vectors; `block` holds them widened, `keep` is used up.
+      // Rows of k in vectors.
       const auto k_rows = near_vectors(args.k, Tile::first_key + first, Tile::group, keys,
                                        args.head_dim, extra + kColumnScratch);
       const auto& positions = args.scores.positions;
@@ -195,12 +193,13 @@ struct Backward : TileOf<T, vectors> {
 };
 
 template <class T>
-int64_t scratch_size(const VarlenAttentionBackwardArgs<T>& all, int64_t keys) {
+int64_t scratch_size(const VarlenAttentionBackwardArgs<T>& all, int64_t batch) {
   constexpr int64_t lanes = kLanes<T>;
   const int64_t head_dim = round_up(all.forward.head_dim, lanes);
   const int64_t value_dim = round_up(all.forward.value_dim, lanes);
+  const int64_t keys = longest(all.forward.cu_seqlens_k, batch);
   return Backward<T, kTileVectors>::scratch_size(head_dim, value_dim) +
-         keys * (head_dim + value_dim);
+         KeyValues<T>::scratch_size(all.forward, keys) + keys * (head_dim + value_dim);
 }
 
 template <class T>
@@ -233,6 +232,7 @@ void backward(const VarlenAttentionBackwardArgs<T>& all, int64_t sequence, int64
       }
     }
     clear_position_sums(all.position_key_sums, group);
+    const KeyValues<T> from(args, sequence, group * args.heads_per_group, 0, tiles.queries, free);
     for (int64_t h = 0; h < args.heads_per_group; ++h) {
       const int64_t head = group * args.heads_per_group + h;
       clear_position_sums(all.position_query_sums, head);
@@ -243,7 +243,8 @@ void backward(const VarlenAttentionBackwardArgs<T>& all, int64_t sequence, int64
       }
       for (int64_t tile = 0; tile < tiles.count; ++tile) {
         tiles.at(tile, [&]<int vectors>(Constant<vectors>, int64_t query, int64_t count) {
-          Backward<T, vectors>({args, sequence, head, query, count}, all, free).run(dk, dv);
+          const TileOf<T, vectors> tile(args, sequence, head, query, count);
+          Backward<T, vectors>(tile, all, from, from.free).run(dk, dv);
         });
       }
     }

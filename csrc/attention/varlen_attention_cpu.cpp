@@ -20,17 +20,17 @@ struct Forward : TileOf<T, vectors> {
   A* const qt;      // [head_dim][width]
   A* const ot;      // [value_dim][width]
   A* const scores;  // [kKeyBlock][width]
-  A* const block;   // [kKeyBlock][head_dim or value_dim], where K and V lie close together
   A* const extra;   // of biases, then of dropout
+  const KeyValues<T>& from;
   V maximum[vectors], total[vectors];
 
-  Forward(const Tile& tile, A* scratch)
+  Forward(const Tile& tile, const KeyValues<T>& from, A* scratch)
       : Tile(tile),
         qt(scratch),
         ot(qt + round_up(args.head_dim, lanes) * width),
         scores(ot + round_up(args.value_dim, lanes) * width),
-        block(scores + kKeyBlock * width),
-        extra(block + kKeyBlock * kMaxHeadDim) {
+        extra(scores + kKeyBlock * width),
+        from(from) {
     for (int c = 0; c < vectors; ++c) {
       maximum[c] = broadcast<V>(A(-INFINITY));
       total[c] = V{};
@@ -64,8 +64,7 @@ struct Forward : TileOf<T, vectors> {
   void attend(int64_t first, int64_t keys) {
     V top[vectors];
     for (int c = 0; c < vectors; ++c) top[c] = maximum[c];
-    const auto k = near(args.k, Tile::first_key + first, Tile::group, keys, args.head_dim, block);
-    Tile::score(k, qt, first, keys, scores, top, nullptr, extra);
+    Tile::score(from.keys(first), qt, first, keys, scores, top, nullptr, extra);
 
     V rescale[vectors], shift[vectors];
     for (int c = 0; c < vectors; ++c) {
@@ -83,7 +82,7 @@ struct Forward : TileOf<T, vectors> {
       }
     }
 
-    const auto v = near(args.v, Tile::first_key + first, Tile::group, keys, args.value_dim, block);
+    const auto v = from.values(first);
     for_rows(args.value_dim, [&]<int rows>(Constant<rows>, int64_t c) {
       V o[rows][vectors];
       for (int r = 0; r < rows; ++r) {
@@ -100,22 +99,38 @@ struct Forward : TileOf<T, vectors> {
 };
 
 template <class T>
+int64_t scratch_size(const VarlenAttentionArgs<T>& args, int64_t batch) {
+  constexpr int64_t lanes = kLanes<T>;
+  return KeyValues<T>::scratch_size(args, longest(args.cu_seqlens_k, batch)) +
+         bias_scratch(args.head_dim) +
+         (round_up(args.head_dim, lanes) + round_up(args.value_dim, lanes) + kKeyBlock) *
+             kTileQueries<T>;
+}
+
+template <class T>
 void forward(const VarlenAttentionArgs<T>& args, int64_t sequence, int64_t first, int64_t last,
              Accumulator<T>* scratch) {
   const Tiles<T> tiles{args.cu_seqlens_q[sequence + 1] - args.cu_seqlens_q[sequence]};
-  for (int64_t item = first; item < last; ++item) {
-    const int64_t head = item / tiles.count;
-    tiles.at(item % tiles.count, [&]<int vectors>(Constant<vectors>, int64_t query, int64_t count) {
-      Forward<T, vectors>({args, sequence, head, query, count}, scratch).run();
-    });
+  while (first < last) {
+    // The heads of one group share their keys.
+    const int64_t end = smaller(last, round_up(first + 1, args.heads_per_group * tiles.count));
+    const int64_t head = first / tiles.count;
+    const bool one_head = (end - 1) / tiles.count == head;
+    const int64_t query = one_head ? tiles.first(first % tiles.count) : 0;
+    const int64_t behind = one_head ? tiles.first((end - 1) % tiles.count + 1) : tiles.queries;
+    const KeyValues<T> from(args, sequence, head, query, behind - query, scratch);
+    for (; first < end; ++first) {
+      tiles.at(first % tiles.count,
+               [&]<int vectors>(Constant<vectors>, int64_t query, int64_t count) {
+                 const TileOf<T, vectors> tile(args, sequence, first / tiles.count, query, count);
+                 Forward<T, vectors>(tile, from, from.free).run();
+               });
+    }
   }
 }
 
 template <class T>
-constexpr VarlenAttention<T> kernel{kTileQueries<T>,
-                                    (2 * kMaxHeadDim + kKeyBlock) * kTileQueries<T> +
-                                        kKeyBlock * kMaxHeadDim + bias_scratch(kMaxHeadDim),
-                                    forward<T>};
+constexpr VarlenAttention<T> kernel{kTileQueries<T>, scratch_size<T>, forward<T>};
 
 }  // namespace
 

@@ -56,12 +56,14 @@ struct Tiles {
   const int64_t vectors = (queries + lanes - 1) / lanes;
   const int64_t count = (vectors + kTileVectors - 1) / kTileVectors;
 
+  // The first query of a tile; of the one behind the last, how many queries there are.
+  int64_t first(int64_t tile) const { return smaller(vectors * tile / count * lanes, queries); }
+
   // visit(vectors as a constant, first query, queries) of one tile.
   template <class Visit>
   void at(int64_t tile, const Visit& visit) const {
-    const int64_t begin = vectors * tile / count, end = vectors * (tile + 1) / count;
-    const int64_t query = begin * lanes, size = smaller(end * lanes, queries) - query;
-    switch (end - begin) {
+    const int64_t query = first(tile), size = first(tile + 1) - query;
+    switch ((size + lanes - 1) / lanes) {
       case 1:
         return visit(Constant<1>{}, query, size);
       case 2:
@@ -84,6 +86,8 @@ template <class A>
 struct Rows {
   A* data;
   int64_t stride;
+
+  Rows from(int64_t row) const { return {data + row * stride, stride}; }
 };
 
 // --- products ------------------------------------------------------------------------------------
@@ -267,7 +271,7 @@ inline void write_transposed(const Accumulator<T>* from, const Vector<T> (&facto
 
 // The vectors of `count` tokens as accumulators: in place where they lie close together, or copied
 // into scratch[count][dim]. One head of many has its vectors far apart, often in as many pages, and
-// the products pass over them several times.
+// the products pass over them tile after tile.
 template <class T>
 inline Rows<const Accumulator<T>> near(const HeadVectors<const T>& x, int64_t token, int64_t head,
                                        int64_t count, int64_t dim, Accumulator<T>* scratch) {
