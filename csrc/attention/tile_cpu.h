@@ -155,7 +155,7 @@ struct KeyValues {
   A* free;  // the rest of the scratch
 
   static int64_t scratch_size(const VarlenAttentionArgs<T>& args, int64_t keys) {
-    return round_up(keys * (args.head_dim + args.value_dim), kLanes<T>);
+    return keys * (round_up(args.head_dim, kLanes<T>) + round_up(args.value_dim, kLanes<T>));
   }
 
   // Of the queries [query, query + count).
@@ -165,7 +165,8 @@ struct KeyValues {
     const int64_t keys = larger(0, tile.end - tile.begin), token = tile.first_key + tile.begin;
     first = tile.begin;
     k = near(args.k, token, tile.group, keys, args.head_dim, scratch);
-    v = near(args.v, token, tile.group, keys, args.value_dim, scratch + keys * args.head_dim);
+    v = near(args.v, token, tile.group, keys, args.value_dim,
+             scratch + keys * round_up(args.head_dim, kLanes<T>));
     free = scratch + scratch_size(args, keys);
   }
 

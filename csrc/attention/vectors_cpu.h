@@ -144,22 +144,6 @@ void add_outer(Rows<A> sums, int64_t count_rows, int64_t dim, const A* weights, 
   if (left) columns(Constant<1>{}, c);
 }
 
-// to[c][0..width) += sum_j x[j][c] weights[j][0..width) over j < count, for all c < dim.
-template <int vectors, class A>
-void add_columns(A* to, int64_t dim, Rows<const A> x, const A* weights, int64_t count) {
-  constexpr int64_t lanes = kLanes<A>, width = vectors * lanes;
-  for_rows(dim, [&]<int rows>(Constant<rows>, int64_t c) {
-    Vector<A> total[rows][vectors];
-    for (int r = 0; r < rows; ++r) {
-      for (int i = 0; i < vectors; ++i) total[r][i] = load(to + (c + r) * width + i * lanes);
-    }
-    multiply_add(total, x.data + c, 1, x.stride, weights, width, count);
-    for (int r = 0; r < rows; ++r) {
-      for (int i = 0; i < vectors; ++i) store(to + (c + r) * width + i * lanes, total[r][i]);
-    }
-  });
-}
-
 // --- memory --------------------------------------------------------------------------------------
 
 // `count` values of a vector, zero in the lanes beyond.
@@ -238,72 +222,71 @@ inline void read_transposed(const T* from, int64_t stride, int64_t count, int64_
   });
 }
 
-// to[i][c] = factor[i] from[c][i], zero where the factor is infinite.
+// to[i][c] = from[c][i].
 template <int vectors, class T>
-inline void write_transposed(const Accumulator<T>* from, const Vector<T> (&factor)[vectors],
-                             int64_t count, int64_t dim, T* to, int64_t stride) {
+inline void write_transposed(const T* from, int64_t count, int64_t dim, T* to, int64_t stride) {
   constexpr int lanes = kLanes<T>;
-  for (int64_t i = 0; i < vectors; ++i) {
-    const int64_t rows = smaller(lanes, count - i * lanes);
-    T* const row = to + i * lanes * stride;
+  for (int64_t i = 0; i < count; i += lanes) {
     for (int64_t c = 0; c < dim; c += lanes) {
       Vector<T> x[lanes];
 #pragma GCC unroll 64
-      for (int lane = 0; lane < lanes; ++lane) {
-        const Vector<T> o = factor[i] * load(from + ((c + lane) * vectors + i) * lanes);
-        x[lane] = factor[i] == Accumulator<T>(INFINITY) ? Vector<T>{} : o;
-      }
+      for (int lane = 0; lane < lanes; ++lane)
+        x[lane] = load(from + (c + lane) * vectors * lanes + i);
       transpose(x);
-      if (rows == lanes && c + lanes <= dim) {  // from registers
+      Vector<T> rows[lanes];
 #pragma GCC unroll 64
-        for (int lane = 0; lane < lanes; ++lane) store(row + lane * stride + c, x[lane]);
-      } else {
-        Vector<T> part[lanes];
-#pragma GCC unroll 64
-        for (int lane = 0; lane < lanes; ++lane) part[lane] = x[lane];
-        for (int lane = 0; lane < rows; ++lane) {
-          store_part(row + lane * stride + c, part[lane], dim - c);
-        }
+      for (int lane = 0; lane < lanes; ++lane) rows[lane] = x[lane];
+      for (int64_t lane = 0; lane < smaller(lanes, count - i); ++lane) {
+        store_part(to + (i + lane) * stride + c, rows[lane], dim - c);
       }
     }
   }
 }
 
-// The vectors of `count` tokens as accumulators: in place where they lie close together, or copied
-// into scratch[count][dim]. One head of many has its vectors far apart, often in as many pages, and
-// the products pass over them tile after tile.
+// The vectors of `count` tokens as accumulators, zeros behind each up to a multiple of the lanes:
+// in place where they lie close together, or copied into scratch. One head of many has its vectors
+// far apart, often in as many pages, and the products pass over them tile after tile.
 template <class T>
-inline Rows<const Accumulator<T>> near(const HeadVectors<const T>& x, int64_t token, int64_t head,
-                                       int64_t count, int64_t dim, Accumulator<T>* scratch) {
+Rows<const Accumulator<T>> near(const HeadVectors<const T>& x, int64_t token, int64_t head,
+                                int64_t count, int64_t dim, Accumulator<T>* scratch) {
   constexpr int64_t lanes = kLanes<T>;
   const T* from = x.at(token, head);
   if constexpr (std::is_same_v<T, Accumulator<T>>) {
     constexpr int64_t close = 1024;  // bytes; farther apart, copying paid where it was measured
-    if (x.token_stride * int64_t(sizeof(T)) <= close) return {from, x.token_stride};
-  }
-  for (int64_t i = 0; i < count; ++i, from += x.token_stride) {
-    Accumulator<T>* const to = scratch + i * dim;
-    int64_t c = 0;
-    for (; c + lanes <= dim; c += lanes) store(to + c, load(from + c));
-    if (c < dim) store_part(to + c, load_part(from + c, dim - c), dim - c);
-  }
-  return {scratch, dim};
-}
-
-// The same with zeros behind each up to a multiple of the lanes.
-template <class T>
-Rows<const Accumulator<T>> near_vectors(const HeadVectors<const T>& x, int64_t token, int64_t head,
-                                        int64_t count, int64_t dim, Accumulator<T>* scratch) {
-  constexpr int64_t lanes = kLanes<T>;
-  if (dim % lanes == 0) return near(x, token, head, count, dim, scratch);
-  const T* from = x.at(token, head);
-  const int64_t stride = round_up(dim, lanes);
-  for (int64_t i = 0; i < count; ++i) {
-    for (int64_t c = 0; c < dim; c += lanes) {
-      store(scratch + i * stride + c, load_part(from + i * x.token_stride + c, dim - c));
+    if (dim % lanes == 0 && x.token_stride * int64_t(sizeof(T)) <= close) {
+      return {from, x.token_stride};
     }
   }
+  const int64_t stride = round_up(dim, lanes);
+  for (int64_t i = 0; i < count; ++i, from += x.token_stride) {
+    Accumulator<T>* const to = scratch + i * stride;
+    int64_t c = 0;
+    for (; c + lanes <= dim; c += lanes) store(to + c, load(from + c));
+    if (c < dim) store(to + c, load_part(from + c, dim - c));
+  }
   return {scratch, stride};
+}
+
+// Rows that will be written: stores to lines that are in no cache hold up what comes behind them.
+template <class T>
+void fetch_rows(const HeadVectors<T>& x, int64_t token, int64_t head, int64_t count, int64_t dim) {
+  constexpr int64_t line = 64 / sizeof(T);
+  T* row = x.at(token, head);
+  for (int64_t i = 0; i < count; ++i, row += x.token_stride) {
+    for (int64_t c = 0; c < dim; c += line) __builtin_prefetch(row + c, 1, 2);
+  }
+}
+
+// The way back.
+template <class T>
+void write_rows(Rows<const Accumulator<T>> rows, const HeadVectors<T>& x, int64_t token,
+                int64_t head, int64_t count, int64_t dim) {
+  T* to = x.at(token, head);
+  for (int64_t i = 0; i < count; ++i, to += x.token_stride) {
+    for (int64_t c = 0; c < dim; c += kLanes<T>) {
+      store_part(to + c, load(rows.data + i * rows.stride + c), dim - c);
+    }
+  }
 }
 
 }  // namespace
