@@ -34,6 +34,7 @@ struct Backward : TileOf<T, vectors> {
   A* const keep;          // of dropout, [kKeyBlock][width]
   A* const extra;         // of biases
   const KeyValues<T>& from;
+  NextRows& next;
   V lse[vectors], d[vectors];
 
   static constexpr int64_t scratch_size(int64_t head_dim, int64_t value_dim) {
@@ -41,7 +42,7 @@ struct Backward : TileOf<T, vectors> {
   }
 
   Backward(const Tile& tile, const VarlenAttentionBackwardArgs<T>& all, const KeyValues<T>& from,
-           A* scratch)
+           NextRows& next, A* scratch)
       : Tile(tile),
         all(all),
         qt(scratch),
@@ -54,7 +55,8 @@ struct Backward : TileOf<T, vectors> {
         slope(ds + kKeyBlock * width),
         keep(slope + kKeyBlock * width),
         extra(keep + kKeyBlock * width),
-        from(from) {}
+        from(from),
+        next(next) {}
 
   void run(Rows<A> dk, Rows<A> dv) {
     // dS is wanted times the scale, in both its products: gradients times the scale give it.
@@ -105,6 +107,7 @@ struct Backward : TileOf<T, vectors> {
     const auto k = from.keys(first), v = from.values(first);
     for_rows(keys, [&]<int rows>(Constant<rows>, int64_t j) {
       V s[rows][vectors] = {};
+      next.fetch();
       multiply_add(s, v.data + j * v.stride, v.stride, 1, gt, width, args.value_dim);
       for (int r = 0; r < rows; ++r) {
         for (int c = 0; c < vectors; ++c) {
@@ -189,6 +192,24 @@ void backward(const VarlenAttentionBackwardArgs<T>& all, int64_t sequence, int64
     const int64_t runs = positions.run_of(tiles.queries - 1) - positions.run_of(1 - keys) + 1;
     for (int64_t i = 0; i < runs * positions.stride; ++i) from[i] = 0;
   };
+  const auto rows_after = [&](int64_t head) {
+    NextRows next;
+    const int64_t query = args.cu_seqlens_q[sequence];
+    if (++head == last * args.heads_per_group) return next;
+    next.add(args.q, query, head, tiles.queries, args.head_dim);
+    next.add(args.out, query, head, tiles.queries, args.value_dim);
+    next.add(all.grad_out, query, head, tiles.queries, args.value_dim);
+    next.add(all.grad_q, query, head, tiles.queries, args.head_dim);
+    if (head % args.heads_per_group == 0) {
+      const int64_t group = head / args.heads_per_group;
+      next.add(args.k, first_key, group, keys, args.head_dim);
+      next.add(args.v, first_key, group, keys, args.value_dim);
+      next.add(all.grad_k, first_key, group, keys, args.head_dim);
+      next.add(all.grad_v, first_key, group, keys, args.value_dim);
+    }
+    next.spread(tiles.count * ((keys + kRows - 1) / kRows));
+    return next;
+  };
   for (int64_t group = first; group < last; ++group) {
     const KeyValues<T> from(args, sequence, group * args.heads_per_group, 0, tiles.queries,
                             scratch);
@@ -201,6 +222,7 @@ void backward(const VarlenAttentionBackwardArgs<T>& all, int64_t sequence, int64
     fetch_rows(all.grad_v, first_key, group, keys, args.value_dim);
     for (int64_t h = 0; h < args.heads_per_group; ++h) {
       const int64_t head = group * args.heads_per_group + h;
+      NextRows next = rows_after(head);
       clear_position_sums(all.position_query_sums, head);
       if (all.distance_sums) {
         Accumulator<T>* sums = all.distance_sums + head * all.distance_sums_stride +
@@ -210,7 +232,7 @@ void backward(const VarlenAttentionBackwardArgs<T>& all, int64_t sequence, int64
       for (int64_t tile = 0; tile < tiles.count; ++tile) {
         tiles.at(tile, [&]<int vectors>(Constant<vectors>, int64_t query, int64_t count) {
           const TileOf<T, vectors> tile(args, sequence, head, query, count);
-          Backward<T, vectors>(tile, all, from, free).run(dk, dv);
+          Backward<T, vectors>(tile, all, from, next, free).run(dk, dv);
         });
       }
     }
