@@ -7,7 +7,7 @@ beside what transformers' models do, chosen and received attention beside the wh
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -96,24 +96,97 @@ def bench_varlen_attention(row: Any, shape: str, heads: str, who: str) -> None:
     )  # fmt: skip
 
 
-# (sequences, heads, length, head_dim): the shapes of an encoder's training step.
-UNIFORM = [(16, 12, 64, 32), (16, 12, 128, 32), (4, 12, 512, 32), (4, 12, 512, 64)]
+# (sequences, heads, length, head_dim), of one length each, as torch takes them without padding.
+UNIFORM = [
+    (16, 12, 64, 32), (16, 12, 128, 32), (8, 12, 256, 32), (4, 12, 512, 32), (8, 12, 128, 64),
+    (4, 12, 512, 64), (1, 12, 2048, 64),
+]  # fmt: skip
 
 
-def _training_step(shape: tuple[int, int, int, int], who: str, seed: int) -> tuple[Any, ...]:
-    """Results with their graph, the leaves and the gradient that comes in."""
+def _name(shape: tuple[int, int, int, int]) -> str:
+    batch, heads, length, dim = shape
+    return f"{batch} x {length} tokens, {heads} x {dim}"
+
+
+def _forward(shape: tuple[int, int, int, int], who: str, leaves: Sequence[Tensor]) -> Tensor:
+    """Attend within sequences of one length; torch's result comes heads first."""
+    batch, _, length, _ = shape
+    if who.startswith("emblas"):
+        cu_seqlens = torch.arange(batch + 1, dtype=torch.int32) * length
+        q, k, v = leaves
+        return varlen_attention(q, k, v, cu_seqlens, cu_seqlens, length, length)
+    return scaled_dot_product_attention(
+        *(x.unflatten(0, (batch, length)).transpose(1, 2) for x in leaves)
+    )
+
+
+def _projection(shape: tuple[int, int, int, int], seed: int) -> tuple[Tensor, ...]:
+    """Queries, keys and values as one projection makes them."""
     generator = torch.Generator().manual_seed(seed)
     batch, heads, length, dim = shape
-    qkv = torch.randn(batch * length, 3, heads, dim, generator=generator)
-    grad = torch.randn(batch * length, heads, dim, generator=generator)
+    return torch.randn(batch * length, 3, heads, dim, generator=generator).unbind(1)
+
+
+@pytest.mark.parametrize("who", ["emblas", "torch SDPA"])
+@pytest.mark.parametrize("shape", UNIFORM, ids=str)
+def bench_uniform(row: Any, shape: tuple[int, int, int, int], who: str) -> None:
+    batch, heads, length, dim = shape
+    row(
+        "attention", "varlen_attention, one length", who, shape=_name(shape), dtype="float32",
+        call=lambda *leaves: _forward(shape, who, leaves),
+        inputs=rotate(lambda seed: _projection(shape, seed), batch * heads * length * dim * 16),
+        flops=4 * batch * heads * length**2 * dim, seconds=0.7,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("who", ["emblas", "emblas, float32", "torch SDPA"])
+@pytest.mark.parametrize("shape", [(8, 12, 128, 64), (4, 12, 512, 64)], ids=str)
+def bench_bfloat16(row: Any, shape: tuple[int, int, int, int], who: str) -> None:
+    batch, heads, length, dim = shape
+    dtype = torch.float32 if who == "emblas, float32" else torch.bfloat16
+
+    def inputs(seed: int) -> tuple[Tensor, ...]:
+        return tuple(x.to(dtype) for x in _projection(shape, seed))
+
+    row(
+        "attention", "varlen_attention, one length", who, shape=_name(shape), dtype="bfloat16",
+        call=lambda *leaves: _forward(shape, who, leaves),
+        inputs=rotate(inputs, batch * heads * length * dim * 4 * dtype.itemsize),
+        flops=4 * batch * heads * length**2 * dim, seconds=0.7,
+    )  # fmt: skip
+
+
+WINDOW, DOCUMENT = 64, 4096
+
+
+@pytest.mark.parametrize("who", ["emblas", "emblas, all keys", "torch SDPA, mask"])
+def bench_window(row: Any, who: str) -> None:
+    shape = (1, 12, DOCUMENT, 64)
+    cu_seqlens = torch.tensor([0, DOCUMENT], dtype=torch.int32)
+    positions = torch.arange(DOCUMENT)
+    mask = (positions - positions[:, None]).abs() <= WINDOW
+
+    def call(*leaves: Tensor) -> Tensor:
+        if who == "torch SDPA, mask":
+            queries, keys, values = _heads_first(*leaves, 0, DOCUMENT)  # type: ignore[misc]
+            return scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
+        window = (WINDOW, WINDOW) if who == "emblas" else (-1, -1)
+        return varlen_attention(
+            *leaves, cu_seqlens, cu_seqlens, DOCUMENT, DOCUMENT, window_size=window
+        )
+
+    row(
+        "attention", f"varlen_attention, window of {WINDOW}", who, shape=_name(shape),
+        dtype="float32", call=call, inputs=[_projection(shape, 0)],
+        flops=4 * 12 * int(mask.sum()) * 64, seconds=0.7,
+    )  # fmt: skip
+
+
+def _graph(out: Callable[..., Tensor], tensors: Sequence[Tensor], grad: Tensor) -> Any:
+    """Results with their graph, the leaves and the gradient that comes in."""
     with torch.inference_mode(False), torch.enable_grad():
-        q, k, v = leaves = [x.clone().requires_grad_() for x in qkv.unbind(1)]
-        if who == "emblas":
-            cu_seqlens = torch.arange(batch + 1, dtype=torch.int32) * length
-            return varlen_attention(q, k, v, cu_seqlens, cu_seqlens, length, length), leaves, grad
-        views = [x.unflatten(0, (batch, length)).transpose(1, 2) for x in leaves]
-        padded = grad.unflatten(0, (batch, length)).transpose(1, 2)
-        return scaled_dot_product_attention(*views), leaves, padded
+        leaves = [x.clone().requires_grad_() for x in tensors]
+        return out(leaves), leaves, grad
 
 
 def _gradients(out: Tensor, leaves: list[Tensor], grad: Tensor) -> tuple[Tensor, ...]:
@@ -125,13 +198,47 @@ def _gradients(out: Tensor, leaves: list[Tensor], grad: Tensor) -> tuple[Tensor,
 @pytest.mark.parametrize("shape", UNIFORM, ids=str)
 def bench_varlen_attention_backward(row: Any, shape: tuple[int, int, int, int], who: str) -> None:
     batch, heads, length, dim = shape
-    inputs = rotate(
-        lambda seed: _training_step(shape, who, seed), batch * heads * length * dim * 32
-    )
+
+    def step(seed: int) -> Any:
+        leaves = _projection(shape, seed)
+        grad = torch.randn(batch * length, heads, dim)
+        if who != "emblas":
+            grad = grad.unflatten(0, (batch, length)).transpose(1, 2)
+        return _graph(lambda leaves: _forward(shape, who, leaves), leaves, grad)
+
+    row(
+        "attention", "varlen_attention backward", who, shape=_name(shape), dtype="float32",
+        call=_gradients, inputs=rotate(step, batch * heads * length * dim * 32),
+        flops=10 * batch * heads * length**2 * dim, seconds=0.7,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("who", ["emblas", "torch SDPA, padded"])
+@pytest.mark.parametrize("heads", ["12 x 32", "12 x 64"])
+@pytest.mark.parametrize("shape", ["mixed", "long"])
+def bench_ragged_backward(row: Any, shape: str, heads: str, who: str) -> None:
+    count, dim = HEADS[heads]
+    sequences, mean = SHAPES[shape]
+    pairs: list[int] = []
+
+    def step(seed: int) -> Any:
+        *qkv, cu_seqlens, longest, padded, mask = _batch(shape, count, dim, seed)
+        pairs.append(int(cu_seqlens.diff().square().sum()))
+        rest = cu_seqlens, longest, padded, mask
+        if who == "emblas":
+            return _graph(lambda x: _emblas(*x, *rest), qkv, torch.randn_like(qkv[0]))
+        grad = padded.new_zeros(*mask.shape, count, dim)
+        grad[mask] = torch.randn_like(qkv[0])
+        return _graph(
+            lambda x: _padded(*qkv, cu_seqlens, longest, x[0], mask), [padded],
+            grad.transpose(1, 2),
+        )  # fmt: skip
+
+    inputs = rotate(step, sequences * mean * count * dim * 32)
     row(
         "attention", "varlen_attention backward", who,
-        shape=f"{batch} x {length} tokens, {heads} x {dim}", dtype="float32", call=_gradients,
-        inputs=inputs, flops=10 * batch * heads * length**2 * dim, seconds=0.7,
+        shape=f"{shape}: {sequences} x ~{mean} tokens, {heads}", dtype="float32", call=_gradients,
+        inputs=inputs, flops=10 * sum(pairs) // len(pairs) * count * dim, seconds=0.7,
     )  # fmt: skip
 
 

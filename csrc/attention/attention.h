@@ -148,8 +148,8 @@ struct VarlenAttention {
   // One item is a tile of at most so many queries of one sequence and head; the items of a sequence
   // are numbered head by head.
   int64_t tile_queries;
-  // Accumulators of scratch, 64-byte aligned, that forward needs.
-  int64_t scratch_size;
+  // Accumulators of scratch, 64-byte aligned, that the first `batch` sequences need.
+  int64_t (*scratch_size)(const VarlenAttentionArgs<T>&, int64_t batch);
   // Items [first, last) of one sequence.
   void (*forward)(const VarlenAttentionArgs<T>&, int64_t sequence, int64_t first, int64_t last,
                   Accumulator<T>* scratch);
@@ -179,8 +179,8 @@ struct VarlenAttentionBackwardArgs {
 
 template <class T>
 struct VarlenAttentionBackward {
-  // Accumulators of scratch, 64-byte aligned, for sequences of at most `keys` keys.
-  int64_t (*scratch_size)(const VarlenAttentionBackwardArgs<T>&, int64_t keys);
+  // Accumulators of scratch, 64-byte aligned, that the first `batch` sequences need.
+  int64_t (*scratch_size)(const VarlenAttentionBackwardArgs<T>&, int64_t batch);
   // Key heads [first, last) of one sequence, each with its group of query heads.
   void (*backward)(const VarlenAttentionBackwardArgs<T>&, int64_t sequence, int64_t first,
                    int64_t last, Accumulator<T>* scratch);

@@ -54,7 +54,7 @@ py::array varlen_attention_array(const Array<T>& q, const Array<T>& k, const Arr
     check_array(valid_cu_seqlens(args.cu_seqlens_q, batch, tokens), message);
     check_array(valid_cu_seqlens(args.cu_seqlens_k, batch, key_tokens), message);
     const auto& kernel = kernels<AttentionKernels>().of(T{});
-    const AlignedArray<T> scratch = aligned_array<T>(kernel.scratch_size);
+    const AlignedArray<T> scratch = aligned_array<T>(kernel.scratch_size(args, batch));
     for (int64_t b = 0; b < batch; ++b) {
       const int64_t queries = args.cu_seqlens_q[b + 1] - args.cu_seqlens_q[b];
       const int64_t tiles = (queries + kernel.tile_queries - 1) / kernel.tile_queries;

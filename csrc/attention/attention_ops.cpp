@@ -164,7 +164,8 @@ std::tuple<Tensor, Tensor> varlen_attention(
         inputs.args<T>(new_head_vectors<T>(out), return_lse ? write<A>(lse) : nullptr, prepared);
     const auto& kernel = kernels<AttentionKernels>().of(element);
     for_items<A>(
-        inputs.batch(), (args.head_dim + args.value_dim) * int64_t(sizeof(T)), kernel.scratch_size,
+        inputs.batch(), (args.head_dim + args.value_dim) * int64_t(sizeof(T)),
+        kernel.scratch_size(args, inputs.batch()),
         [&](int64_t b) {
           return Work{heads * tiles_of(args, b, kernel.tile_queries),
                       keys_read(args, b, kernel.tile_queries)};
@@ -246,13 +247,9 @@ Gradients gradients(const Inputs& inputs, const Tensor& grad_out,
     const VarlenAttentionArgs<T>& forward = args.forward;
     const auto& kernel = kernels<AttentionBackwardKernels>().of(element);
     const int64_t tile = kernels<AttentionKernels>().of(element).tile_queries;
-    int64_t longest = 0;
-    for (int64_t b = 0; b < inputs.batch(); ++b) {
-      longest = std::max<int64_t>(longest, forward.cu_seqlens_k[b + 1] - forward.cu_seqlens_k[b]);
-    }
     for_items<A>(
         inputs.batch(), 2 * (forward.head_dim + forward.value_dim) * int64_t(sizeof(T)),
-        kernel.scratch_size(args, longest),
+        kernel.scratch_size(args, inputs.batch()),
         [&](int64_t b) {
           return Work{inputs.key_heads(), std::max<int64_t>(1, tiles_of(forward, b, tile)) *
                                               forward.heads_per_group *

@@ -101,12 +101,12 @@ template <class A, int vectors>
   }
 }
 
-// What ds (times the scale) gives to dqt, to the rows of dk, and to the sums of the sequence's
-// runs (null: unwanted).
+// What ds (times the scale) gives to the rows of dq and dk, and to the sums of the sequence's runs
+// (null: unwanted).
 template <class A, int vectors>
 [[gnu::noinline]] void add_position_gradients(const Place<A>& place, int64_t first, int64_t keys,
                                               const A* ds, Rows<const A> q, Rows<const A> k,
-                                              int64_t head_dim, A* dqt, Rows<A> dk, A* key_sums,
+                                              int64_t head_dim, Rows<A> dq, Rows<A> dk, A* key_sums,
                                               A* query_sums, A* scratch) {
   constexpr int64_t width = vectors * kLanes<A>;
   const auto& positions = place.args.positions;
@@ -128,9 +128,8 @@ template <class A, int vectors>
   };
   if (positions.keys) {
     fold(width, 0, 1);
-    add_columns<vectors>(dqt, head_dim,
-                         vectors_of(positions, positions.keys, place.group, runs.first), scratch,
-                         runs.count);
+    add_outer(dq, place.count, head_dim, scratch, 1, width,
+              vectors_of(positions, positions.keys, place.group, runs.first), runs.count);
     if (key_sums) {
       add_outer(sums_of(key_sums), runs.count, head_dim, scratch, width, 1, q, place.count);
     }

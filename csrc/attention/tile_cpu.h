@@ -139,5 +139,40 @@ struct TileOf {
   }
 };
 
+inline int64_t longest(const int32_t* cu_seqlens, int64_t batch) {
+  int64_t length = 0;
+  for (int64_t b = 0; b < batch; ++b) length = larger(length, cu_seqlens[b + 1] - cu_seqlens[b]);
+  return length;
+}
+
+// The keys and values that some queries of one head see, as accumulators.
+template <class T>
+struct KeyValues {
+  using A = Accumulator<T>;
+
+  int64_t first;  // of the keys
+  Rows<const A> k, v;
+  A* free;  // the rest of the scratch
+
+  static int64_t scratch_size(const VarlenAttentionArgs<T>& args, int64_t keys) {
+    return keys * (round_up(args.head_dim, kLanes<T>) + round_up(args.value_dim, kLanes<T>));
+  }
+
+  // Of the queries [query, query + count).
+  KeyValues(const VarlenAttentionArgs<T>& args, int64_t sequence, int64_t head, int64_t query,
+            int64_t count, A* scratch) {
+    const TileOf<T, 1> tile(args, sequence, head, query, count);
+    const int64_t keys = larger(0, tile.end - tile.begin), token = tile.first_key + tile.begin;
+    first = tile.begin;
+    k = near(args.k, token, tile.group, keys, args.head_dim, scratch);
+    v = near(args.v, token, tile.group, keys, args.value_dim,
+             scratch + keys * round_up(args.head_dim, kLanes<T>));
+    free = scratch + scratch_size(args, keys);
+  }
+
+  Rows<const A> keys(int64_t key) const { return k.from(key - first); }
+  Rows<const A> values(int64_t key) const { return v.from(key - first); }
+};
+
 }  // namespace
 }  // namespace emblas

@@ -1,10 +1,11 @@
 // Packed attention on a CPU: backward, the five products of a pair in one pass.
 //
 // A task is one sequence and key head. Tiles of queries meet blocks of keys: scores P and then dS,
-// [keys][queries], are made from S = K Qt and dP = V Gt as in forward; dQt[c][queries] += K[j][c]
-// dS[j][queries] stays with the tile; dK[j][c] += dS[j][i] Q[i][c] and dV[j][c] += P[j][i] G[i][c]
-// have the elements c across the lanes and are added to the rows of the keys, tile after tile and
-// head after head in a fixed order: nothing is atomic, and the bits depend on the sequence alone.
+// [keys][queries], are made from S = K Qt and dP = V Gt as in forward. The other three products
+// have the elements c across the lanes: dQ[i][c] += dS[j][i] K[j][c] stays with the tile, and
+// dK[j][c] += dS[j][i] Q[i][c] and dV[j][c] += P[j][i] G[i][c] are added to the rows of the keys,
+// tile after tile and head after head in a fixed order: nothing is atomic, and the bits depend on
+// the sequence alone.
 //
 // The multiply-adds limit it, 5 d for each vector of scores.
 #include "attention/tile_cpu.h"
@@ -12,30 +13,6 @@
 
 namespace emblas {
 namespace {
-
-// Where the gradients of the keys of one sequence and head are summed: the result itself, or
-// scratch where its rows are too narrow for vectors or for sums.
-template <class T>
-Rows<Accumulator<T>> sums(const HeadVectors<T>& grad, int64_t token, int64_t head, int64_t dim,
-                          Accumulator<T>*& scratch, int64_t keys) {
-  constexpr int64_t lanes = kLanes<T>;
-  if constexpr (std::is_same_v<T, Accumulator<T>>) {
-    if (dim % lanes == 0) return {grad.at(token, head), grad.token_stride};
-  }
-  const int64_t stride = round_up(dim, lanes);
-  Accumulator<T>* rows = scratch;
-  scratch += keys * stride;
-  return {rows, stride};
-}
-template <class T>
-void write_sums(Rows<Accumulator<T>> rows, int64_t keys, int64_t dim, T* to, int64_t stride) {
-  if (static_cast<void*>(rows.data) == to) return;
-  for (int64_t j = 0; j < keys; ++j) {
-    for (int64_t c = 0; c < dim; c += kLanes<T>) {
-      store_part(to + j * stride + c, load(rows.data + j * rows.stride + c), dim - c);
-    }
-  }
-}
 
 template <class T, int vectors>
 struct Backward : TileOf<T, vectors> {
@@ -48,35 +25,38 @@ struct Backward : TileOf<T, vectors> {
   const int64_t value_dim = round_up(args.value_dim, lanes);
   // Of grad_out: the scale, except where sums of dS itself are wanted.
   const A factor = all.unscaled() ? A(1) : args.scale;
-  A *const qt, *const dqt;  // [head_dim][width]
-  A* const gt;              // [value_dim][width]
-  A *const q, *const g;     // [width][head_dim], [width][value_dim]
-  A *const p, *const ds;    // [kKeyBlock][width]
-  A* const slope;           // of the softcap, [kKeyBlock][width]
-  A* const block;           // [kKeyBlock][head_dim or value_dim]
-  A* const keep;            // of dropout, [kKeyBlock][width]
-  A* const extra;           // of biases
+  A* const qt;            // [head_dim][width]
+  A* const gt;            // [value_dim][width]
+  A *const q, *const dq;  // [width][head_dim]
+  A* const g;             // [width][value_dim]
+  A *const p, *const ds;  // [kKeyBlock][width]
+  A* const slope;         // of the softcap, [kKeyBlock][width]
+  A* const keep;          // of dropout, [kKeyBlock][width]
+  A* const extra;         // of biases
+  const KeyValues<T>& from;
+  NextRows& next;
   V lse[vectors], d[vectors];
 
   static constexpr int64_t scratch_size(int64_t head_dim, int64_t value_dim) {
-    return 3 * (head_dim + value_dim) * width + 4 * kKeyBlock * width +
-           kKeyBlock * larger(head_dim, value_dim) + bias_scratch(head_dim);
+    return 3 * (head_dim + value_dim) * width + 4 * kKeyBlock * width + bias_scratch(head_dim);
   }
 
-  Backward(const Tile& tile, const VarlenAttentionBackwardArgs<T>& all, A* scratch)
+  Backward(const Tile& tile, const VarlenAttentionBackwardArgs<T>& all, const KeyValues<T>& from,
+           NextRows& next, A* scratch)
       : Tile(tile),
         all(all),
         qt(scratch),
-        dqt(qt + head_dim * width),
-        gt(dqt + head_dim * width),
+        gt(qt + head_dim * width),
         q(gt + value_dim * width),
-        g(q + head_dim * width),
+        dq(q + head_dim * width),
+        g(dq + head_dim * width),
         p(g + value_dim * width),
         ds(p + kKeyBlock * width),
         slope(ds + kKeyBlock * width),
-        block(slope + kKeyBlock * width),
-        keep(block + kKeyBlock * larger(head_dim, value_dim)),
-        extra(keep + kKeyBlock * width) {}
+        keep(slope + kKeyBlock * width),
+        extra(keep + kKeyBlock * width),
+        from(from),
+        next(next) {}
 
   void run(Rows<A> dk, Rows<A> dv) {
     // dS is wanted times the scale, in both its products: gradients times the scale give it.
@@ -85,22 +65,19 @@ struct Backward : TileOf<T, vectors> {
     read_transposed<vectors>(all.grad_out.at(first_query, head), all.grad_out.token_stride, count,
                              args.value_dim, factor, gt);
     read_rows();
-    const auto q_rows = near_vectors(args.q, first_query, head, count, args.head_dim, q);
-    const auto g_rows = near_vectors(all.grad_out, first_query, head, count, args.value_dim, g);
-    for (int64_t i = 0; i < args.head_dim * width; i += lanes) store(dqt + i, V{});
+    const auto q_rows = near(args.q, first_query, head, count, args.head_dim, q);
+    const auto g_rows = near(all.grad_out, first_query, head, count, args.value_dim, g);
+    for (int64_t i = 0; i < count * head_dim; i += lanes) store(dq + i, V{});
+    fetch_rows(all.grad_q, first_query, head, count, args.head_dim);
     for (int64_t key = Tile::begin; key < Tile::end; key += kKeyBlock) {
       const int64_t keys = smaller(kKeyBlock, Tile::end - key);
       if (!Tile::sees(key, keys)) continue;
-      const Rows<A> dk_rows{dk.data + key * dk.stride, dk.stride};
+      const Rows<A> dk_rows = dk.from(key);
       weigh(key, keys, q_rows, dk_rows);
-      add_outer({dv.data + key * dv.stride, dv.stride}, keys, args.value_dim, p, width, 1, g_rows,
-                count);
+      add_outer(dv.from(key), keys, args.value_dim, p, width, 1, g_rows, count);
       add_outer(dk_rows, keys, args.head_dim, ds, width, 1, q_rows, count);
     }
-    V one[vectors];
-    for (int c = 0; c < vectors; ++c) one[c] = broadcast<V>(A(1));
-    write_transposed(dqt, one, count, args.head_dim, all.grad_q.at(first_query, head),
-                     all.grad_q.token_stride);
+    write_rows<T>({dq, head_dim}, all.grad_q, first_query, head, count, args.head_dim);
   }
 
   // lse in base 2, and d = factor D.
@@ -122,15 +99,15 @@ struct Backward : TileOf<T, vectors> {
     }
   }
 
-  // p, ds and the share of dqt of the keys [first, first + keys), with what their biases add to it
+  // p, ds and the share of dq of the keys [first, first + keys), with what their biases add to it
   // and to the rows of dk.
   void weigh(int64_t first, int64_t keys, Rows<const A> q_rows, Rows<A> dk) {
     const bool dropped = args.scores.dropout.seeds;
     V unused[vectors] = {};
-    const int64_t token = Tile::first_key + first;
-    const auto v = near(args.v, token, Tile::group, keys, args.value_dim, block);
+    const auto k = from.keys(first), v = from.values(first);
     for_rows(keys, [&]<int rows>(Constant<rows>, int64_t j) {
       V s[rows][vectors] = {};
+      next.fetch();
       multiply_add(s, v.data + j * v.stride, v.stride, 1, gt, width, args.value_dim);
       for (int r = 0; r < rows; ++r) {
         for (int c = 0; c < vectors; ++c) {
@@ -144,7 +121,6 @@ struct Backward : TileOf<T, vectors> {
         store(ds + i, load(keep + i) * load(ds + i) - d[i / lanes % vectors]);
       }
     }
-    const auto k = near(args.k, token, Tile::group, keys, args.head_dim, block);
     Tile::score(k, qt, first, keys, p, unused, slope, extra);
     exponentiate<A>(p, keys, lse, unused);
     for (int64_t i = 0; i < keys * width; i += lanes) store(ds + i, load(p + i) * load(ds + i));
@@ -157,7 +133,7 @@ struct Backward : TileOf<T, vectors> {
         store(ds + i, load(slope + i) * load(ds + i));
       }
     }
-    add_columns<vectors>(dqt, args.head_dim, k, ds, keys);
+    add_outer({dq, head_dim}, count, args.head_dim, ds, 1, width, k, keys);
   }
 
   // The gradients of the biases from ds; after it, ds is times the scale.
@@ -169,38 +145,34 @@ struct Backward : TileOf<T, vectors> {
       add_by_distance<A, vectors>(place, first, keys, ds, sums + place.length - 1);
     }
     if (all.grad_pair_bias.data) {
-      V one[vectors];
-      for (int c = 0; c < vectors; ++c) one[c] = broadcast<V>(A(1));
       const auto& grad = all.grad_pair_bias;
-      write_transposed(ds, one, count, keys,
-                       grad.at(place.sequence, head, place.query, place.length) + first,
-                       grad.stride(place.length));
+      write_transposed<vectors>(ds, count, keys,
+                                grad.at(place.sequence, head, place.query, place.length) + first,
+                                grad.stride(place.length));
     }
     if (all.unscaled()) {
       for (int64_t i = 0; i < keys * width; i += lanes) store(ds + i, args.scale * load(ds + i));
     }
     if (args.scores.positions.any()) {
-      // Rows of k in vectors; `block` holds them widened, `keep` is used up.
-      const auto k_rows = near_vectors(args.k, Tile::first_key + first, Tile::group, keys,
-                                       args.head_dim, extra + kColumnScratch);
       const auto& positions = args.scores.positions;
       const auto sums = [&](A* from, int64_t h) -> A* {
         return from ? from + h * all.position_sums_stride + row * positions.stride : nullptr;
       };
-      add_position_gradients<A, vectors>(place, first, keys, ds, q_rows, k_rows, args.head_dim, dqt,
-                                         dk, sums(all.position_key_sums, Tile::group),
-                                         sums(all.position_query_sums, head), extra);
+      add_position_gradients<A, vectors>(
+          place, first, keys, ds, q_rows, from.keys(first), args.head_dim, {dq, head_dim}, dk,
+          sums(all.position_key_sums, Tile::group), sums(all.position_query_sums, head), extra);
     }
   }
 };
 
 template <class T>
-int64_t scratch_size(const VarlenAttentionBackwardArgs<T>& all, int64_t keys) {
+int64_t scratch_size(const VarlenAttentionBackwardArgs<T>& all, int64_t batch) {
   constexpr int64_t lanes = kLanes<T>;
   const int64_t head_dim = round_up(all.forward.head_dim, lanes);
   const int64_t value_dim = round_up(all.forward.value_dim, lanes);
+  const int64_t keys = longest(all.forward.cu_seqlens_k, batch);
   return Backward<T, kTileVectors>::scratch_size(head_dim, value_dim) +
-         keys * (head_dim + value_dim);
+         KeyValues<T>::scratch_size(all.forward, keys) + keys * (head_dim + value_dim);
 }
 
 template <class T>
@@ -220,21 +192,37 @@ void backward(const VarlenAttentionBackwardArgs<T>& all, int64_t sequence, int64
     const int64_t runs = positions.run_of(tiles.queries - 1) - positions.run_of(1 - keys) + 1;
     for (int64_t i = 0; i < runs * positions.stride; ++i) from[i] = 0;
   };
-  for (int64_t group = first; group < last; ++group) {
-    Accumulator<T>* free = scratch;
-    const auto dk = sums(all.grad_k, first_key, group, args.head_dim, free, keys);
-    const auto dv = sums(all.grad_v, first_key, group, args.value_dim, free, keys);
-    for (int64_t j = 0; j < keys; ++j) {
-      for (int64_t c = 0; c < args.head_dim; c += lanes) {
-        store(dk.data + j * dk.stride + c, Vector<T>{});
-      }
-      for (int64_t c = 0; c < args.value_dim; c += lanes) {
-        store(dv.data + j * dv.stride + c, Vector<T>{});
-      }
+  const auto rows_after = [&](int64_t head) {
+    NextRows next;
+    const int64_t query = args.cu_seqlens_q[sequence];
+    if (++head == last * args.heads_per_group) return next;
+    next.add(args.q, query, head, tiles.queries, args.head_dim);
+    next.add(args.out, query, head, tiles.queries, args.value_dim);
+    next.add(all.grad_out, query, head, tiles.queries, args.value_dim);
+    next.add(all.grad_q, query, head, tiles.queries, args.head_dim);
+    if (head % args.heads_per_group == 0) {
+      const int64_t group = head / args.heads_per_group;
+      next.add(args.k, first_key, group, keys, args.head_dim);
+      next.add(args.v, first_key, group, keys, args.value_dim);
+      next.add(all.grad_k, first_key, group, keys, args.head_dim);
+      next.add(all.grad_v, first_key, group, keys, args.value_dim);
     }
+    next.spread(tiles.count * ((keys + kRows - 1) / kRows));
+    return next;
+  };
+  for (int64_t group = first; group < last; ++group) {
+    const KeyValues<T> from(args, sequence, group * args.heads_per_group, 0, tiles.queries,
+                            scratch);
+    const Rows<Accumulator<T>> dk{from.free, round_up(args.head_dim, lanes)};
+    const Rows<Accumulator<T>> dv{dk.from(keys).data, round_up(args.value_dim, lanes)};
+    Accumulator<T>* const free = dv.from(keys).data;
+    for (Accumulator<T>* x = dk.data; x < free; x += lanes) store(x, Vector<T>{});
     clear_position_sums(all.position_key_sums, group);
+    fetch_rows(all.grad_k, first_key, group, keys, args.head_dim);
+    fetch_rows(all.grad_v, first_key, group, keys, args.value_dim);
     for (int64_t h = 0; h < args.heads_per_group; ++h) {
       const int64_t head = group * args.heads_per_group + h;
+      NextRows next = rows_after(head);
       clear_position_sums(all.position_query_sums, head);
       if (all.distance_sums) {
         Accumulator<T>* sums = all.distance_sums + head * all.distance_sums_stride +
@@ -243,12 +231,13 @@ void backward(const VarlenAttentionBackwardArgs<T>& all, int64_t sequence, int64
       }
       for (int64_t tile = 0; tile < tiles.count; ++tile) {
         tiles.at(tile, [&]<int vectors>(Constant<vectors>, int64_t query, int64_t count) {
-          Backward<T, vectors>({args, sequence, head, query, count}, all, free).run(dk, dv);
+          const TileOf<T, vectors> tile(args, sequence, head, query, count);
+          Backward<T, vectors>(tile, all, from, next, free).run(dk, dv);
         });
       }
     }
-    write_sums(dk, keys, args.head_dim, all.grad_k.at(first_key, group), all.grad_k.token_stride);
-    write_sums(dv, keys, args.value_dim, all.grad_v.at(first_key, group), all.grad_v.token_stride);
+    write_rows<T>({dk.data, dk.stride}, all.grad_k, first_key, group, keys, args.head_dim);
+    write_rows<T>({dv.data, dv.stride}, all.grad_v, first_key, group, keys, args.value_dim);
   }
 }
 

@@ -56,12 +56,14 @@ struct Tiles {
   const int64_t vectors = (queries + lanes - 1) / lanes;
   const int64_t count = (vectors + kTileVectors - 1) / kTileVectors;
 
+  // The first query of a tile; of the one behind the last, how many queries there are.
+  int64_t first(int64_t tile) const { return smaller(vectors * tile / count * lanes, queries); }
+
   // visit(vectors as a constant, first query, queries) of one tile.
   template <class Visit>
   void at(int64_t tile, const Visit& visit) const {
-    const int64_t begin = vectors * tile / count, end = vectors * (tile + 1) / count;
-    const int64_t query = begin * lanes, size = smaller(end * lanes, queries) - query;
-    switch (end - begin) {
+    const int64_t query = first(tile), size = first(tile + 1) - query;
+    switch ((size + lanes - 1) / lanes) {
       case 1:
         return visit(Constant<1>{}, query, size);
       case 2:
@@ -84,6 +86,8 @@ template <class A>
 struct Rows {
   A* data;
   int64_t stride;
+
+  Rows from(int64_t row) const { return {data + row * stride, stride}; }
 };
 
 // --- products ------------------------------------------------------------------------------------
@@ -138,22 +142,6 @@ void add_outer(Rows<A> sums, int64_t count_rows, int64_t dim, const A* weights, 
   }
   for (; left >= 2; left -= 2, c += 2 * lanes) columns(Constant<2>{}, c);
   if (left) columns(Constant<1>{}, c);
-}
-
-// to[c][0..width) += sum_j x[j][c] weights[j][0..width) over j < count, for all c < dim.
-template <int vectors, class A>
-void add_columns(A* to, int64_t dim, Rows<const A> x, const A* weights, int64_t count) {
-  constexpr int64_t lanes = kLanes<A>, width = vectors * lanes;
-  for_rows(dim, [&]<int rows>(Constant<rows>, int64_t c) {
-    Vector<A> total[rows][vectors];
-    for (int r = 0; r < rows; ++r) {
-      for (int i = 0; i < vectors; ++i) total[r][i] = load(to + (c + r) * width + i * lanes);
-    }
-    multiply_add(total, x.data + c, 1, x.stride, weights, width, count);
-    for (int r = 0; r < rows; ++r) {
-      for (int i = 0; i < vectors; ++i) store(to + (c + r) * width + i * lanes, total[r][i]);
-    }
-  });
 }
 
 // --- memory --------------------------------------------------------------------------------------
@@ -234,72 +222,114 @@ inline void read_transposed(const T* from, int64_t stride, int64_t count, int64_
   });
 }
 
-// to[i][c] = factor[i] from[c][i], zero where the factor is infinite.
+// to[i][c] = from[c][i].
 template <int vectors, class T>
-inline void write_transposed(const Accumulator<T>* from, const Vector<T> (&factor)[vectors],
-                             int64_t count, int64_t dim, T* to, int64_t stride) {
+inline void write_transposed(const T* from, int64_t count, int64_t dim, T* to, int64_t stride) {
   constexpr int lanes = kLanes<T>;
-  for (int64_t i = 0; i < vectors; ++i) {
-    const int64_t rows = smaller(lanes, count - i * lanes);
-    T* const row = to + i * lanes * stride;
+  for (int64_t i = 0; i < count; i += lanes) {
     for (int64_t c = 0; c < dim; c += lanes) {
       Vector<T> x[lanes];
 #pragma GCC unroll 64
-      for (int lane = 0; lane < lanes; ++lane) {
-        const Vector<T> o = factor[i] * load(from + ((c + lane) * vectors + i) * lanes);
-        x[lane] = factor[i] == Accumulator<T>(INFINITY) ? Vector<T>{} : o;
-      }
+      for (int lane = 0; lane < lanes; ++lane)
+        x[lane] = load(from + (c + lane) * vectors * lanes + i);
       transpose(x);
-      if (rows == lanes && c + lanes <= dim) {  // from registers
+      Vector<T> rows[lanes];
 #pragma GCC unroll 64
-        for (int lane = 0; lane < lanes; ++lane) store(row + lane * stride + c, x[lane]);
-      } else {
-        Vector<T> part[lanes];
-#pragma GCC unroll 64
-        for (int lane = 0; lane < lanes; ++lane) part[lane] = x[lane];
-        for (int lane = 0; lane < rows; ++lane) {
-          store_part(row + lane * stride + c, part[lane], dim - c);
-        }
+      for (int lane = 0; lane < lanes; ++lane) rows[lane] = x[lane];
+      for (int64_t lane = 0; lane < smaller(lanes, count - i); ++lane) {
+        store_part(to + (i + lane) * stride + c, rows[lane], dim - c);
       }
     }
   }
 }
 
-// The vectors of `count` tokens as accumulators: in place where they lie close together, or copied
-// into scratch[count][dim]. One head of many has its vectors far apart, often in as many pages, and
-// the products pass over them several times.
+// The vectors of `count` tokens as accumulators, zeros behind each up to a multiple of the lanes:
+// in place where they lie close together, or copied into scratch. One head of many has its vectors
+// far apart, often in as many pages, and the products pass over them tile after tile.
 template <class T>
-inline Rows<const Accumulator<T>> near(const HeadVectors<const T>& x, int64_t token, int64_t head,
-                                       int64_t count, int64_t dim, Accumulator<T>* scratch) {
+Rows<const Accumulator<T>> near(const HeadVectors<const T>& x, int64_t token, int64_t head,
+                                int64_t count, int64_t dim, Accumulator<T>* scratch) {
   constexpr int64_t lanes = kLanes<T>;
   const T* from = x.at(token, head);
   if constexpr (std::is_same_v<T, Accumulator<T>>) {
     constexpr int64_t close = 1024;  // bytes; farther apart, copying paid where it was measured
-    if (x.token_stride * int64_t(sizeof(T)) <= close) return {from, x.token_stride};
-  }
-  for (int64_t i = 0; i < count; ++i, from += x.token_stride) {
-    Accumulator<T>* const to = scratch + i * dim;
-    int64_t c = 0;
-    for (; c + lanes <= dim; c += lanes) store(to + c, load(from + c));
-    if (c < dim) store_part(to + c, load_part(from + c, dim - c), dim - c);
-  }
-  return {scratch, dim};
-}
-
-// The same with zeros behind each up to a multiple of the lanes.
-template <class T>
-Rows<const Accumulator<T>> near_vectors(const HeadVectors<const T>& x, int64_t token, int64_t head,
-                                        int64_t count, int64_t dim, Accumulator<T>* scratch) {
-  constexpr int64_t lanes = kLanes<T>;
-  if (dim % lanes == 0) return near(x, token, head, count, dim, scratch);
-  const T* from = x.at(token, head);
-  const int64_t stride = round_up(dim, lanes);
-  for (int64_t i = 0; i < count; ++i) {
-    for (int64_t c = 0; c < dim; c += lanes) {
-      store(scratch + i * stride + c, load_part(from + i * x.token_stride + c, dim - c));
+    if (dim % lanes == 0 && x.token_stride * int64_t(sizeof(T)) <= close) {
+      return {from, x.token_stride};
     }
   }
+  const int64_t stride = round_up(dim, lanes);
+  for (int64_t i = 0; i < count; ++i, from += x.token_stride) {
+    Accumulator<T>* const to = scratch + i * stride;
+    int64_t c = 0;
+    for (; c + lanes <= dim; c += lanes) store(to + c, load(from + c));
+    if (c < dim) store(to + c, load_part(from + c, dim - c));
+  }
   return {scratch, stride};
+}
+
+// Rows that will be written: stores to lines that are in no cache hold up what comes behind them.
+template <class T>
+void fetch_rows(const HeadVectors<T>& x, int64_t token, int64_t head, int64_t count, int64_t dim) {
+  constexpr int64_t line = 64 / sizeof(T);
+  T* row = x.at(token, head);
+  for (int64_t i = 0; i < count; ++i, row += x.token_stride) {
+    for (int64_t c = 0; c < dim; c += line) __builtin_prefetch(row + c, 1, 2);
+  }
+}
+
+// Rows of several arrays that are used next, fetched a few at a time while products keep the
+// arithmetic busy.
+class NextRows {
+ public:
+  template <class T>
+  void add(const HeadVectors<T>& x, int64_t token, int64_t head, int64_t count, int64_t dim) {
+    const int64_t size = sizeof(T);
+    arrays_[arrays_used_++] = {reinterpret_cast<const char*>(x.at(token, head)),
+                               x.token_stride * size, dim * size, count};
+    rows_ = larger(rows_, count);
+    bytes_ += count * dim * size;
+  }
+
+  // Spreads them over so many calls of fetch(). Where they would fill the second level of caches,
+  // none is fetched: computing takes so long then that waiting for them doesn't count.
+  void spread(int64_t calls) {
+    constexpr int64_t most = int64_t(1) << 19;
+    rows_per_call_ = bytes_ > most ? 0 : double(rows_) / double(calls);
+  }
+
+  void fetch() {
+    progress_ += rows_per_call_;
+    for (; double(row_) < progress_; ++row_) {
+      for (int i = 0; i < arrays_used_; ++i) {
+        const Array& x = arrays_[i];
+        if (row_ >= x.count) continue;
+        const char* const from = x.data + row_ * x.stride;
+        for (int64_t c = 0; c < x.bytes; c += 64) __builtin_prefetch(from + c, 0, 2);
+      }
+    }
+  }
+
+ private:
+  struct Array {
+    const char* data;
+    int64_t stride, bytes, count;  // of the rows
+  };
+  Array arrays_[8];
+  int arrays_used_ = 0;
+  int64_t rows_ = 0, row_ = 0, bytes_ = 0;
+  double rows_per_call_ = 0, progress_ = 0;
+};
+
+// The way back.
+template <class T>
+void write_rows(Rows<const Accumulator<T>> rows, const HeadVectors<T>& x, int64_t token,
+                int64_t head, int64_t count, int64_t dim) {
+  T* to = x.at(token, head);
+  for (int64_t i = 0; i < count; ++i, to += x.token_stride) {
+    for (int64_t c = 0; c < dim; c += kLanes<T>) {
+      store_part(to + c, load(rows.data + i * rows.stride + c), dim - c);
+    }
+  }
 }
 
 }  // namespace

@@ -98,6 +98,16 @@ def test_queries_and_keys_of_different_lengths(isa):
         )  # fmt: skip
 
 
+def test_queries_without_keys(isa):
+    """They give zero, whatever the values are that others of their tile see."""
+    q, k, v = heads(5, 2, 32), heads(3, 1, 32), torch.full((3, 1, 32), torch.nan)
+    out, lse = varlen_attention(
+        q, k, v, packed((5,)), packed((3,)), 5, 3, causal=True, return_lse=True
+    )
+    assert not out[:2].any()
+    assert (lse[:, :2] == -torch.inf).all()
+
+
 @given(
     lengths=st.lists(st.integers(0, 40), max_size=6),
     dim=st.sampled_from([16, 32, 48, 64]),

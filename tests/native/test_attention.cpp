@@ -49,7 +49,8 @@ void check_attention(int64_t dim, int64_t value_dim, int64_t window, double limi
       .grad_v = {grad_v.data(), value_dim, value_dim}};
   const auto& forward = emblas::kernels<emblas::AttentionKernels>().of(T{});
   const auto& backward = emblas::kernels<emblas::AttentionBackwardKernels>().of(T{});
-  std::vector<T> scratch(forward.scratch_size + backward.scratch_size(args, tokens) + 64);
+  std::vector<T> scratch(forward.scratch_size(args.forward, batch) +
+                         backward.scratch_size(args, batch) + 64);
   for (int64_t b = 0; b < batch; ++b) {
     const int64_t length = cu_seqlens[b + 1] - cu_seqlens[b];
     forward.forward(args.forward, b, 0,
@@ -185,7 +186,8 @@ void check_shaped(int64_t queries, int64_t keys) {
                          .query_stride = -1}};
   const auto& forward = emblas::kernels<emblas::AttentionKernels>().of(T{});
   const auto& backward = emblas::kernels<emblas::AttentionBackwardKernels>().of(T{});
-  std::vector<T> scratch(forward.scratch_size + backward.scratch_size(args, keys) + 64);
+  std::vector<T> scratch(forward.scratch_size(args.forward, 1) + backward.scratch_size(args, 1) +
+                         64);
   forward.forward(args.forward, 0, 0, (queries + forward.tile_queries - 1) / forward.tile_queries,
                   aligned(scratch));
   backward.backward(args, 0, 0, 1, aligned(scratch));
