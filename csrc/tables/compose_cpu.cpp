@@ -7,7 +7,7 @@
 namespace emblas {
 namespace {
 
-constexpr int kMostNumbers = 4096;  // kept at once
+constexpr int kMostNumbers = 2048;  // kept at once
 
 // The rows of consecutive ids of a feature, with their sign bits. Ids are taken a block at a time
 // and the numbers of two blocks are kept, so that those of later ids are known at every id.
@@ -25,8 +25,10 @@ class Numbers {
   void reach(int64_t id) {
     while (filled_ <= id && filled_ < last_) fill();
   }
-  uint32_t of(int64_t id, int64_t part) const {
-    return numbers_[part * size_ + ((id - first_) & (size_ - 1))];
+  uint32_t of(int64_t id, int64_t part) const { return *block(id, part); }
+  // The numbers of a part for most_ahead() ids from a multiple of so many on.
+  const uint32_t* block(int64_t id, int64_t part) const {
+    return numbers_ + part * size_ + ((id - first_) & (size_ - 1));
   }
 
  private:
@@ -42,6 +44,10 @@ class Numbers {
       uint32_t* to = numbers_ + p * size_ + at;
       if (KeyKind(part.kind) == KeyKind::radix) {
         const uint64_t a = uint64_t(part.a), rows = uint64_t(part.rows);
+        if (a == 1 && part.limit > 0 && part.limit <= part.rows) {  // the id itself
+          for (int i = 0; i < count; ++i) to[i] = uint32_t(ids_[i]);
+          continue;
+        }
         for (int i = 0; i < count; ++i) {
           const uint64_t id = uint64_t(ids_[i]), key = a == 1 ? id : id / a;
           to[i] = uint32_t(key < rows ? key : key % rows);  // divisions are slow, and seldom needed
@@ -202,17 +208,113 @@ void for_slots(const ComposeArgs<T>& args, const Feature& feature, int64_t id, c
   }
 }
 
-// Do the tables of a feature pass what a first-level cache and its prefetcher hide?
 template <class T>
-bool is_far(const Feature& feature) {
+Fetch fetch_of(const Feature& feature) {
   int64_t bytes = 0;
   for (int64_t p = 0; p < feature.num_parts; ++p) {
     const Part& part = feature.parts[p];
     const bool again = p > 0 && part.base == feature.parts[p - 1].base;
     if (!again) bytes += part.rows * part.stride * int64_t(sizeof(T));
   }
-  return bytes > kCachedBytes;
+  return fetch_of(bytes);
 }
+
+// The rows of consecutive ids of a feature, id by id and part by part, as sum_bags takes them.
+template <class T>
+class FeatureRows {
+ public:
+  // Of the ids [first, last).
+  FeatureRows(const ComposeArgs<T>& args, const Feature& feature, int64_t first, int64_t last)
+      : numbers_(feature, args.padding_id, first, last),
+        args_(args),
+        feature_(feature),
+        last_(last),
+        begin_(first),
+        end_(first),
+        plain_(!args.weights) {
+    int64_t id_bytes = 0;
+    for (int64_t p = 0; p < feature.num_parts; ++p) {
+      id_bytes += feature.parts[p].width * int64_t(sizeof(T));
+      plain_ &= !feature.parts[p].is_signed;
+    }
+    ahead_ = prefetch_distance(id_bytes);
+    if (ahead_ > numbers_.most_ahead() / 2) ahead_ = numbers_.most_ahead() / 2;
+    for (A& coefficient : coefficients_) coefficient = 1;
+    if (fetch_of<T>(feature) == Fetch::nothing) {
+      ahead_ = 0;
+    } else if (first < last) {
+      reach(first);
+      for (int64_t l = 0; l < ahead_ * feature.num_parts; ++l) {
+        prefetch(rows_[l], feature.parts[l % feature.num_parts].width);
+      }
+    }
+  }
+
+  int64_t rows_per_id() const { return feature_.num_parts; }
+  RowSpan<T> list(int64_t id) {
+    reach(id);
+    const int64_t l = (id - begin_) * feature_.num_parts;
+    return {rows_ + l, coefficients_ + l, ahead_ * feature_.num_parts};
+  }
+  int64_t run_end(int64_t id, int64_t end) const {
+    const int64_t listed = end_ < last_ ? end_ - ahead_ : last_;
+    if (end > listed) end = listed;
+    for (int64_t k = id; args_.padding_id && k < end; ++k) {
+      if (numbers_.of(k, 0) == kNoRow) return k;
+    }
+    return end;
+  }
+
+ private:
+  using A = Accumulator<T>;
+
+  // Lists an id and those up to `ahead_` after it; ids before it are lost.
+  void reach(int64_t id) {
+    while (end_ < last_ && end_ <= id + ahead_) {
+      const int64_t parts = feature_.num_parts, begin = id < end_ ? id : end_;
+      const int64_t from = (begin - begin_) * parts, kept = (end_ - begin) * parts;
+      std::memmove(rows_, rows_ + from, kept * sizeof rows_[0]);
+      if (!plain_) std::memmove(coefficients_, coefficients_ + from, kept * sizeof(A));
+      begin_ = begin;
+      const int block = numbers_.most_ahead();
+      list_block(last_ - end_ < block ? last_ - end_ : block);
+    }
+  }
+
+  void list_block(int64_t count) {
+    const int64_t parts = feature_.num_parts;
+    const T** const to = rows_ + (end_ - begin_) * parts;
+    A* const coefficients = coefficients_ + (end_ - begin_) * parts;
+    numbers_.reach(end_);
+    for (int64_t p = 0; p < parts; ++p) {
+      const uint32_t* numbers = numbers_.block(end_, p);
+      const T* table = args_.table + feature_.parts[p].base;
+      const int64_t stride = feature_.parts[p].stride;
+      for (int64_t k = 0; k < count; ++k) {
+        to[k * parts + p] = table + int64_t(numbers[k] & ~kSignBit) * stride;
+      }
+      for (int64_t k = 0; !plain_ && k < count; ++k) {
+        coefficients[k * parts + p] = sign_of<A>(numbers[k]) *
+                                      id_weight(args_, feature_, end_ + k) *
+                                      part_weight(args_, feature_, end_ + k, p);
+      }
+    }
+    end_ += count;
+    if (end_ == last_) {  // rows after the last are asked for, too
+      for (int64_t l = 0; l < ahead_ * parts; ++l) to[count * parts + l] = args_.table;
+    }
+  }
+
+  Numbers numbers_;
+  const ComposeArgs<T>& args_;
+  const Feature& feature_;
+  const int64_t last_;
+  int64_t begin_, end_;  // the ids that are listed
+  bool plain_;           // all coefficients are 1
+  int ahead_;            // ids
+  const T* rows_[kMostNumbers];
+  A coefficients_[kMostNumbers];
+};
 
 template <class T>
 void forward(const ComposeArgs<T>& args, const Feature& feature, int64_t first, int64_t last,
@@ -224,7 +326,14 @@ void forward(const ComposeArgs<T>& args, const Feature& feature, int64_t first, 
   const auto position = [&](int64_t bag) {  // of the bag's first id, inside the feature
     return feature.offsets ? feature.offsets[bag] - feature.first : bag;
   };
-  const bool far = is_far<T>(feature);
+  const bool single = args.mode != BagMode::max;
+  if (single && slot_end(feature, 0) == feature.num_parts &&
+      (args.combine == Combine::sum || feature.num_parts == 1)) {
+    FeatureRows<T> rows(args, feature, position(first), position(last));
+    return sum_bags(fetch_of<T>(feature), rows, position, first, last, args.mode == BagMode::mean,
+                    width, scratch, out + begin_column, args.dim);
+  }
+  const bool far = fetch_of<T>(feature) != Fetch::nothing;
   int64_t id_bytes = 0;
   for (int64_t p = 0; p < feature.num_parts; ++p) id_bytes += feature.parts[p].width * sizeof(T);
   const int64_t ids_begin = position(first), ids_end = position(last);
@@ -241,10 +350,6 @@ void forward(const ComposeArgs<T>& args, const Feature& feature, int64_t first, 
     numbers.reach(id);
     prefetch_id(id);
   }
-  const bool single = args.mode != BagMode::max;
-  const bool one_sum = single && slot_end(feature, 0) == feature.num_parts &&
-                       (args.combine == Combine::sum || feature.num_parts == 1);
-  RowList<T> list;
   for (int64_t b = first; b < last; ++b) {
     const int64_t begin = position(b), end = position(b + 1);
     T* to = out + b * args.dim + begin_column;
@@ -253,26 +358,13 @@ void forward(const ComposeArgs<T>& args, const Feature& feature, int64_t first, 
       for (int64_t i = 0; i < width; ++i) from[i] = -1;
     }
     int64_t used = 0;
-    const bool in_order = one_sum && end - begin > 1;
-    RowSum<T> sum(list, scratch, width, far);
-    if (in_order) std::memset(scratch, 0, width * sizeof(A));
     for (int64_t id = begin; id < end; ++id) {
       const int64_t later = id + ahead < ids_end ? id + ahead : id;
       numbers.reach(later);
-      if (far && !in_order) prefetch_id(later);
+      if (far) prefetch_id(later);
       if (numbers.of(id, 0) == kNoRow) continue;
       const A weight = id_weight(args, feature, id);
       const auto number = [&](int64_t p) { return numbers.of(id, p); };
-      if (in_order) {
-        ++used;
-        for (int64_t p = 0; p < feature.num_parts; ++p) {
-          const Part& part = feature.parts[p];
-          sum.add(row_of(args.table, part, number(p)),
-                  weight * sign_of<A>(number(p)) * part_weight(args, feature, id, p),
-                  far ? row_of(args.table, part, numbers.of(later, p)) : nullptr);
-        }
-        continue;
-      }
       for_slots(args, feature, id, number, [&](const Slot<T>& slot, int64_t) {
         const int64_t at = slot.column - begin_column;
         if (end - begin == 1 && single) {
@@ -294,7 +386,6 @@ void forward(const ComposeArgs<T>& args, const Feature& feature, int64_t first, 
       }
       ++used;
     }
-    sum.flush();
     if (!used) {
       std::memset(to, 0, width * sizeof(T));
     } else if (end - begin > 1 || !single) {
@@ -370,8 +461,14 @@ void add_lookups(const ComposeGradient<T>& gradient, const Lookup* first, const 
   const ComposeArgs<T>& args = gradient.args;
   const bool product = args.combine == Combine::product, max = args.mode == BagMode::max;
   const int64_t width = gradient.parts[first->part].width;
-  RowList<T> list;
-  RowSum<T> sum(list, total, width, false);
+  constexpr int most = 256;  // rows at once
+  const T* rows[most];
+  A coefficients[most];
+  int count = 0;
+  const auto add_listed = [&] {
+    add_rows<Fetch::nothing, T>(total, total, RowSpan<T>{rows, coefficients, 0}, count, width);
+    count = 0;
+  };
   const int ahead = prefetch_distance(width * int64_t(sizeof(T)));
   const auto grad_row = [&](const Lookup& lookup) {
     const Part& part = gradient.parts[lookup.part];
@@ -395,7 +492,9 @@ void add_lookups(const ComposeGradient<T>& gradient, const Lookup* first, const 
     coefficient *= part_weight(args, feature, lookup->id, own);
     const T* grad = grad_row(*lookup);
     if (!product && !max) {
-      sum.add(grad, coefficient);
+      rows[count] = grad;
+      coefficients[count++] = coefficient;
+      if (count == most) add_listed();
       continue;
     }
     for (int64_t i = 0; i < width; ++i) scratch[i] = coefficient * to_accumulator(grad[i]);
@@ -412,7 +511,7 @@ void add_lookups(const ComposeGradient<T>& gradient, const Lookup* first, const 
     }
     for (int64_t i = 0; i < width; ++i) total[i] += scratch[i];
   }
-  sum.flush();
+  add_listed();
 }
 
 template <class T>

@@ -144,8 +144,8 @@ class RowStream {
       for (int64_t i = id + 1; args_.hashed.padding_id && i < run_end; ++i) {
         if (is_padding(args_.hashed, i)) run_end = i;
       }
-      if (far_) run_end = add_run<true>(id, run_end, total);
-      if (!far_) run_end = add_run<false>(id, run_end, total);
+      if (far_) run_end = add_run<Fetch::first_level>(id, run_end, total);
+      if (!far_) run_end = add_run<Fetch::nothing>(id, run_end, total);
       id = run_end;
     }
     return any;
@@ -161,10 +161,10 @@ class RowStream {
   }
 
   // Adds the rows of the ids [id, end) or of some of them, and returns where it ended.
-  template <bool ahead>
+  template <Fetch ahead>
   int64_t add_run(int64_t id, int64_t end, Accumulator<T>* total) {
     const int64_t* later_rows = numbers_.of(later(id));
-    if constexpr (ahead) {
+    if constexpr (ahead != Fetch::nothing) {
       const int64_t known = numbers_.end_of_run(later(id)) - later(id);
       if (end > id + known) end = id + known;
     }
@@ -176,10 +176,10 @@ class RowStream {
         for (int j = 0; j < num_hashes_; ++j) coefficients_[l++] = weight;
       }
       const RowRun<T, true> run{args_.table, rows, later_rows, coefficients_};
-      add_scaled<ahead, T>(total, run, count, args_.dim);
+      add_rows<ahead, T>(total, total, run, count, args_.dim);
     } else {
       const RowRun<T, false> run{args_.table, rows, later_rows, nullptr};
-      add_scaled<ahead, T>(total, run, count, args_.dim);
+      add_rows<ahead, T>(total, total, run, count, args_.dim);
     }
     return end;
   }
