@@ -276,6 +276,7 @@ void grad_table(const HashBagTableArgs<T>& args, int64_t first, int64_t last,
     A weight;
   } lookups[kBlock * kMaxHashes + 1];
   const int ahead = prefetch_distance(2 * args.dim * int64_t(sizeof(T)));
+  const bool far = (last - first) * args.dim * int64_t(sizeof(A)) > kCachedBytes;
   const int64_t num_hashes = args.hashed.num_hashes;
   const int64_t ids = args.offsets ? args.offsets[args.bags] : args.bags;
   int64_t bag = 0;
@@ -297,7 +298,7 @@ void grad_table(const HashBagTableArgs<T>& args, int64_t first, int64_t last,
       }
     }
     for (int l = 0; l < count; ++l) {
-      if (l + ahead < count) {
+      if (far && l + ahead < count) {
         const Lookup& later = lookups[l + ahead];
         prefetch(total + later.row * args.dim, args.dim);
         prefetch(args.grad_out + later.bag * args.dim, args.dim);
