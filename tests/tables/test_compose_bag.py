@@ -390,38 +390,6 @@ def test_both_ways_to_add_up_agree():
     assert torch.equal(*grads)
 
 
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@pytest.mark.parametrize("combine", ["sum", "product"])
-def test_repeated_ids(dtype, combine):
-    """Gradients of one id are added up first where ids are their own bags; bags are not."""
-    parts = (Part(70, 37, a=3, b=0), Part(70, 37, a=3, b=1, base=70 * 37, signed=True))
-    composition = Composition(parts, combine)
-    distinct = torch.cat([random_ids(149), torch.tensor([0])])
-    ids = distinct[torch.randint(0, 150, (1500,))]
-    grad, bags = torch.randn(1500, 37).to(dtype), packed([1] * 1500)
-    padding = int(ids[7])
-    grads = []
-    for offsets in (None, bags):
-        table = torch.arange(composition.size).sin().to(dtype).requires_grad_()
-        compose_bag(ids, table, composition, offsets, padding_id=padding).backward(grad)
-        grads.append(table.grad)
-    error = 100 * torch.finfo(dtype).eps
-    torch.testing.assert_close(*grads, rtol=error, atol=error)
-    if combine == "sum":
-        spec, rows = TableSpec(70, 2, seed=3), [torch.ones(70, 37, dtype=dtype) for _ in range(3)]
-        for leaf, offsets in zip(rows, (None, bags, None), strict=True):
-            leaf.requires_grad_()
-            sparse = leaf is rows[2]
-            hash_bag(ids, leaf, spec, offsets, padding_id=padding, sparse=sparse).backward(grad)
-        torch.testing.assert_close(rows[0].grad, rows[1].grad, rtol=error, atol=error)
-        assert torch.equal(rows[0].grad, rows[2].grad.to_dense())
-        module = Table(torch.zeros(70, 37, dtype=dtype), spec.composition(37))
-        optim.SGD(module, lr=1.0)
-        compose_bag(ids, module.weight, module.composition, padding_id=padding,
-                    optimizer=module.fused_optimizer).backward(grad)  # fmt: skip
-        assert torch.equal(module.weight, -rows[0].grad)
-
-
 class Table(nn.Module):
     def __init__(self, table, composition):
         super().__init__()
