@@ -207,7 +207,7 @@ def bench_large_table(row: Any, training: bool, who: str) -> None:
     module: Any
     with torch.inference_mode(False):
         if who == "emblas":
-            module = QuotientRemainderEmbedding(rows, dim, 1, combine="sum")
+            module = QuotientRemainderEmbedding(rows, dim, (rows,), combine="sum")
             if training:
                 optim.RowWiseAdagrad(module, lr=0.01)
         elif who == "fbgemm":

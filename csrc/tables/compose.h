@@ -25,6 +25,8 @@
 // owns a range of rows, goes through all lookups in their order and adds up those in its range, so
 // that grad_out is read once, in order, and the rows stay in the cache. Either way a row is added
 // up by one thread, by feature, then id, then part, and an optimizer is applied to it on the spot.
+// Where ids are bags of their own and most of them repeat, both ways work on one sum of gradients
+// for each id (repeats.h): grad_out is read once, not once for each part.
 #pragma once
 
 #include <cstdint>
@@ -109,7 +111,7 @@ struct Compose {
   // grad_weights of the ids [first, last) of one feature, from feature.numbers.
   void (*grad_weights)(const ComposeGradient<T>&, const Feature&, int64_t first, int64_t last,
                        Accumulator<T>* grad_weights);
-  // Adds the gradient of lookups [first, last), all of one row, to total [width].
+  // total [width] = the gradient of lookups [first, last), at least one, all of one row.
   void (*add_lookups)(const ComposeGradient<T>&, const Lookup* first, const Lookup* last,
                       const Lookup* end, Accumulator<T>* total, Accumulator<T>* scratch);
   // Adds the gradients of the rows [first, last) of the table that these parts use, in the order of

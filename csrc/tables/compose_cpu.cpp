@@ -3,107 +3,11 @@
 #include "common/isa.h"
 #include "tables/compose.h"
 #include "tables/lookup.h"
+#include "tables/numbers.h"
+#include "tables/update.h"
 
 namespace emblas {
 namespace {
-
-constexpr int kMostNumbers = 4096;  // kept at once
-
-// The rows of consecutive ids of a feature, with their sign bits. Ids are taken a block at a time
-// and the numbers of two blocks are kept, so that those of later ids are known at every id.
-class Numbers {
- public:
-  // Of the ids [first, last).
-  Numbers(const Feature& feature, const int64_t* padding_id, int64_t first, int64_t last)
-      : feature_(feature), padding_id_(padding_id), first_(first), last_(last), filled_(first) {
-    while (size_ * feature.num_parts > kMostNumbers) size_ /= 2;
-  }
-
-  int most_ahead() const { return size_ / 2; }
-
-  // Makes the rows of an id known; those of ids more than most_ahead() before are lost.
-  void reach(int64_t id) {
-    while (filled_ <= id && filled_ < last_) fill();
-  }
-  uint32_t of(int64_t id, int64_t part) const {
-    return numbers_[part * size_ + ((id - first_) & (size_ - 1))];
-  }
-
- private:
-  static constexpr int lanes = EMBLAS_VECTOR_BYTES / 8;
-
-  void fill() {
-    const int half = size_ / 2, count = last_ - filled_ < half ? int(last_ - filled_) : half;
-    const int at = int((filled_ - first_) & (size_ - 1));
-    for (int i = 0; i < count; ++i) ids_[i] = feature_.ids[(filled_ + i) * feature_.step];
-    const Part* hashed = nullptr;  // the part that words_ belong to
-    for (int64_t p = 0; p < feature_.num_parts; ++p) {
-      const Part& part = feature_.parts[p];
-      uint32_t* to = numbers_ + p * size_ + at;
-      if (KeyKind(part.kind) == KeyKind::radix) {
-        const uint64_t a = uint64_t(part.a), rows = uint64_t(part.rows);
-        for (int i = 0; i < count; ++i) {
-          const uint64_t id = uint64_t(ids_[i]), key = a == 1 ? id : id / a;
-          to[i] = uint32_t(key < rows ? key : key % rows);  // divisions are slow, and seldom needed
-        }
-      } else if (KeyKind(part.kind) == KeyKind::linear) {
-        for (int i = 0; i < count; ++i) {
-          const auto key =
-              (unsigned __int128)(uint64_t(part.a)) * uint64_t(ids_[i]) + uint64_t(part.b);
-          to[i] = uint32_t(uint64_t(key % uint64_t(part.p)) % uint64_t(part.rows));
-        }
-      } else {
-        if (!hashed || hashed->kind != part.kind || hashed->a != part.a ||
-            hashed->b / 4 != part.b / 4) {
-          hash(part, count);
-          hashed = &part;
-        }
-        reduce(part, count, to);
-      }
-    }
-    for (int i = 0; padding_id_ && i < count; ++i) {
-      if (ids_[i] != *padding_id_) continue;
-      for (int64_t p = 0; p < feature_.num_parts; ++p) numbers_[p * size_ + at + i] = kNoRow;
-    }
-    filled_ += count;
-  }
-
-  void hash(const Part& part, int count) {
-    const auto family =
-        KeyKind(part.kind) == KeyKind::murmur3 ? HashFamily::murmur3 : HashFamily::splitmix64;
-    for (int i = 0; i < count; i += lanes) {  // lanes past the count hold ids of before
-      vuint64 id;
-      std::memcpy(&id, ids_ + i, sizeof id);
-      const Hash128<vuint64> words = four_keys(family, uint32_t(part.a), id, int(part.b / 4));
-      std::memcpy(words_[0] + i, &words.low, sizeof id);
-      std::memcpy(words_[1] + i, &words.high, sizeof id);
-    }
-  }
-
-  void reduce(const Part& part, int count, uint32_t* to) const {
-    const VectorModulo modulo(uint64_t(part.rows));
-    const uint64_t* words = words_[part.b / 2 % 2];
-    const uint64_t sign = part.is_signed ? kSignBit : 0;
-    for (int i = 0; i < count; i += lanes) {
-      vuint64 word;
-      std::memcpy(&word, words + i, sizeof word);
-      const vuint64 key = part.b % 2 ? word >> 32 : word & 0xffffffff;
-      const vuint64 number = modulo(key) | (key & sign);
-      for (int lane = 0; lane < lanes && i + lane < count; ++lane) {
-        to[i + lane] = uint32_t(number[lane]);
-      }
-    }
-  }
-
-  const Feature& feature_;
-  const int64_t* padding_id_;
-  const int64_t first_, last_;
-  int64_t filled_;         // the ids before it are done
-  int size_ = 2 * kBlock;  // of a part's numbers, a power of two
-  alignas(64) int64_t ids_[kBlock] = {};
-  alignas(64) uint64_t words_[2][kBlock];
-  alignas(64) uint32_t numbers_[kMostNumbers];
-};
 
 void write_numbers(const Feature& feature, const int64_t* padding_id, int64_t first, int64_t last) {
   Numbers numbers(feature, padding_id, first, last);
@@ -202,17 +106,113 @@ void for_slots(const ComposeArgs<T>& args, const Feature& feature, int64_t id, c
   }
 }
 
-// Do the tables of a feature pass what a first-level cache and its prefetcher hide?
 template <class T>
-bool is_far(const Feature& feature) {
+Fetch fetch_of(const Feature& feature) {
   int64_t bytes = 0;
   for (int64_t p = 0; p < feature.num_parts; ++p) {
     const Part& part = feature.parts[p];
     const bool again = p > 0 && part.base == feature.parts[p - 1].base;
     if (!again) bytes += part.rows * part.stride * int64_t(sizeof(T));
   }
-  return bytes > kCachedBytes;
+  return fetch_of(bytes);
 }
+
+// The rows of consecutive ids of a feature, id by id and part by part, as sum_bags takes them.
+template <class T>
+class FeatureRows {
+ public:
+  // Of the ids [first, last).
+  FeatureRows(const ComposeArgs<T>& args, const Feature& feature, int64_t first, int64_t last)
+      : numbers_(feature, args.padding_id, first, last),
+        args_(args),
+        feature_(feature),
+        last_(last),
+        begin_(first),
+        end_(first),
+        plain_(!args.weights) {
+    int64_t id_bytes = 0;
+    for (int64_t p = 0; p < feature.num_parts; ++p) {
+      id_bytes += feature.parts[p].width * int64_t(sizeof(T));
+      plain_ &= !feature.parts[p].is_signed;
+    }
+    ahead_ = prefetch_distance(id_bytes);
+    if (ahead_ > numbers_.most_ahead() / 2) ahead_ = numbers_.most_ahead() / 2;
+    for (A& coefficient : coefficients_) coefficient = 1;
+    if (fetch_of<T>(feature) == Fetch::nothing) {
+      ahead_ = 0;
+    } else if (first < last) {
+      reach(first);
+      for (int64_t l = 0; l < ahead_ * feature.num_parts; ++l) {
+        prefetch(rows_[l], feature.parts[l % feature.num_parts].width);
+      }
+    }
+  }
+
+  int64_t rows_per_id() const { return feature_.num_parts; }
+  RowSpan<T> list(int64_t id) {
+    reach(id);
+    const int64_t l = (id - begin_) * feature_.num_parts;
+    return {rows_ + l, coefficients_ + l, ahead_ * feature_.num_parts};
+  }
+  int64_t run_end(int64_t id, int64_t end) const {
+    const int64_t listed = end_ < last_ ? end_ - ahead_ : last_;
+    if (end > listed) end = listed;
+    for (int64_t k = id; args_.padding_id && k < end; ++k) {
+      if (numbers_.of(k, 0) == kNoRow) return k;
+    }
+    return end;
+  }
+
+ private:
+  using A = Accumulator<T>;
+
+  // Lists an id and those up to `ahead_` after it; ids before it are lost.
+  void reach(int64_t id) {
+    while (end_ < last_ && end_ <= id + ahead_) {
+      const int64_t parts = feature_.num_parts, begin = id < end_ ? id : end_;
+      const int64_t from = (begin - begin_) * parts, kept = (end_ - begin) * parts;
+      std::memmove(rows_, rows_ + from, kept * sizeof rows_[0]);
+      if (!plain_) std::memmove(coefficients_, coefficients_ + from, kept * sizeof(A));
+      begin_ = begin;
+      const int block = numbers_.most_ahead();
+      list_block(last_ - end_ < block ? last_ - end_ : block);
+    }
+  }
+
+  void list_block(int64_t count) {
+    const int64_t parts = feature_.num_parts;
+    const T** const to = rows_ + (end_ - begin_) * parts;
+    A* const coefficients = coefficients_ + (end_ - begin_) * parts;
+    numbers_.reach(end_);
+    for (int64_t p = 0; p < parts; ++p) {
+      const uint32_t* numbers = numbers_.block(end_, p);
+      const T* table = args_.table + feature_.parts[p].base;
+      const int64_t stride = feature_.parts[p].stride;
+      for (int64_t k = 0; k < count; ++k) {
+        to[k * parts + p] = table + int64_t(numbers[k] & ~kSignBit) * stride;
+      }
+      for (int64_t k = 0; !plain_ && k < count; ++k) {
+        coefficients[k * parts + p] = sign_of<A>(numbers[k]) *
+                                      id_weight(args_, feature_, end_ + k) *
+                                      part_weight(args_, feature_, end_ + k, p);
+      }
+    }
+    end_ += count;
+    if (end_ == last_) {  // rows after the last are asked for, too
+      for (int64_t l = 0; l < ahead_ * parts; ++l) to[count * parts + l] = args_.table;
+    }
+  }
+
+  Numbers numbers_;
+  const ComposeArgs<T>& args_;
+  const Feature& feature_;
+  const int64_t last_;
+  int64_t begin_, end_;  // the ids that are listed
+  bool plain_;           // all coefficients are 1
+  int ahead_;            // ids
+  const T* rows_[kMostNumbers];
+  A coefficients_[kMostNumbers];
+};
 
 template <class T>
 void forward(const ComposeArgs<T>& args, const Feature& feature, int64_t first, int64_t last,
@@ -224,7 +224,14 @@ void forward(const ComposeArgs<T>& args, const Feature& feature, int64_t first, 
   const auto position = [&](int64_t bag) {  // of the bag's first id, inside the feature
     return feature.offsets ? feature.offsets[bag] - feature.first : bag;
   };
-  const bool far = is_far<T>(feature);
+  const bool single = args.mode != BagMode::max;
+  if (single && slot_end(feature, 0) == feature.num_parts &&
+      (args.combine == Combine::sum || feature.num_parts == 1)) {
+    FeatureRows<T> rows(args, feature, position(first), position(last));
+    return sum_bags(fetch_of<T>(feature), rows, position, first, last, args.mode == BagMode::mean,
+                    width, scratch, out + begin_column, args.dim);
+  }
+  const bool far = fetch_of<T>(feature) != Fetch::nothing;
   int64_t id_bytes = 0;
   for (int64_t p = 0; p < feature.num_parts; ++p) id_bytes += feature.parts[p].width * sizeof(T);
   const int64_t ids_begin = position(first), ids_end = position(last);
@@ -241,10 +248,6 @@ void forward(const ComposeArgs<T>& args, const Feature& feature, int64_t first, 
     numbers.reach(id);
     prefetch_id(id);
   }
-  const bool single = args.mode != BagMode::max;
-  const bool one_sum = single && slot_end(feature, 0) == feature.num_parts &&
-                       (args.combine == Combine::sum || feature.num_parts == 1);
-  RowList<T> list;
   for (int64_t b = first; b < last; ++b) {
     const int64_t begin = position(b), end = position(b + 1);
     T* to = out + b * args.dim + begin_column;
@@ -253,26 +256,13 @@ void forward(const ComposeArgs<T>& args, const Feature& feature, int64_t first, 
       for (int64_t i = 0; i < width; ++i) from[i] = -1;
     }
     int64_t used = 0;
-    const bool in_order = one_sum && end - begin > 1;
-    RowSum<T> sum(list, scratch, width, far);
-    if (in_order) std::memset(scratch, 0, width * sizeof(A));
     for (int64_t id = begin; id < end; ++id) {
       const int64_t later = id + ahead < ids_end ? id + ahead : id;
       numbers.reach(later);
-      if (far && !in_order) prefetch_id(later);
+      if (far) prefetch_id(later);
       if (numbers.of(id, 0) == kNoRow) continue;
       const A weight = id_weight(args, feature, id);
       const auto number = [&](int64_t p) { return numbers.of(id, p); };
-      if (in_order) {
-        ++used;
-        for (int64_t p = 0; p < feature.num_parts; ++p) {
-          const Part& part = feature.parts[p];
-          sum.add(row_of(args.table, part, number(p)),
-                  weight * sign_of<A>(number(p)) * part_weight(args, feature, id, p),
-                  far ? row_of(args.table, part, numbers.of(later, p)) : nullptr);
-        }
-        continue;
-      }
       for_slots(args, feature, id, number, [&](const Slot<T>& slot, int64_t) {
         const int64_t at = slot.column - begin_column;
         if (end - begin == 1 && single) {
@@ -294,7 +284,6 @@ void forward(const ComposeArgs<T>& args, const Feature& feature, int64_t first, 
       }
       ++used;
     }
-    sum.flush();
     if (!used) {
       std::memset(to, 0, width * sizeof(T));
     } else if (end - begin > 1 || !single) {
@@ -370,17 +359,33 @@ void add_lookups(const ComposeGradient<T>& gradient, const Lookup* first, const 
   const ComposeArgs<T>& args = gradient.args;
   const bool product = args.combine == Combine::product, max = args.mode == BagMode::max;
   const int64_t width = gradient.parts[first->part].width;
-  RowList<T> list;
-  RowSum<T> sum(list, total, width, false);
-  const int ahead = prefetch_distance(width * int64_t(sizeof(T)));
+  constexpr int most = 256;  // rows at once
+  const T* rows[most];
+  A coefficients[most];
+  int count = 0;
+  const A* from = nullptr;
+  const auto add_listed = [&] {
+    add_rows<Fetch::nothing, T>(total, from, RowSpan<T>{rows, coefficients, 0}, count, width);
+    from = total;
+    count = 0;
+  };
+  const bool far = args.bags * args.dim * int64_t(sizeof(T)) > kCachedBytes;
+  const bool plain = args.combine == Combine::sum && !args.weights && !gradient.scale && !max;
+  const int64_t ahead = far ? prefetch_distance(width * int64_t(sizeof(T))) : end - first;
   const auto grad_row = [&](const Lookup& lookup) {
     const Part& part = gradient.parts[lookup.part];
     const Feature& feature = gradient.features[part.feature];
     return gradient.grad_out + bag_of(gradient, feature, lookup.id) * args.dim + part.column;
   };
   for (const Lookup* lookup = first; lookup < last; ++lookup) {
-    if (lookup + ahead < end) prefetch(grad_row(lookup[ahead]), width);
+    if (ahead < end - lookup) prefetch(grad_row(lookup[ahead]), width);
     const Part& part = gradient.parts[lookup->part];
+    if (plain && !part.is_signed) {
+      rows[count] = grad_row(*lookup);
+      coefficients[count++] = 1;
+      if (count == most) add_listed();
+      continue;
+    }
     const Feature& feature = gradient.features[part.feature];
     const int64_t own = &part - feature.parts, bag = bag_of(gradient, feature, lookup->id);
     const uint32_t* numbers = feature.numbers + int64_t(lookup->id) * feature.num_parts;
@@ -395,7 +400,9 @@ void add_lookups(const ComposeGradient<T>& gradient, const Lookup* first, const 
     coefficient *= part_weight(args, feature, lookup->id, own);
     const T* grad = grad_row(*lookup);
     if (!product && !max) {
-      sum.add(grad, coefficient);
+      rows[count] = grad;
+      coefficients[count++] = coefficient;
+      if (count == most) add_listed();
       continue;
     }
     for (int64_t i = 0; i < width; ++i) scratch[i] = coefficient * to_accumulator(grad[i]);
@@ -410,9 +417,10 @@ void add_lookups(const ComposeGradient<T>& gradient, const Lookup* first, const 
       const int32_t position = int32_t(feature.first + int64_t(lookup->id) * feature.step);
       for (int64_t i = 0; i < width; ++i) scratch[i] = winner[i] == position ? scratch[i] : A(0);
     }
-    for (int64_t i = 0; i < width; ++i) total[i] += scratch[i];
+    for (int64_t i = 0; i < width; ++i) total[i] = from ? total[i] + scratch[i] : scratch[i];
+    from = total;
   }
-  sum.flush();
+  if (count > 0) add_listed();
 }
 
 template <class T>
@@ -429,9 +437,10 @@ void add_in_order(const ComposeGradient<T>& gradient, const int64_t* parts, int6
   int count = 0;
   const int64_t width = gradient.parts[parts[0]].width;
   const int ahead = prefetch_distance(2 * width * int64_t(sizeof(T)));
+  const bool far = (last - first) * width * int64_t(sizeof(A)) > kCachedBytes;
   const auto add_owned = [&] {
     for (int l = 0; l < count; ++l) {
-      if (l + ahead < count) {
+      if (far && l + ahead < count) {
         prefetch(total + owned[l + ahead].row * width, width);
         prefetch(owned[l + ahead].grad, width);
       }
@@ -472,84 +481,6 @@ void add_in_order(const ComposeGradient<T>& gradient, const int64_t* parts, int6
     }
   }
   add_owned();
-}
-
-// --- optimizers ----------------------------------------------------------------------------------
-
-template <class A>
-A square_root(A x) {
-  if constexpr (sizeof(A) == 4)
-    return __builtin_sqrtf(x);
-  else
-    return __builtin_sqrt(x);
-}
-
-double power(double base, int64_t exponent) {
-  double result = 1;
-  for (; exponent > 0; exponent >>= 1, base *= base) {
-    if (exponent & 1) result *= base;
-  }
-  return result;
-}
-
-template <class T>
-void update_row(const OptimizerStep& step, T* row, const Accumulator<T>* gradient, int64_t width,
-                Accumulator<T>* first, Accumulator<T>* second, int64_t* last_step) {
-  using A = Accumulator<T>;
-  const A rate = A(step.learning_rate), epsilon = A(step.epsilon), decay = A(step.weight_decay);
-  switch (step.kind) {
-    case OptimizerKind::sgd:
-      for (int64_t i = 0; i < width; ++i) {
-        const A w = to_accumulator(row[i]);
-        from_accumulator(w - rate * (gradient[i] + decay * w), row + i);
-      }
-      break;
-    case OptimizerKind::row_wise_adagrad: {
-      const auto slope = [&](int64_t i, auto lane) {
-        return value(gradient + i, lane) + decay * value(row + i, lane);
-      };
-      Vector<T> squares{};
-      A rest = 0;
-      for_each_lane<T>(width, [&](int64_t i, auto lane) {
-        const auto g = slope(i, lane);
-        if constexpr (sizeof lane == sizeof(A)) {
-          rest += g * g;
-        } else {
-          squares += g * g;
-        }
-      });
-      *first += (sum(squares) + rest) / A(width);
-      const A factor = rate / (square_root(*first) + epsilon);
-      map_lanes<T>(
-          width,
-          [&](int64_t i, auto lane) { return value(row + i, lane) - factor * slope(i, lane); },
-          [&](int64_t i, auto w) { put(row + i, w); });
-      break;
-    }
-    case OptimizerKind::adagrad:
-      for (int64_t i = 0; i < width; ++i) {
-        const A w = to_accumulator(row[i]), g = gradient[i] + decay * w;
-        first[i] += g * g;
-        from_accumulator(w - rate * g / (square_root(first[i]) + epsilon), row + i);
-      }
-      break;
-    case OptimizerKind::adam: {
-      const int64_t elapsed = step.step - *last_step;
-      *last_step = step.step;
-      const A keep1 = A(power(step.beta1, elapsed)), keep2 = A(power(step.beta2, elapsed));
-      const A shrink = A(power(1 - step.learning_rate * step.weight_decay, elapsed));
-      const A rate1 = A(step.learning_rate / (1 - power(step.beta1, step.step)));
-      const A correction2 = A(1 / (1 - power(step.beta2, step.step)));
-      const A fresh1 = A(1 - step.beta1), fresh2 = A(1 - step.beta2);
-      for (int64_t i = 0; i < width; ++i) {
-        const A g = gradient[i];
-        first[i] = keep1 * first[i] + fresh1 * g;
-        second[i] = keep2 * second[i] + fresh2 * g * g;
-        const A denominator = square_root(second[i] * correction2) + epsilon;
-        from_accumulator(shrink * to_accumulator(row[i]) - rate1 * first[i] / denominator, row + i);
-      }
-    }
-  }
 }
 
 template <class T>

@@ -12,6 +12,7 @@
 #include "common/tensor.h"
 #include "tables/compose.h"
 #include "tables/plan.h"
+#include "tables/repeats.h"
 
 namespace emblas {
 namespace {
@@ -173,12 +174,25 @@ struct Backward {
   using A = Accumulator<T>;
   std::unique_ptr<int32_t[]> bag_of;
   std::unique_ptr<A[]> scale;
+  std::optional<Repeats> repeats;
+  std::unique_ptr<T[]> sums;  // of the gradients of each id
   ComposeGradient<T> gradient;
   const Compose<T>& kernel;
 
   Backward(Call& call, const Tensor& grad_out, const Tensor& table,
            const std::optional<Tensor>& weights, const std::optional<Tensor>& argmax)
       : kernel(kernels<ComposeKernels>().compose.of(T{})) {
+    const T* gradients = read<T>(grad_out);
+    if (adds_repeats(call)) {
+      Feature& feature = call.plan.features[0];
+      repeats = find_repeats(feature.ids, feature.step, feature.count);
+      if (repeats) {
+        sums = sum_repeats(*repeats, gradients, feature.count, call.plan.dim);
+        gradients = sums.get();
+        feature.ids = repeats->ids.get();
+        feature.count = call.count = call.bags = repeats->distinct();
+      }
+    }
     call.compute_numbers();
     const int64_t bags = call.bags;
     if (call.offsets) {
@@ -209,7 +223,14 @@ struct Backward {
                 bag_of.get(),
                 argmax ? read<int32_t>(*argmax) : nullptr,
                 scale.get(),
-                read<T>(grad_out)};
+                gradients};
+  }
+
+  // Where ids are bags of their own and an id has several rows, to add up its gradients takes less
+  // than to add each of them to all of its rows. 16-bit sums would lose bits.
+  static bool adds_repeats(const Call& call) {
+    return sizeof(T) == sizeof(A) && !call.offsets && call.weights_per_id == 0 &&
+           call.num_features() == 1 && call.plan.parts.size() > 1;
   }
 
   // The way that the gradient of a table is added up (compose.h).
@@ -252,7 +273,6 @@ struct Backward {
           const Lookup* lookups = sorted.lookups.get();
           const int64_t last = first_sequence_from(starts, rows, high);
           for (int64_t u = first_sequence_from(starts, rows, low); u < last; ++u) {
-            std::fill(total.get(), total.get() + region.width, A(0));
             kernel.add_lookups(gradient, lookups + starts[u], lookups + starts[u + 1],
                                lookups + starts[rows], total.get(), total.get() + region.width);
             use(u, total.get());
@@ -309,7 +329,6 @@ struct Backward {
                          high = middle;
                      }
                      for (int64_t u = low; u < rows && sorted.row(u) * stride < end; ++u) {
-                       std::fill(row_total, row_total + width, A(0));
                        kernel.add_lookups(
                            gradient, lookups + sorted.starts[u], lookups + sorted.starts[u + 1],
                            lookups + sorted.starts[rows], row_total, row_total + width);
@@ -389,10 +408,10 @@ std::tuple<Tensor, Tensor, Tensor> compose_bag_backward_rows(
         "gradients by rows need parts of one table");
   return visit_float(table.scalar_type(), kDtypes, [&](auto element) {
     using T = decltype(element);
-    const Backward<T> backward(call, grad_out, table, weights, argmax);
-    const Region& region = call.plan.regions[0];
     int64_t most = 0;
     for (const Feature& feature : call.plan.features) most += feature.count * feature.num_parts;
+    const Backward<T> backward(call, grad_out, table, weights, argmax);
+    const Region& region = call.plan.regions[0];
     Tensor rows = empty_cpu<1>(ScalarType::Long, {most});
     Tensor values = empty_cpu<2>(table.scalar_type(), {most, region.width});
     Tensor count = empty_cpu<1>(ScalarType::Long, {1});
@@ -469,6 +488,19 @@ void compose_bag_update_(const Tensor& grad_out, const Tensor& ids, const Tensor
           now, rows + at, gradient, region.width, first_state ? first_state + state : nullptr,
           adam ? second_state + at : nullptr, adam ? steps + number : nullptr);
     };
+    // What the step of a later row reads: it comes from anywhere in memory.
+    constexpr int64_t rows_ahead = 16;
+    const auto request = [&](const Region& region, int64_t row) {
+      const auto lines = [](const void* data, int64_t bytes) {
+        for (int64_t i = 0; i < bytes; i += 64) {
+          __builtin_prefetch(static_cast<const char*>(data) + i, 0, 2);
+        }
+      };
+      const int64_t at = region.base + row * region.width, number = region.first_row + row;
+      lines(rows + at, region.width * int64_t(sizeof(T)));
+      if (kind == OptimizerKind::row_wise_adagrad) lines(first_state + number, sizeof(A));
+      asm volatile("");  // see prefetch() in lookup.h
+    };
     std::vector<SortedLookups> sorted;
     std::vector<std::unique_ptr<A[]>> gradients;
     for (const Region& region : call.plan.regions) {
@@ -487,13 +519,7 @@ void compose_bag_update_(const Tensor& grad_out, const Tensor& ids, const Tensor
       if (call.combine != Combine::product) {
         const SortedLookups& lookups = sorted.back();
         backward.for_rows(region, lookups, [&](int64_t u, const A* gradient) {
-          constexpr int64_t ahead = 4;
-          if (u + ahead < lookups.rows()) {
-            const T* later = rows + region.base + lookups.row(u + ahead) * region.width;
-            for (int64_t i = 0; i < region.width; i += 64 / int64_t(sizeof(T))) {
-              __builtin_prefetch(later + i);
-            }
-          }
+          if (u + rows_ahead < lookups.rows()) request(region, lookups.row(u + rows_ahead));
           update(region, lookups.row(u), gradient);
         });
         continue;

@@ -113,7 +113,8 @@ class RowStream {
       : numbers_(args.hashed, args.row_stride, first, last),
         args_(args),
         num_hashes_(int(args.hashed.num_hashes)),
-        far_(int64_t(args.hashed.num_embeddings) * args.dim * int64_t(sizeof(T)) > kCachedBytes),
+        fetch_(fetch_of(int64_t(args.hashed.num_embeddings) * args.dim * int64_t(sizeof(T)))),
+        far_(fetch_ != Fetch::nothing),
         ahead_(prefetch_distance(args.hashed.num_hashes * args.dim * int64_t(sizeof(T)))),
         last_(last) {
     for (int64_t id = first; far_ && id < first + ahead_ && id < last; ++id) prefetch_rows(id);
@@ -144,9 +145,16 @@ class RowStream {
       for (int64_t i = id + 1; args_.hashed.padding_id && i < run_end; ++i) {
         if (is_padding(args_.hashed, i)) run_end = i;
       }
-      if (far_) run_end = add_run<true>(id, run_end, total);
-      if (!far_) run_end = add_run<false>(id, run_end, total);
-      id = run_end;
+      switch (fetch_) {
+        case Fetch::nothing:
+          id = add_run<Fetch::nothing>(id, run_end, total);
+          break;
+        case Fetch::first_level:
+          id = add_run<Fetch::first_level>(id, run_end, total);
+          break;
+        case Fetch::second_level:
+          id = add_run<Fetch::second_level>(id, run_end, total);
+      }
     }
     return any;
   }
@@ -161,10 +169,10 @@ class RowStream {
   }
 
   // Adds the rows of the ids [id, end) or of some of them, and returns where it ended.
-  template <bool ahead>
+  template <Fetch fetch>
   int64_t add_run(int64_t id, int64_t end, Accumulator<T>* total) {
     const int64_t* later_rows = numbers_.of(later(id));
-    if constexpr (ahead) {
+    if constexpr (fetch != Fetch::nothing) {
       const int64_t known = numbers_.end_of_run(later(id)) - later(id);
       if (end > id + known) end = id + known;
     }
@@ -176,10 +184,10 @@ class RowStream {
         for (int j = 0; j < num_hashes_; ++j) coefficients_[l++] = weight;
       }
       const RowRun<T, true> run{args_.table, rows, later_rows, coefficients_};
-      add_scaled<ahead, T>(total, run, count, args_.dim);
+      add_rows<fetch, T>(total, total, run, count, args_.dim);
     } else {
       const RowRun<T, false> run{args_.table, rows, later_rows, nullptr};
-      add_scaled<ahead, T>(total, run, count, args_.dim);
+      add_rows<fetch, T>(total, total, run, count, args_.dim);
     }
     return end;
   }
@@ -187,6 +195,7 @@ class RowStream {
   Rows numbers_;
   const HashBagArgs<T>& args_;
   const int num_hashes_;
+  const Fetch fetch_;
   const bool far_;
   const int ahead_;  // ids
   const int64_t last_;
@@ -276,6 +285,7 @@ void grad_table(const HashBagTableArgs<T>& args, int64_t first, int64_t last,
     A weight;
   } lookups[kBlock * kMaxHashes + 1];
   const int ahead = prefetch_distance(2 * args.dim * int64_t(sizeof(T)));
+  const bool far = (last - first) * args.dim * int64_t(sizeof(A)) > kCachedBytes;
   const int64_t num_hashes = args.hashed.num_hashes;
   const int64_t ids = args.offsets ? args.offsets[args.bags] : args.bags;
   int64_t bag = 0;
@@ -297,7 +307,7 @@ void grad_table(const HashBagTableArgs<T>& args, int64_t first, int64_t last,
       }
     }
     for (int l = 0; l < count; ++l) {
-      if (l + ahead < count) {
+      if (far && l + ahead < count) {
         const Lookup& later = lookups[l + ahead];
         prefetch(total + later.row * args.dim, args.dim);
         prefetch(args.grad_out + later.bag * args.dim, args.dim);

@@ -9,8 +9,9 @@
 namespace emblas {
 namespace {
 
-constexpr int kBlock = 64;                 // ids hashed at once
-constexpr int64_t kCachedBytes = 1 << 20;  // a smaller table needs no prefetching
+constexpr int kBlock = 64;                      // ids hashed at once
+constexpr int64_t kCachedBytes = 4 << 20;       // a smaller table needs no prefetching
+constexpr int64_t kLastLevelBytes = 128 << 20;  // a larger one lies in memory
 constexpr int kCacheLine = 64;
 
 // The low words of a times b.
@@ -44,6 +45,20 @@ class VectorModulo {
   uint64_t reciprocal_;
   bool all_;  // no word holds the divisor
 };
+
+// How near later rows are brought while others are added: of a table in the second-level cache
+// nothing is, of one in the last level they go to the first. A CPU waits for few lines of memory on
+// their way to the first level (Intel's for 16), for more on their way to the second.
+enum class Fetch { nothing, first_level, second_level };
+
+inline Fetch fetch_of(int64_t table_bytes) {
+  if (table_bytes <= kCachedBytes) return Fetch::nothing;
+  return table_bytes <= kLastLevelBytes ? Fetch::first_level : Fetch::second_level;
+}
+template <Fetch fetch>
+void request_line(const char* line) {
+  __builtin_prefetch(line, 0, fetch == Fetch::first_level ? 3 : 2);
+}
 
 // Asks for every line that holds a byte of the row.
 template <class T>
@@ -155,103 +170,86 @@ void put(Out* to, Vector<Out> x) {
   store(to, x);
 }
 
-// Rows to be added: where they are, and which to ask for while the row of the same number is added.
+// Rows to be added. While each is, the row `ahead` after it is asked for.
 template <class T>
-struct RowList {
-  static constexpr int kMost = 32;
-  const T* rows[kMost];
-  const T* later[kMost];
-  Accumulator<T> coefficients[kMost];
+struct RowSpan {
+  const T* const* rows;
+  const Accumulator<T>* coefficients;
+  int64_t ahead;
 
   const T* row(int l) const { return rows[l]; }
-  const T* later_row(int l) const { return later[l]; }
+  const T* later_row(int l) const { return rows[l + ahead]; }
   Accumulator<T> coefficient(int l) const { return coefficients[l]; }
 };
 
-// Values [begin, begin + size) of add_scaled: `vectors` vectors, the last of which ends where they
+// Values [begin, begin + size) of add_rows: `vectors` vectors, the last of which ends where they
 // do.
-template <bool ahead, int vectors, class T, class List>
-void add_piece(Accumulator<T>* total, const List& list, int count, int64_t begin, int64_t size) {
+template <Fetch fetch, int vectors, class T, class Out, class List>
+void add_piece(Out* to, const Accumulator<T>* from, const List& list, int count, int64_t begin,
+               int64_t size) {
   constexpr int64_t lanes = kLanes<T>, bytes = vectors * lanes * int64_t(sizeof(T));
   const int64_t end = size - lanes;
-  total += begin;
-  Vector<T> sums[vectors];
-#pragma GCC unroll 16
-  for (int u = 0; u < vectors - 1; ++u) sums[u] = load(total + u * lanes);
-  sums[vectors - 1] = load(total + end);
-  for (int l = 0; l < count; ++l) {
-    if constexpr (ahead) {
+  const auto at = [&](int u) { return u < vectors - 1 ? u * lanes : end; };
+  const auto request = [&](int l) {
+    if constexpr (fetch != Fetch::nothing) {
       const char* later = reinterpret_cast<const char*>(list.later_row(l) + begin);
-      for (int64_t line = 0; line < bytes; line += kCacheLine) __builtin_prefetch(later + line);
+      for (int64_t line = 0; line < bytes; line += kCacheLine) request_line<fetch>(later + line);
     }
+  };
+  Vector<T> sums[vectors];
+  int l = 0;
+  if (from) {
+#pragma GCC unroll 16
+    for (int u = 0; u < vectors; ++u) sums[u] = load(from + begin + at(u));
+  } else {
+    request(0);
+#pragma GCC unroll 16
+    for (int u = 0; u < vectors; ++u) {
+      sums[u] = list.coefficient(0) * load(list.row(0) + begin + at(u));
+    }
+    l = 1;
+  }
+  for (; l < count; ++l) {
+    request(l);
     const T* row = list.row(l) + begin;
     const Accumulator<T> coefficient = list.coefficient(l);
 #pragma GCC unroll 16
-    for (int u = 0; u < vectors - 1; ++u) sums[u] += coefficient * load(row + u * lanes);
-    sums[vectors - 1] += coefficient * load(row + end);
+    for (int u = 0; u < vectors; ++u) sums[u] += coefficient * load(row + at(u));
   }
 #pragma GCC unroll 16
-  for (int u = 0; u < vectors - 1; ++u) store(total + u * lanes, sums[u]);
-  store(total + end, sums[vectors - 1]);
+  for (int u = 0; u < vectors; ++u) store(to + begin + at(u), sums[u]);
 }
 
-// total += sum_l coefficient(l) * row(l), in this order, in registers: the same bits however a
-// longer sum is cut into calls. If `ahead`, each piece of a row is paid with a request for that of
-// a later one: requests in a burst would fill the queue of cache misses and stall what comes after,
-// and leave it empty while rows are added.
-template <bool ahead, class T, class List>
-void add_scaled(Accumulator<T>* total, const List& list, int count, int64_t width) {
+// to = from + sum_l coefficient(l) * row(l), in this order, in registers: the same bits however a
+// longer sum is cut into calls. Without `from` there must be a row. Each piece of a row is paid
+// with a request for that of a later one: requests in a burst would fill the queue of cache misses
+// and stall what comes after, and leave it empty while rows are added.
+template <Fetch fetch, class T, class Out, class List>
+void add_rows(Out* to, const Accumulator<T>* from, const List& list, int count, int64_t width) {
   constexpr int64_t lanes = kLanes<T>;
   if (width < lanes) {
     for (int64_t i = 0; i < width; ++i) {
-      for (int l = 0; l < count; ++l) {
-        total[i] += list.coefficient(l) * to_accumulator(list.row(l)[i]);
+      Accumulator<T> total = from ? from[i] : list.coefficient(0) * to_accumulator(list.row(0)[i]);
+      for (int l = from ? 0 : 1; l < count; ++l) {
+        total += list.coefficient(l) * to_accumulator(list.row(l)[i]);
       }
+      from_accumulator(total, to + i);
     }
     return;
   }
   // Pieces of 8 vectors, as many sums as hide the latency of adding; the last piece has up to 9.
   int64_t i = 0;
   for (; width - i > 9 * lanes; i += 8 * lanes) {
-    add_piece<ahead, 8, T>(total, list, count, i, 8 * lanes);
+    add_piece<fetch, 8, T>(to, from, list, count, i, 8 * lanes);
   }
   const int64_t rest = width - i;
   const auto add = [&]<int... vectors>(std::integer_sequence<int, vectors...>) {
     ((rest > vectors * lanes && rest <= (vectors + 1) * lanes &&
-      (add_piece<ahead, vectors + 1, T>(total, list, count, i, rest), true)) ||
+      (add_piece<fetch, vectors + 1, T>(to, from, list, count, i, rest), true)) ||
      ...);
   };
   add(std::make_integer_sequence<int, 9>{});
 }
-
-// Adds rows to a total, some at a time. The list is the caller's, so that the count, whose address
-// nobody takes, stays in a register.
-template <class T>
-class RowSum {
- public:
-  // far: rows come from memory, and each is told which one to ask for meanwhile.
-  RowSum(RowList<T>& list, Accumulator<T>* total, int64_t width, bool far)
-      : list_(list), total_(total), width_(width), far_(far) {}
-
-  void add(const T* row, Accumulator<T> coefficient, const T* later = nullptr) {
-    list_.rows[count_] = row;
-    if (far_) list_.later[count_] = later;
-    list_.coefficients[count_++] = coefficient;
-    if (count_ == RowList<T>::kMost) flush();
-  }
-  void flush() {
-    if (count_ > 0 && far_) add_scaled<true, T>(total_, list_, count_, width_);
-    if (count_ > 0 && !far_) add_scaled<false, T>(total_, list_, count_, width_);
-    count_ = 0;
-  }
-
- private:
-  RowList<T>& list_;
-  Accumulator<T>* total_;
-  int64_t width_;
-  bool far_;
-  int count_ = 0;
-};
 
 template <class T>
 void store_row(T* to, const Accumulator<T>* from, int64_t dim) {
@@ -259,6 +257,57 @@ void store_row(T* to, const Accumulator<T>* from, int64_t dim) {
   int64_t i = 0;
   for (; i + lanes <= dim; i += lanes) store(to + i, load(from + i));
   for (; i < dim; ++i) from_accumulator(from[i], to + i);
+}
+
+// out_b = the sum, or mean, of the rows of the ids [position(b), position(b + 1)), for the bags
+// [first, last). source.rows_per_id() rows belong to an id; source.list(id) are those of the ids
+// [id, source.run_end(id, end)), a run up to `end` that stops before the padding id: it is empty
+// there.
+template <Fetch fetch, class T, class Source, class Position>
+void sum_bags(Source& source, const Position& position, int64_t first, int64_t last, bool mean,
+              int64_t width, Accumulator<T>* scratch, T* out, int64_t out_stride) {
+  using A = Accumulator<T>;
+  const int64_t rows_per_id = source.rows_per_id();
+  for (int64_t b = first; b < last; ++b) {
+    T* const to = out + b * out_stride;
+    const int64_t end = position(b + 1);
+    const A* from = nullptr;
+    int64_t used = 0;
+    bool stored = false;
+    for (int64_t id = position(b), stop; id < end; id = stop) {
+      const RowSpan<T> rows = source.list(id);
+      stop = source.run_end(id, end);
+      if (stop == id) {
+        ++stop;
+        continue;
+      }
+      const int count = int((stop - id) * rows_per_id);
+      stored = stop == end && !mean;
+      if (stored) add_rows<fetch, T>(to, from, rows, count, width);
+      if (!stored) add_rows<fetch, T>(scratch, from, rows, count, width);
+      from = scratch;
+      used += stop - id;
+    }
+    if (stored) continue;
+    if (used == 0) {
+      std::memset(to, 0, width * sizeof(T));
+      continue;
+    }
+    for (int64_t k = 0; mean && k < width; ++k) scratch[k] *= A(1) / A(used);
+    store_row(to, scratch, width);
+  }
+}
+
+// The same with requests as near as suits a table of so many bytes.
+template <class T, class Source, class Position>
+void sum_bags(Fetch fetch, Source& source, const Position& position, int64_t first, int64_t last,
+              bool mean, int64_t width, Accumulator<T>* scratch, T* out, int64_t out_stride) {
+  const auto run = [&]<Fetch constant>() {
+    sum_bags<constant>(source, position, first, last, mean, width, scratch, out, out_stride);
+  };
+  if (fetch == Fetch::nothing) run.template operator()<Fetch::nothing>();
+  if (fetch == Fetch::first_level) run.template operator()<Fetch::first_level>();
+  if (fetch == Fetch::second_level) run.template operator()<Fetch::second_level>();
 }
 
 }  // namespace

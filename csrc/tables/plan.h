@@ -111,7 +111,13 @@ inline const int64_t* find_id_past_limit(const Feature& feature, const int64_t* 
     const int64_t own = feature.parts[p].limit;
     if (own > 0 && (*limit == 0 || own < *limit)) *limit = own;
   }
-  for (int64_t i = 0; *limit > 0 && i < feature.count; ++i) {
+  if (*limit == 0) return nullptr;
+  uint64_t bits = 0;  // the highest is set if one is outside: vectors can tell this
+  for (int64_t i = 0; i < feature.count; ++i) {
+    const uint64_t id = uint64_t(feature.ids[i * feature.step]);
+    bits |= id | (uint64_t(*limit) - 1 - id);
+  }
+  for (int64_t i = 0; bits >> 63 && i < feature.count; ++i) {
     const int64_t* id = feature.ids + i * feature.step;
     if (uint64_t(*id) >= uint64_t(*limit) && !(padding_id && *id == *padding_id)) return id;
   }

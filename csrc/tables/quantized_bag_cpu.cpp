@@ -163,14 +163,17 @@ void add_rows(A* total, const Pending<A>& pending, bool fresh, int64_t i) {
 
 template <bool ahead, class A, int bits>
 void add_rows(A* total, const Pending<A>& pending, bool fresh, int64_t dim, int64_t width) {
+  // As many sums at once as hide the latency of adding, and the rest of them.
   int64_t i = 0;
   for (; i + 8 * kStep <= width; i += 8 * kStep) {
     add_rows<ahead, A, bits, 8>(total, pending, fresh, i);
   }
-  for (; i + 2 * kStep <= width; i += 2 * kStep) {
-    add_rows<ahead, A, bits, 2>(total, pending, fresh, i);
-  }
-  if (i < dim) add_rows<ahead, A, bits, 1>(total, pending, fresh, i);
+  const auto add = [&]<int... unroll>(std::integer_sequence<int, unroll...>) {
+    ((i < dim && (width - i) / kStep == unroll &&
+      (add_rows<ahead, A, bits, unroll>(total, pending, fresh, i), true)) ||
+     ...);
+  };
+  add(std::integer_sequence<int, 1, 2, 3, 4, 5, 6, 7>{});
 }
 
 // total[i] = the larger of what it is (nothing yet if `fresh`) and coefficient * (row[i] - zero).

@@ -7,6 +7,7 @@
 #include "common/aligned.h"
 #include "common/isa.h"
 #include "tables/bags.h"
+#include "tables/repeats.h"
 #include "tables/tables.h"
 
 namespace emblas {
@@ -117,13 +118,30 @@ std::tuple<Tensor, Tensor> hash_bag_backward(const Tensor& grad_out, const Tenso
     Tensor table_gradient = empty_cpu<2>(table.scalar_type(), {need_table ? rows : 0, dim});
     Tensor weights_gradient = empty_cpu<1>(kScalarType<A>, {need_weights ? count : 0});
     if (need_table) {
-      const std::unique_ptr<uint32_t[]> numbers(new uint32_t[count * num_hashes]);
-      parallel_for(count, num_hashes * int64_t(sizeof(uint32_t)), [&](int64_t first, int64_t last) {
-        tables.hash_rows(hashed, first, last, numbers.get());
-      });
-      grad_table<T>({hashed, numbers.get(), bags, dim, bag_offsets, read_optional<A>(weights),
-                     read<T>(grad_out), write<T>(table_gradient)},
-                    rows, count);
+      // A batch of ids that repeat becomes one of each id once (repeats.h).
+      HashedIds looked_up = hashed;
+      const T* gradients = read<T>(grad_out);
+      int64_t lookups = count, sums_of = bags;
+      std::optional<Repeats> repeats;
+      std::unique_ptr<T[]> sums;
+      if (sizeof(T) == sizeof(A) && !offsets && !weights && num_hashes > 1) {
+        repeats = find_repeats(hashed.ids, hashed.stride, count);
+      }
+      if (repeats) {
+        sums = sum_repeats(*repeats, gradients, count, dim);
+        gradients = sums.get();
+        looked_up.ids = repeats->ids.get();
+        looked_up.stride = 1;
+        lookups = sums_of = repeats->distinct();
+      }
+      const std::unique_ptr<uint32_t[]> numbers(new uint32_t[lookups * num_hashes]);
+      parallel_for(lookups, num_hashes * int64_t(sizeof(uint32_t)),
+                   [&](int64_t first, int64_t last) {
+                     tables.hash_rows(looked_up, first, last, numbers.get());
+                   });
+      grad_table<T>({looked_up, numbers.get(), sums_of, dim, bag_offsets, read_optional<A>(weights),
+                     gradients, write<T>(table_gradient)},
+                    rows, lookups);
     }
     if (need_weights) {
       const HashBagArgs<T> args{hashed, read<T>(table), table.stride(0), dim, bag_offsets, nullptr};
