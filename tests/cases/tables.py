@@ -357,6 +357,8 @@ def _random_codes() -> Iterator[tuple[str, Callable[[], Case]]]:
             args = dim, kind, 2**40 + 5, sparsity, dtype
             yield f"{kind}, {sparsity}, {dim}", lambda a=args: Case((_ids(9), _ids(9) & 7, *a))
     yield "one sequence", lambda: Case((_ids(300), torch.tensor([2**32 - 1]), 5, 0, -1, 1, 0))
+    # A row may end amid the numbers that a thread makes, at a multiple of 16 bytes.
+    yield "whole vectors", lambda: Case((_ids(9), torch.tensor([1]), 6, 1, 3, 1, 1))
     yield "no ids", lambda: Case((_ids(0), torch.tensor([1]), 5, 0, -1, 1, 0))
 
 

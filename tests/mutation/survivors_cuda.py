@@ -89,6 +89,18 @@ REASONS: dict[str, list[tuple[str, str]]] = {
         ("token_gradients_of_words", "const bool whole = aligned && first + vector «<=» columns;"),
         ("write_row_gradients", "for (int64_t tile = 0; tile «<» dim; tile += 32 * vector) {"),
         ("write_weight_gradients", "for (int64_t tile = 0; tile «<» dim; tile += 32 * vector) {"),
+        ("grad_keys_tile", "const int end = min(own.first + own.count - 1 - ahead + window.left, queries.count «-» 1) + 1;"),
+        ("grad_keys_tile", "if (start «>=» end) {"),
+        ("pool_codes", "for (int64_t first = range.begin; first «<» range.end; first += 32) {"),
+        ("pool_codes", "const int64_t rest = range.end «-» first;"),
+        ("look_up_codes", "if (first «>=» count) return;"),
+        ("dot_codes", "if (first «>=» count) return;"),
+        ("dot_codes", "for (int64_t tile = 0; tile * shape.lanes * kCodes «<» shape.dim; ++tile) {"),
+        ("UsedRows", "int64_t low = place «+» 1, reach = 1;"),
+        ("UsedRows", "low = place «+» reach + 1;"),
+        ("UsedRows", "low = place + reach «+» 1;"),
+        ("UsedRows", "reach «*=» 2;"),
+        ("update_rows", "for (int64_t tile = 0; tile * columns_of_tile «<» shape.dim; ++tile) {"),
     ],
     "another hash of the row; any that tells rows apart will do": [
         ("gem_contributions", "hash += hash_of(shared[i], tile «+» c);"),
@@ -118,6 +130,7 @@ REASONS: dict[str, list[tuple[str, str]]] = {
         ("finish_rows", "out[row * width + at] = int8_t((level «>» 0 ? level < 255 ? int(level) : 255 : 0) - 128);"),
         ("gem_contributions", "const A log = log2(wide «<» args.epsilon ? args.epsilon : wide);"),
         ("raise", "return exp2(power * log2(x «<» epsilon ? epsilon : x));"),
+        ("pool_codes", "total = !maximum ? total + x : x «>» total ? x : total;"),
     ],
     "differs only where the length is exactly the epsilon": [
         ("divisor_of", "return length «<» A(kNormalizeEpsilon) ? A(kNormalizeEpsilon) : length;"),
@@ -192,5 +205,8 @@ REASONS: dict[str, list[tuple[str, str]]] = {
     ],
     "where a sum is cut changes its rounding only": [
         ("Range", "__device__ bool in_pieces() const { return pieces() «>=» 2; }"),
+    ],
+    "the root has more digits than a word, so they are never equal": [
+        ("log_of_word", "if (mantissa «<» 0x1.6a09e667f3bcdp-1) { // sqrt(1/2)"),
     ],
 }

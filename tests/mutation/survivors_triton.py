@@ -123,6 +123,10 @@ REASONS: dict[str, list[tuple[str, str]]] = {
         ("keep_best", "if tl.max(tl.max((number > limit[:, None]).to(tl.int32), 1), 0) >= 0:"),
         ("keep_best", "if tl.max(tl.max((number >= limit[:, None]).to(tl.int32), 1), 0) > 0:"),
         ("_segment_gradients", "if COUNT >= 1:"),
+        ("_grad_keys", "highest = tl.minimum(first + BLOCK_N + 1 - ahead + left, queries - 1)"),
+        ("_grad_keys", "lowest = tl.where(first <= prefix, 0, lowest)"),
+        ("_attend", "if PART <= BLOCK_D:"),
+        ("_grad_keys", "highest = tl.minimum(first + BLOCK_N - 1 - ahead + left, queries + 1)"),
     ],
     "writes to idle slots, which nobody reads": [
         ("_pool_parts", "inside = (d < dim) & (first <= end)"),

@@ -111,6 +111,18 @@ def test_same_bits_as_the_reference(executor, kind):
                 assert torch.equal(got, plain)
 
 
+def test_edges_of_sparse_codes(executor):
+    """A word that is p is above zero, one that is 2 p is zero."""
+    word, seed, ids = 15552, 5, torch.tensor([44418])
+    assert philox_by_hand([0, int(ids), 0, 0], (seed, 0))[1] == word
+    for part, expected in ((word + 1, -1), (word, 1), (word // 2 + 1, 1), (word // 2, 0)):
+        sparsity = round(2**31 / part)
+        assert round(2**31 / sparsity) == part
+        spec = CodeSpec("sparse", seed, sparsity)
+        got = random_codes(ids, 2, spec, dtype=torch.float64)[0, 1]
+        assert float(got) == expected * math.sqrt(sparsity)
+
+
 def test_extreme_words():
     """Where normal numbers end: no infinity, no NaN, and the tails of 2^32 numbers."""
     codes = random_codes(torch.arange(2**12), 2**10, dtype=torch.float64)
