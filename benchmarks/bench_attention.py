@@ -166,13 +166,13 @@ def bench_window(row: Any, who: str) -> None:
     positions = torch.arange(DOCUMENT)
     mask = (positions - positions[:, None]).abs() <= WINDOW
 
-    def call(*leaves: Tensor) -> Tensor:
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if who == "torch SDPA, mask":
-            queries, keys, values = _heads_first(*leaves, 0, DOCUMENT)  # type: ignore[misc]
+            queries, keys, values = _heads_first(q, k, v, 0, DOCUMENT)
             return scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
         window = (WINDOW, WINDOW) if who == "emblas" else (-1, -1)
         return varlen_attention(
-            *leaves, cu_seqlens, cu_seqlens, DOCUMENT, DOCUMENT, window_size=window
+            q, k, v, cu_seqlens, cu_seqlens, DOCUMENT, DOCUMENT, window_size=window
         )
 
     row(
@@ -222,16 +222,19 @@ def bench_ragged_backward(row: Any, shape: str, heads: str, who: str) -> None:
     pairs: list[int] = []
 
     def step(seed: int) -> Any:
-        *qkv, cu_seqlens, longest, padded, mask = _batch(shape, count, dim, seed)
+        q, k, v, cu_seqlens, longest, padded, mask = _batch(shape, count, dim, seed)
         pairs.append(int(cu_seqlens.diff().square().sum()))
-        rest = cu_seqlens, longest, padded, mask
+        grad = torch.randn_like(q)
         if who == "emblas":
-            return _graph(lambda x: _emblas(*x, *rest), qkv, torch.randn_like(qkv[0]))
-        grad = padded.new_zeros(*mask.shape, count, dim)
-        grad[mask] = torch.randn_like(qkv[0])
+            return _graph(
+                lambda x: _emblas(x[0], x[1], x[2], cu_seqlens, longest, padded, mask), [q, k, v],
+                grad,
+            )  # fmt: skip
+        padded_grad = padded.new_zeros(*mask.shape, count, dim)
+        padded_grad[mask] = grad
         return _graph(
-            lambda x: _padded(*qkv, cu_seqlens, longest, x[0], mask), [padded],
-            grad.transpose(1, 2),
+            lambda x: _padded(q, k, v, cu_seqlens, longest, x[0], mask), [padded],
+            padded_grad.transpose(1, 2),
         )  # fmt: skip
 
     inputs = rotate(step, sequences * mean * count * dim * 32)
