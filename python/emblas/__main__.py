@@ -30,7 +30,7 @@ def main() -> None:
     encode.add_argument("--outputs", nargs="+", default=["dense"], help="dense, int8, bits, ...")
     encode.add_argument("--dims", nargs="+", type=int, help="lengths for the output matryoshka")
     encode.add_argument("--branches", nargs="+", help="texts behind each, for the output branches")
-    encode.add_argument("--prompt", default="", help="a text, or the name of one of the model")
+    encode.add_argument("--prompt", help="a text, or the name of one of the model")
     encode.add_argument("--shard-size", type=int, default=8192, help="texts in a file")
     encode.add_argument("--token-budget", type=int, default=2048, help="most tokens in a batch")
     encode.add_argument("--device", help="cpu, cuda, ...")

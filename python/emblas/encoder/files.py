@@ -99,7 +99,7 @@ def encode_file(
     *,
     outputs: Sequence[str] = ("dense",),
     dims: Sequence[int] | None = None,
-    prompt: str = "",
+    prompt: str | None = None,
     shard_size: int = 8192,
     progress: bool = False,
     **options: Any,
@@ -144,7 +144,7 @@ def encode_file(
         "model": encoder.fingerprint(),
         "outputs": list(outputs),
         "dims": None if dims is None else list(dims),
-        "prompt": encoder.prompts.get(prompt, prompt),
+        "prompt": encoder.prompt_text(prompt),
         "shard_size": shard_size,
         **options,
     }
@@ -231,7 +231,7 @@ def _shard(
     folder: Path,
     outputs: Sequence[str],
     dims: Sequence[int] | None,
-    prompt: str,
+    prompt: str | None,
     options: dict[str, Any],
 ) -> Embeddings:
     """Embed the texts of one shard; the first one fixes the range of int8 codes."""
