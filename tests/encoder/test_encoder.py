@@ -249,7 +249,7 @@ def test_pairs():
         (TypeError, "got a single str", lambda e: e.embed("rain")),
         (TypeError, "got a single NoneType", lambda e: e.encode(None)),
         (TypeError, "got a single str", lambda e: e.encode_distributed("rain")),
-        (ValueError, r"texts\[2\] can't be written as UTF-8", lambda e: list(e.stream(
+        (ValueError, r"texts\[2\] must hold whole characters", lambda e: list(e.stream(
             ["rain", "", "\ud83d rain"], window=2))),
         (ValueError, "window must be at least 1", lambda e: list(e.stream(TEXTS, window=0))),
         (ValueError, "outputs must be one of", lambda e: e.embed(TEXTS, ["sparse"])),

@@ -41,7 +41,15 @@ def test_read_texts(tmp_path):
     assert list(read_texts(tmp_path / "a.tsv")) == texts[2:3] * 2
     (tmp_path / "a.csv").write_text('text,id\n"one, two",1\nthree,2\n')
     assert list(read_texts(tmp_path / "a.csv")) == ["one, two", "three"]
+    (tmp_path / "b.csv").write_text("text\nrain\n", encoding="utf-8-sig")
+    assert list(read_texts(tmp_path / "b.csv")) == ["rain"]
+    (tmp_path / "b.jsonl").write_text('{"text": "rain"}\n\n{"text": "snow"}\n\n')
+    assert list(read_texts(tmp_path / "b.jsonl")) == ["rain", "snow"]
+    (tmp_path / "c.jsonl").write_text('{"text": "rain"}\n{"text": "snow"\n')
+    (tmp_path / "c.txt").write_bytes(b"na\xefve\n")
     for path, field, message in (
+        ("c.jsonl", None, "c.jsonl, line 2 must be JSON"),
+        ("c.txt", None, "c.txt must be UTF-8"),
         ("a.txt", "text", "field is for jsonl"),
         ("a.jsonl.xz", None, "line 1 must have a text in field 'text'"),
         ("a.csv", "body", "must have a column 'body'"),

@@ -228,7 +228,7 @@ class Encoder:
         return self.encode(texts, **{"prompt": self._first_prompt("query"), **options})
 
     def encode_document(self, texts: str | Iterable[str], **options: Any) -> Any:
-        """:meth:`encode` with the prompt "document", "passage" or "corpus", if the model has one."""
+        """:meth:`encode` with the prompt "document", "passage" or "corpus", if there is one."""
         prompt = self._first_prompt("document", "passage", "corpus")
         return self.encode(texts, **{"prompt": prompt, **options})
 

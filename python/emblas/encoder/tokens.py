@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -82,10 +83,11 @@ def tokenize(
 
 def _check_characters(texts: Sequence[str], first: int) -> None:
     for i, text in enumerate(texts, first):
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(f"texts[{i}] can't be written as UTF-8: {error}") from None
+        if found := re.search("[\ud800-\udfff]", text):
+            raise ValueError(
+                f"texts[{i}] must hold whole characters, got half of one, {found[0]!r}, at "
+                f"{found.start()}"
+            )
 
 
 def prompt_tokens(tokenizer: Any, prompt: str) -> int:
