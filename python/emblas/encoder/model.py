@@ -361,9 +361,9 @@ class Encoder:
         rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
         own = self.encode(texts[rank::world], as_numpy=False, **options)
         rows, _ = gather_rows(own)
-        order = torch.cat([torch.arange(r, len(texts), world) for r in range(world)])
+        order = [i for r in range(world) for i in range(r, len(texts), world)]
         out = torch.empty_like(rows)
-        out[order.to(rows.device)] = rows
+        out[order] = rows
         return to_numpy(out) if as_numpy else out
 
     def fingerprint(self) -> str:
