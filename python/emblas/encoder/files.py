@@ -149,13 +149,15 @@ def encode_file(
 
     Raises
     ------
-    ValueError
-        If the folder holds embeddings of another model, other settings or other texts.
+    TypeError, ValueError
+        As in :meth:`emblas.Encoder.embed`, and if the folder holds embeddings of another model,
+        other settings or other texts.
     RuntimeError
         If another process is writing to the folder.
     """
     if shard_size < 1:
         raise ValueError(f"shard_size must be at least 1 text, got {shard_size}")
+    encoder.embed([], outputs, dims=dims, prompt=prompt, **options)  # before anything is written
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     manifest: dict[str, Any] = {
