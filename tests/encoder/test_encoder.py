@@ -283,6 +283,14 @@ def test_unfit_sentence_transformers(tmp_path):
         Encoder.from_sentence_transformer(st.SentenceTransformer(modules=[model[1]], device="cpu"))
 
 
+def test_names_that_are_imported_on_demand():
+    assert emblas.__getattr__("encoder").Encoder is emblas.__getattr__("Encoder") is Encoder
+    for name in emblas.__all__:
+        assert getattr(emblas, name)
+    with pytest.raises(AttributeError, match="no attribute 'decoder'"):
+        _ = emblas.decoder
+
+
 def test_every_architecture_of_the_tests():
     for name in (*CONFIGS, *REPLACED):
         encoder = make(name)
