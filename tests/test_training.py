@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 pytest.importorskip("transformers", reason="needs emblas[hf]")
 
 from emblas.encoder import Encoder
+from emblas.integrations import transformers as hf
 from integrations.models import TEXTS, make_tokenizer, tiny
 from integrations.training import (
     PackedEncoder,
@@ -149,34 +150,24 @@ def test_workers_of_a_dataloader():
 
 
 class Fixed(nn.Module):
-    """A packed encoder with positions from outside, and an upper bound of the lengths."""
+    """A packed encoder with an upper bound of the lengths, so that no size depends on values."""
 
     def __init__(self, encoder):
         super().__init__()
         self.encoder = copy.deepcopy(encoder)
 
-    def forward(self, input_ids, positions, cu_seqlens):
-        hidden = self.encoder.model(
-            input_ids=input_ids[None], position_ids=positions[None],
-            cu_seq_lens_q=cu_seqlens, cu_seq_lens_k=cu_seqlens,
-            max_length_q=64, max_length_k=64,
-        ).last_hidden_state  # fmt: skip
-        return self.encoder.pooling(hidden[0], cu_seqlens)
-
-
-def arguments(rows):
-    ids, cu_seqlens = packed.pack(rows)
-    return ids, packed.positions(cu_seqlens), cu_seqlens
+    def forward(self, input_ids, cu_seqlens):
+        hidden = hf.forward_packed(self.encoder.model, input_ids, cu_seqlens, max_seqlen=64)
+        return self.encoder.pooling(hidden, cu_seqlens)
 
 
 @pytest.fixture
 def exported():
     """A model, and its exported graph for any number of tokens and texts."""
     model = PackedEncoder().eval()
-    tokens, offsets = torch.export.Dim("tokens", min=2), torch.export.Dim("offsets", min=3)
-    shapes = ({0: tokens}, {0: tokens}, {0: offsets})
+    shapes = ({0: torch.export.Dim("tokens", min=2)}, {0: torch.export.Dim("offsets", min=3)})
     with torch.no_grad():
-        graph = torch.export.export(Fixed(model), arguments(texts(5)), dynamic_shapes=shapes)
+        graph = torch.export.export(Fixed(model), packed.pack(texts(5)), dynamic_shapes=shapes)
     return model, graph
 
 
@@ -184,7 +175,7 @@ def assert_serves_every_batch(function, model):
     with torch.no_grad():
         for seed, count in ((1, 3), (2, 9)):
             rows = texts(count, seed)
-            actual = function(*arguments(rows))
+            actual = function(*packed.pack(rows))
             torch.testing.assert_close(actual, encode(model, rows), rtol=1e-5, atol=1e-6)
 
 

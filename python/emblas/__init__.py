@@ -14,6 +14,7 @@ __version__ = _version("emblas")
 _op.force_backend(_os.environ.get("EMBLAS_BACKEND") or "auto")
 
 if _TYPE_CHECKING:
+    from emblas import encoder
     from emblas.encoder import Encoder, EncoderPair
     from emblas.integrations.optimize import optimize, verify
 
@@ -21,6 +22,7 @@ if _TYPE_CHECKING:
 _LAZY = {
     "Encoder": "emblas.encoder",
     "EncoderPair": "emblas.encoder",
+    "encoder": "emblas.encoder",
     "optimize": "emblas.integrations.optimize",
     "verify": "emblas.integrations.optimize",
 }
@@ -29,7 +31,8 @@ _LAZY = {
 def __getattr__(name: str) -> _Any:
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(_importlib.import_module(_LAZY[name]), name)
+    module = _importlib.import_module(_LAZY[name])
+    return module if module.__name__ == f"{__name__}.{name}" else getattr(module, name)
 
 
 __all__ = [
@@ -37,6 +40,7 @@ __all__ = [
     "EncoderPair",
     "attention",
     "binary",
+    "encoder",
     "evaluation",
     "info",
     "linear",

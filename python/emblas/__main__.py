@@ -6,6 +6,7 @@ import argparse
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 from emblas._info import info, render
 
@@ -30,7 +31,10 @@ def main() -> None:
     encode.add_argument("--outputs", nargs="+", default=["dense"], help="dense, int8, bits, ...")
     encode.add_argument("--dims", nargs="+", type=int, help="lengths for the output matryoshka")
     encode.add_argument("--branches", nargs="+", help="texts behind each, for the output branches")
-    encode.add_argument("--prompt", default="", help="a text, or the name of one of the model")
+    encode.add_argument("--chunk-size", type=int, help="tokens of a vector of the output chunks")
+    encode.add_argument("--chunk-overlap", type=int, help="tokens that neighboring chunks share")
+    encode.add_argument("--prompt", help="a text, or the name of one of the model")
+    encode.add_argument("--max-length", type=int, help="most tokens of a text, if fewer")
     encode.add_argument("--shard-size", type=int, default=8192, help="texts in a file")
     encode.add_argument("--token-budget", type=int, default=2048, help="most tokens in a batch")
     encode.add_argument("--device", help="cpu, cuda, ...")
@@ -50,8 +54,11 @@ def _info(arguments: argparse.Namespace) -> None:
 def _encode(arguments: argparse.Namespace) -> None:
     from emblas.encoder import Encoder, encode_file, read_texts
 
-    options = {"device": arguments.device, "token_budget": arguments.token_budget}
-    encoder = Encoder.load(arguments.model, **options)
+    def given(*names: str) -> dict[str, Any]:
+        values = {name: getattr(arguments, name) for name in names}
+        return {name: value for name, value in values.items() if value is not None}
+
+    encoder = Encoder.load(arguments.model, **given("device", "token_budget", "max_length"))
     begin = time.perf_counter()
     report = encode_file(
         encoder,
@@ -62,7 +69,7 @@ def _encode(arguments: argparse.Namespace) -> None:
         prompt=arguments.prompt,
         shard_size=arguments.shard_size,
         progress=not arguments.quiet,
-        **({"branches": arguments.branches} if arguments.branches else {}),
+        **given("branches", "chunk_size", "chunk_overlap"),
     )
     print(
         f"{report['texts']} texts in {arguments.folder}, {report['encoded']} of them encoded now "

@@ -34,7 +34,7 @@ def make(name="bert", **options):
     return Encoder(model, make_tokenizer(), **{"token_budget": 24, **options})
 
 
-def folder_of(path, name="bert", mode="mean", dense=False, prompts=None, **options):
+def folder_of(path, name="bert", mode="mean", dense=False, default=None, prompts=None, **options):
     """Save a model of sentence-transformers."""
     modules = st.sentence_transformer.modules
     tiny(name).save_pretrained(path / "bare")
@@ -44,7 +44,9 @@ def folder_of(path, name="bert", mode="mean", dense=False, prompts=None, **optio
     if dense:
         parts.append(st.base.modules.Dense(32, 12))
     parts.append(st.base.modules.Normalize())
-    model = st.SentenceTransformer(modules=parts, device="cpu", prompts=prompts)
+    model = st.SentenceTransformer(
+        modules=parts, device="cpu", prompts=prompts, default_prompt_name=default
+    )
     model.save(str(path / "model"))
     return path / "model"
 
@@ -57,6 +59,7 @@ def folder_of(path, name="bert", mode="mean", dense=False, prompts=None, **optio
         ("qwen3", {"mode": "lasttoken"}),
         ("modernbert", {"mode": ("mean", "max")}),
         ("bert", {"include_prompt": False, "prompts": {"query": "the old ", "document": "a "}}),
+        ("bert", {"default": "topic", "prompts": {"topic": "rain ", "passage": "the "}}),
     ],
 )
 def test_equals_sentence_transformers(tmp_path, name, settings):
@@ -73,6 +76,26 @@ def test_equals_sentence_transformers(tmp_path, name, settings):
     np.testing.assert_allclose(
         encoder.encode(TEXTS, prompt="red "), peer.encode(TEXTS, prompt="red "), **CLOSE
     )
+
+
+@pytest.mark.parametrize("mode", ["mean", "cls"])
+def test_truncated_sentence_transformers(tmp_path, mode):
+    """Vectors that are cut, and therefore not of length 1."""
+    peer = st.SentenceTransformer(str(folder_of(tmp_path, mode=mode)), device="cpu", truncate_dim=8)
+    expected = peer.encode(TEXTS)
+    encoder = Encoder.from_sentence_transformer(peer)
+    assert encoder.dim == 8
+    np.testing.assert_allclose(encoder.encode(TEXTS), expected, **CLOSE)
+
+
+def test_prompts():
+    encoder = make(prompts={"query": "", "topic": "rain "}, default_prompt="topic")
+    plain = encoder.encode(TEXTS, prompt="")
+    np.testing.assert_array_equal(encoder.encode(TEXTS), encoder.encode(TEXTS, prompt="rain "))
+    np.testing.assert_array_equal(encoder.encode_document(TEXTS), encoder.encode(TEXTS))
+    np.testing.assert_array_equal(encoder.encode_query(TEXTS), plain)
+    np.testing.assert_array_equal(encoder.encode(TEXTS, prompt="query"), plain)
+    assert not np.array_equal(encoder.encode(TEXTS), plain)
 
 
 def test_bare_folder_of_transformers(tmp_path):
@@ -201,6 +224,8 @@ def test_truncation_is_reported():
     np.testing.assert_allclose(out.dense[1], encoder.encode(cut), **CLOSE)
     with pytest.raises(ValueError, match=r"texts\[1\] has 32 tokens, more than max_length = 8"):
         encoder.encode(texts, truncation="error")
+    with pytest.raises(ValueError, match=r"texts\[3\] has 33 tokens, more than"):
+        list(encoder.stream(texts[2:3] * 3 + texts[3:], window=2, truncation="error"))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         encoder.encode(texts, truncation="ignore")
@@ -222,11 +247,18 @@ def test_pairs():
     [
         (TypeError, r"texts\[1\] must be a str, got int", lambda e: e.encode(["a", 3])),
         (TypeError, "got a single str", lambda e: e.embed("rain")),
+        (TypeError, "got a single NoneType", lambda e: e.encode(None)),
+        (TypeError, "got a single str", lambda e: e.encode_distributed("rain")),
+        (ValueError, r"texts\[2\] must hold whole characters", lambda e: list(e.stream(
+            ["rain", "", "\ud83d rain"], window=2))),
+        (ValueError, "window must be at least 1", lambda e: list(e.stream(TEXTS, window=0))),
         (ValueError, "outputs must be one of", lambda e: e.embed(TEXTS, ["sparse"])),
         (ValueError, "list of names", lambda e: e.embed(TEXTS, "dense")),
         (ValueError, "go together", lambda e: e.embed(TEXTS, ["matryoshka"])),
         (ValueError, "dims must lie between 1 and 32", lambda e: e.embed(
             TEXTS, ["matryoshka"], dims=[33])),
+        (ValueError, r"dims must .* got \[4.5\]", lambda e: e.embed(
+            TEXTS, ["matryoshka"], dims=[4.5])),
         (ValueError, "lexical head", lambda e: e.embed(TEXTS, ["lexical"])),
         (ValueError, "needs a quantizer", lambda e: list(e.stream(TEXTS, ["int8"]))),
         (ValueError, "chunk_overlap must", lambda e: e.embed(TEXTS, chunk_overlap=128)),
@@ -249,6 +281,14 @@ def test_unfit_sentence_transformers(tmp_path):
     model = st.SentenceTransformer(str(folder_of(tmp_path)), device="cpu")
     with pytest.raises(ValueError, match="must start with Transformer and Pooling, got Pooling"):
         Encoder.from_sentence_transformer(st.SentenceTransformer(modules=[model[1]], device="cpu"))
+
+
+def test_names_that_are_imported_on_demand():
+    assert emblas.__getattr__("encoder").Encoder is emblas.__getattr__("Encoder") is Encoder
+    for name in emblas.__all__:
+        assert getattr(emblas, name)
+    with pytest.raises(AttributeError, match="no attribute 'decoder'"):
+        _ = emblas.decoder
 
 
 def test_every_architecture_of_the_tests():

@@ -41,7 +41,15 @@ def test_read_texts(tmp_path):
     assert list(read_texts(tmp_path / "a.tsv")) == texts[2:3] * 2
     (tmp_path / "a.csv").write_text('text,id\n"one, two",1\nthree,2\n')
     assert list(read_texts(tmp_path / "a.csv")) == ["one, two", "three"]
+    (tmp_path / "b.csv").write_text("text\nrain\n", encoding="utf-8-sig")
+    assert list(read_texts(tmp_path / "b.csv")) == ["rain"]
+    (tmp_path / "b.jsonl").write_text('{"text": "rain"}\n\n{"text": "snow"}\n\n')
+    assert list(read_texts(tmp_path / "b.jsonl")) == ["rain", "snow"]
+    (tmp_path / "c.jsonl").write_text('{"text": "rain"}\n{"text": "snow"\n')
+    (tmp_path / "c.txt").write_bytes(b"na\xefve\n")
     for path, field, message in (
+        ("c.jsonl", None, "c.jsonl, line 2 must be JSON"),
+        ("c.txt", None, "c.txt must be UTF-8"),
         ("a.txt", "text", "field is for jsonl"),
         ("a.jsonl.xz", None, "line 1 must have a text in field 'text'"),
         ("a.csv", "body", "must have a column 'body'"),
@@ -107,6 +115,12 @@ def test_other_texts_models_or_settings_are_refused(tmp_path, encoder):
     encode_file(encoder, texts(), tmp_path / "locked")
 
 
+def test_settings_that_fit_nothing_leave_nothing(tmp_path, encoder):
+    with pytest.raises(ValueError, match="dims and the output 'matryoshka' go together"):
+        encode_file(encoder, TEXTS, tmp_path / "out", outputs=["matryoshka"])
+    assert not (tmp_path / "out").exists()
+
+
 def test_no_texts(tmp_path, encoder):
     assert encode_file(encoder, [], tmp_path)["texts"] == 0
     with pytest.raises(ValueError, match="no output"):
@@ -127,6 +141,13 @@ def test_command(tmp_path, monkeypatch, capsys):
     assert ", 9 of them encoded now" in first
     assert ", 0 of them encoded now" in second
     assert load_embeddings(tmp_path / "out", "bits").shape == (9, 4)
+    chunks = f" {tmp_path}/chunks --outputs chunks --max-length 8 --chunk-size 3 --chunk-overlap 1"
+    chunks = line.replace(f" {tmp_path}/out", chunks).replace(" --outputs dense bits", "")
+    monkeypatch.setattr(sys, "argv", chunks.split())
+    command.main()
+    assert "3 were cut to 8 tokens" in capsys.readouterr().out
+    spans = load_embeddings(tmp_path / "chunks", "chunk_spans").values
+    assert spans[:3].tolist() == [[0, 3], [2, 5], [4, 6]]
     monkeypatch.setattr(sys, "argv", [*line.split(), "--prompt", "x"])
     with pytest.raises(SystemExit) as exit_info:
         command.main()

@@ -22,6 +22,7 @@ from emblas.encoder import Encoder, EncoderPair, TruncationWarning
 from emblas.integrations.mteb import MtebEncoder
 from integrations.models import TEXTS, make_tokenizer, tiny
 
+SCORES = [4.0, 1.0, 0.0, 3.0, 2.0, 5.0, 1.5, 2.5]
 PromptType = enum.Enum("PromptType", {"query": "query", "document": "document"})
 
 
@@ -53,6 +54,9 @@ def test_both_protocols():
     scores = model.similarity(plain, plain)
     torch.testing.assert_close(scores, torch.from_numpy(plain @ plain.T), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(model.similarity_pairwise(plain, plain), scores.diagonal())
+    dot = MtebEncoder(encoder, similarity="dot")
+    torch.testing.assert_close(dot.similarity(2 * plain, plain), 2 * scores)
+    torch.testing.assert_close(dot.similarity_pairwise(2 * plain, plain), 2 * scores.diagonal())
     pair = MtebEncoder(EncoderPair(make(pooling="cls"), make()))
     np.testing.assert_array_equal(pair.encode(TEXTS), plain)
     assert pair.mteb_model_meta is None
@@ -62,6 +66,56 @@ def test_both_protocols():
         model.encode(TEXTS, prompt_type="title")
     with pytest.raises(TypeError, match="a field 'text', got"):
         model.encode([{"image": []}])
+    with pytest.raises(ValueError, match="similarity must be one of"):
+        MtebEncoder(encoder, similarity="l2")
+
+
+@pytest.mark.slow
+def test_tasks_of_mteb():
+    """Retrieval and STS by the package itself, where it is installed."""
+    mteb = pytest.importorskip("mteb")
+    datasets = pytest.importorskip("datasets")
+    from mteb.abstasks import AbsTaskRetrieval, AbsTaskSTS
+    from mteb.abstasks.retrieval_dataset_loaders import RetrievalSplitData
+    from mteb.abstasks.task_metadata import TaskMetadata
+
+    def about(kind, score):
+        return TaskMetadata(
+            name=f"Tiny{kind}", type=kind, main_score=score, description="", reference=None,
+            dataset={"path": "none/none", "revision": "1"}, eval_langs=["eng-Latn"], license=None,
+            date=("2026-01-01", "2026-01-02"), domains=[], task_subtypes=[], dialect=[],
+            annotations_creators=None, sample_creation=None, bibtex_citation="",
+        )  # fmt: skip
+
+    class Pairs(AbsTaskSTS):
+        metadata = about("STS", "cosine_spearman")
+        min_score, max_score = 0, 5
+
+        def load_data(self, **options):
+            rows = {"sentence1": TEXTS[:8], "sentence2": TEXTS[1:], "score": SCORES}
+            self.dataset, self.data_loaded = {"test": datasets.Dataset.from_dict(rows)}, True
+
+    class Search(AbsTaskRetrieval):
+        metadata = about("Retrieval", "ndcg_at_10")
+
+        def load_data(self, **options):
+            ids = [str(i) for i in range(len(TEXTS))]
+            corpus = {"id": ids, "text": TEXTS, "title": [""] * len(ids)}
+            queries = {"id": ids[:2], "text": ["a cat", "rain falls"]}
+            self.dataset, self.data_loaded = {"default": {"test": RetrievalSplitData(
+                corpus=datasets.Dataset.from_dict(corpus),
+                queries=datasets.Dataset.from_dict(queries),
+                relevant_docs={"0": {"0": 1}, "1": {"2": 1}}, top_ranked=None,
+            )}}, True  # fmt: skip
+
+    encoder = make(prompts={"query": "the "})
+    results = mteb.evaluate(MtebEncoder(encoder), [Pairs(), Search()], cache=None)
+    found = [result.scores["test"][0]["main_score"] for result in results.task_results]
+    vectors = encoder.encode(TEXTS)
+    cosines = (vectors[:8] * vectors[1:]).sum(1)
+    ranked = (encoder.encode_query(["a cat", "rain falls"]) @ vectors.T).argsort(1)[:, ::-1].copy()
+    expected = [spearman(cosines, SCORES), ndcg(ranked, [{0: 1.0}, {2: 1.0}])]
+    assert found == pytest.approx(expected, abs=1e-4)
 
 
 # --- real data -----------------------------------------------------------------------------------

@@ -65,8 +65,11 @@ def half_a_step(rank, expected_gradients, expected_vectors):
     vectors = encode(parallel, [*texts(8)[at], *texts(8, 1)[at]])
     InfoNCE(0.2, gather=True)(vectors[:4], vectors[4:]).backward()
     assert_same(gradients(model), expected_gradients)
-    out = Encoder(tiny("bert"), make_tokenizer()).encode_distributed(TEXTS)
+    encoder = Encoder(tiny("bert"), make_tokenizer())
+    out = encoder.encode_distributed(iter(TEXTS))
     np.testing.assert_allclose(out, expected_vectors, rtol=1e-4, atol=1e-5)
+    for few in ([], TEXTS[:1]):
+        assert encoder.encode_distributed(few).shape == (len(few), 32)
 
 
 def half_a_sharded_step(rank, expected_gradients):

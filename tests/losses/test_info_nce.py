@@ -393,9 +393,23 @@ def test_mix_negatives():
         cosines = (hard * torch.nn.functional.normalize(queries)[:, None]).sum(-1)
         best = hard[torch.arange(5), cosines.argmax(1)]
         assert (cold * best[:, None]).sum(-1).mean() > (0.5 if method == "pair" else 0.999)
-    grad = negatives.clone().requires_grad_()
-    info_nce(queries, queries, negatives=mix_negatives(queries, grad, 3)).backward()
-    assert torch.isfinite(grad.grad).all()
+    unit = torch.nn.functional.normalize
+    queries, negatives = queries.double(), negatives.double().requires_grad_()
+    for method in ("pair", "list"):
+        mixed = mix_negatives(queries, negatives, 3, method=method)
+        hard = unit(negatives, dim=-1)
+        # Weights are constants, and their sum makes no difference.
+        shares = torch.linalg.lstsq(hard.detach().mT, mixed.detach().mT).solution.mT
+        expected = unit(shares @ hard, dim=-1)
+        torch.testing.assert_close(mixed, expected)
+        gradients = [torch.autograd.grad(x.sin().sum(), negatives)[0] for x in (mixed, expected)]
+        torch.testing.assert_close(*gradients)
+
+    def mix(x):  # the weights of pairs don't change with the vectors
+        generator = torch.Generator().manual_seed(1)
+        return mix_negatives(queries, x, 3, generator=generator)
+
+    assert torch.autograd.gradcheck(mix, [negatives])
 
 
 Q, D = torch.ones(2, 3), torch.ones(4, 3)

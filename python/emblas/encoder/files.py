@@ -19,9 +19,10 @@ import json
 import lzma
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import numpy as np
 import numpy.typing as npt
@@ -55,41 +56,60 @@ def read_texts(path: str | Path, field: str | None = None) -> Iterator[str]:
     Yields
     ------
     str
-        Texts, empty lines among them.
+        Texts, empty ones among them. Empty lines between objects are none.
 
     Raises
     ------
     ValueError
-        If a line has no such field, or ``field`` is given for a file of lines.
+        If a line has no such field, isn't JSON or UTF-8, or ``field`` is given for a file of lines.
     """
     path = Path(path)
     kind = path.suffix if path.suffix not in _OPENERS else path.with_suffix("").suffix
-    opened = _OPENERS.get(path.suffix, open)(path, "rt", encoding="utf-8", newline="")
-    key = field or "text"
+    if field is not None and kind not in _FIELDS:
+        raise ValueError(f"field is for jsonl, csv and tsv, {path.name} is read as lines")
+    # With or without the mark that other systems put at the beginning of UTF-8.
+    opened = _OPENERS.get(path.suffix, open)(path, "rt", encoding="utf-8-sig", newline="")
     with opened as file:
-        if kind == ".jsonl":
-            for number, line in enumerate(file, 1):
-                record = json.loads(line)
-                if not isinstance(record, dict) or not isinstance(record.get(key), str):
-                    raise ValueError(f"{path}, line {number} must have a text in field {key!r}")
-                yield record[key]
-        elif kind in (".csv", ".tsv"):
-            dialect: dict[str, Any] = {"delimiter": ","}
-            if kind == ".tsv":
-                dialect = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
-            csv.field_size_limit(sys.maxsize)
-            rows = csv.DictReader(file, **dialect)
-            if key not in (rows.fieldnames or ()):
-                raise ValueError(f"{path} must have a column {key!r}, has {rows.fieldnames}")
-            for row in rows:
-                if row[key] is None:
-                    raise ValueError(f"{path}, line {rows.line_num} must have a column {key!r}")
-                yield row[key]
-        else:
-            if field is not None:
-                raise ValueError(f"field is for jsonl, csv and tsv, {path.name} is read as lines")
-            for line in file:
-                yield line.rstrip("\r\n")
+        try:
+            yield from _FIELDS.get(kind, _lines)(path, file, field or "text")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} must be UTF-8: {error}") from None
+
+
+def _lines(path: Path, file: TextIO, key: str) -> Iterator[str]:
+    for line in file:
+        yield line.rstrip("\r\n")
+
+
+def _objects(path: Path, file: TextIO, key: str) -> Iterator[str]:
+    for number, line in enumerate(file, 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number} must be JSON: {error}") from None
+        if not isinstance(record, dict) or not isinstance(record.get(key), str):
+            raise ValueError(f"{path}, line {number} must have a text in field {key!r}")
+        yield record[key]
+
+
+def _cells(path: Path, file: TextIO, key: str, **dialect: Any) -> Iterator[str]:
+    csv.field_size_limit(sys.maxsize)
+    rows = csv.DictReader(file, **dialect)
+    if key not in (rows.fieldnames or ()):
+        raise ValueError(f"{path} must have a column {key!r}, has {rows.fieldnames}")
+    for row in rows:
+        if row[key] is None:
+            raise ValueError(f"{path}, line {rows.line_num} must have a column {key!r}")
+        yield row[key]
+
+
+_FIELDS: dict[str, Callable[[Path, TextIO, str], Iterator[str]]] = {
+    ".jsonl": _objects,
+    ".csv": _cells,
+    ".tsv": partial(_cells, delimiter="\t", quoting=csv.QUOTE_NONE),
+}
 
 
 def encode_file(
@@ -99,7 +119,7 @@ def encode_file(
     *,
     outputs: Sequence[str] = ("dense",),
     dims: Sequence[int] | None = None,
-    prompt: str = "",
+    prompt: str | None = None,
     shard_size: int = 8192,
     progress: bool = False,
     **options: Any,
@@ -129,13 +149,15 @@ def encode_file(
 
     Raises
     ------
-    ValueError
-        If the folder holds embeddings of another model, other settings or other texts.
+    TypeError, ValueError
+        As in :meth:`emblas.Encoder.embed`, and if the folder holds embeddings of another model,
+        other settings or other texts.
     RuntimeError
         If another process is writing to the folder.
     """
     if shard_size < 1:
         raise ValueError(f"shard_size must be at least 1 text, got {shard_size}")
+    encoder.embed([], outputs, dims=dims, prompt=prompt, **options)  # before anything is written
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     manifest: dict[str, Any] = {
@@ -144,7 +166,7 @@ def encode_file(
         "model": encoder.fingerprint(),
         "outputs": list(outputs),
         "dims": None if dims is None else list(dims),
-        "prompt": encoder.prompts.get(prompt, prompt),
+        "prompt": encoder.prompt_text(prompt),
         "shard_size": shard_size,
         **options,
     }
@@ -231,7 +253,7 @@ def _shard(
     folder: Path,
     outputs: Sequence[str],
     dims: Sequence[int] | None,
-    prompt: str,
+    prompt: str | None,
     options: dict[str, Any],
 ) -> Embeddings:
     """Embed the texts of one shard; the first one fixes the range of int8 codes."""

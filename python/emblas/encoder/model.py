@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from emblas import _op, packed
 from emblas.binary import Int8Quantizer, pack_sign
 from emblas.encoder.branches import PackedBranches, check_branches, pack_branches
+from emblas.encoder.loading import take_over
 from emblas.encoder.outputs import (
     OUTPUTS,
     Collector,
@@ -63,6 +64,9 @@ class Encoder:
         Turns pooled vectors ``(texts, hidden)`` into embeddings, before they are normalized.
     prompts : mapping of str to str, optional
         Texts to put before queries (``"query"``) and documents (``"document"``), and others.
+    default_prompt : str, default ""
+        What is put before texts where no prompt is named: the name of one of ``prompts``, or a
+        text.
     include_prompt : bool, default True
         Pool the tokens of the prompt as well.
     max_length : int, optional
@@ -102,6 +106,7 @@ class Encoder:
         normalize: bool = True,
         head: Callable[[Tensor], Tensor] | None = None,
         prompts: Mapping[str, str] | None = None,
+        default_prompt: str = "",
         include_prompt: bool = True,
         max_length: int | None = None,
         lexical: LexicalWeights | None = None,
@@ -121,6 +126,7 @@ class Encoder:
         self.normalize = normalize
         self.head = head
         self.prompts = dict(prompts or {})
+        self.default_prompt = default_prompt
         self.include_prompt = include_prompt
         self.max_length = max_length or longest(model, tokenizer)
         self.lexical = lexical
@@ -167,36 +173,8 @@ class Encoder:
             If it isn't a transformer, a pooling of its tokens and layers on the pooled vectors, or
             if it reads chat messages instead of texts.
         """
-        from sentence_transformers.base.modules import Normalize, Transformer
-        from sentence_transformers.sentence_transformer.modules import Pooling
-
-        from emblas.integrations.sentence_transformers_pooling import MODES
-
-        first, pooling, *rest = [*model, None, None][: max(len(model), 2)]
-        if not isinstance(first, Transformer) or not isinstance(pooling, Pooling):
-            names = ", ".join(type(module).__name__ for module in model)
-            raise ValueError(f"model must start with Transformer and Pooling, got {names}")
-        if "message" in first.modality_config:
-            raise ValueError("model must take plain texts, got one that takes chat messages")
-        modes = pooling.pooling_mode
-        normalize = bool(rest) and isinstance(rest[-1], Normalize)
-        layers = nn.Sequential(*(rest[:-1] if normalize else rest))
-
-        def head(pooled: Tensor) -> Tensor:
-            features: Any = {"sentence_embedding": pooled}
-            embedding: Tensor = layers(features)["sentence_embedding"]
-            return embedding
-
-        settings: dict[str, Any] = {
-            "pooling": MODES[modes] if isinstance(modes, str) else [MODES[mode] for mode in modes],
-            "normalize": normalize,
-            "head": head if len(layers) else None,
-            "prompts": {name: text for name, text in model.prompts.items() if text},
-            "include_prompt": pooling.include_prompt,
-            "max_length": model.max_seq_length,
-        }
-        layers.eval()
-        return cls(first.model, model.tokenizer, **{**settings, **options})
+        transformer, tokenizer, settings = take_over(model)
+        return cls(transformer, tokenizer, **{**settings, **options})
 
     # --- the public calls --------------------------------------------------------------------
 
@@ -204,7 +182,7 @@ class Encoder:
         self,
         texts: str | Iterable[str],
         *,
-        prompt: str = "",
+        prompt: str | None = None,
         truncation: str = "warn",
         progress: bool = False,
         as_numpy: bool = True,
@@ -215,12 +193,13 @@ class Encoder:
         ----------
         texts : str or iterable of str
             One text, a list, or an iterator, which is read by and by. Empty texts are legal.
-        prompt : str, default ""
-            The name of one of ``prompts``, or a text, to put before every text.
+        prompt : str, optional
+            The name of one of ``prompts``, or a text, to put before every text; "" for nothing.
+            Default: ``default_prompt``.
         truncation : {"warn", "error", "ignore"}, default "warn"
             What to do about texts of more than ``max_length`` tokens, which are cut: one
-            :class:`TruncationWarning` with their number, or a ValueError before anything is
-            computed.
+            :class:`TruncationWarning` with their number, or a ValueError before the texts beside
+            them are embedded.
         progress : bool, default False
             Show a progress bar (needs tqdm).
         as_numpy : bool, default True
@@ -246,11 +225,17 @@ class Encoder:
 
     def encode_query(self, texts: str | Iterable[str], **options: Any) -> Any:
         """:meth:`encode` with the prompt "query", if the model has one."""
-        return self.encode(texts, **{"prompt": self.prompts.get("query", ""), **options})
+        return self.encode(texts, **{"prompt": self._first_prompt("query"), **options})
 
     def encode_document(self, texts: str | Iterable[str], **options: Any) -> Any:
-        """:meth:`encode` with the prompt "document", if the model has one."""
-        return self.encode(texts, **{"prompt": self.prompts.get("document", ""), **options})
+        """:meth:`encode` with the prompt "document", "passage" or "corpus", if there is one."""
+        prompt = self._first_prompt("document", "passage", "corpus")
+        return self.encode(texts, **{"prompt": prompt, **options})
+
+    def prompt_text(self, prompt: str | None) -> str:
+        """Return the text that :meth:`encode` puts before texts for this ``prompt``."""
+        prompt = self.default_prompt if prompt is None else prompt
+        return self.prompts.get(prompt, prompt)
 
     def embed(
         self, texts: Iterable[str], outputs: Sequence[str] = ("dense",), **options: Any
@@ -318,7 +303,7 @@ class Encoder:
         texts: Iterable[str],
         outputs: Sequence[str] = ("dense",),
         *,
-        prompt: str = "",
+        prompt: str | None = None,
         truncation: str = "warn",
         progress: bool = False,
         as_numpy: bool = True,
@@ -332,9 +317,13 @@ class Encoder:
         """
         _check_names(outputs)
         self._check(outputs, truncation, **options)
-        if isinstance(texts, str):
-            raise TypeError("texts must be a list or an iterator of str, got a single str")
-        prompt = self.prompts.get(prompt, prompt)
+        if window < 1:
+            raise ValueError(f"window must be at least 1 text, got {window}")
+        if isinstance(texts, str) or not isinstance(texts, Iterable):
+            raise TypeError(
+                f"texts must be a list or an iterator of str, got a single {type(texts).__name__}"
+            )
+        prompt = self.prompt_text(prompt)
         total = len(texts) if isinstance(texts, Sequence) else None
         rest = iter(texts)
         cut = longest = done = 0
@@ -345,7 +334,9 @@ class Encoder:
                         raise TypeError(
                             f"texts[{done + i}] must be a str, got {type(text).__name__}"
                         )
-                result = self._embed(part, outputs, prompt, truncation, bar=bar, **options)
+                result = self._embed(
+                    part, outputs, prompt, truncation, first=done, bar=bar, **options
+                )
                 done += len(part)
                 cut += int((result.tokens_cut > 0).sum())
                 longest = max(longest, int((result.tokens_cut + result.num_tokens).max()))
@@ -358,19 +349,21 @@ class Encoder:
                 stacklevel=2,
             )
 
-    def encode_distributed(self, texts: Sequence[str], **options: Any) -> Any:
+    def encode_distributed(self, texts: Iterable[str], **options: Any) -> Any:
         """:meth:`encode`, shared among the processes of ``torch.distributed``.
 
         Every process calls this with the same texts and gets all embeddings.
         """
-        options = dict(options)
+        if isinstance(texts, str):
+            raise TypeError("texts must be a list or an iterator of str, got a single str")
+        texts, options = list(texts), dict(options)
         as_numpy = options.pop("as_numpy", True)
         rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
         own = self.encode(texts[rank::world], as_numpy=False, **options)
         rows, _ = gather_rows(own)
-        order = torch.cat([torch.arange(r, len(texts), world) for r in range(world)])
+        order = [i for r in range(world) for i in range(r, len(texts), world)]
         out = torch.empty_like(rows)
-        out[order.to(rows.device)] = rows
+        out[order] = rows
         return to_numpy(out) if as_numpy else out
 
     def fingerprint(self) -> str:
@@ -393,6 +386,9 @@ class Encoder:
 
     # --- parts -------------------------------------------------------------------------------
 
+    def _first_prompt(self, *names: str) -> str | None:
+        return next((name for name in names if name in self.prompts), None)
+
     def _check(
         self,
         outputs: Sequence[str],
@@ -410,7 +406,7 @@ class Encoder:
             check_branches(self.model, self.modes)
         if ("matryoshka" in outputs) != (dims is not None):
             raise ValueError("dims and the output 'matryoshka' go together")
-        if dims is not None and not (dims and all(1 <= k <= self.dim for k in dims)):
+        if dims is not None and not (dims and all(k in range(1, self.dim + 1) for k in dims)):
             raise ValueError(f"dims must lie between 1 and {self.dim}, got {list(dims)}")
         if "int8" in outputs and quantizer is None:
             raise ValueError("the output 'int8' of a stream needs a quantizer")
@@ -432,6 +428,7 @@ class Encoder:
         prompt: str,
         truncation: str,
         *,
+        first: int = 0,
         dims: Sequence[int] | None = None,
         quantizer: Int8Quantizer | None = None,
         chunk_size: int = 128,
@@ -448,7 +445,7 @@ class Encoder:
             raise ValueError(
                 f"branches and prefixes leave no token to a text of max_length = {self.max_length}"
             )
-        tokens = tokenize(self.tokenizer, texts, prompt, room, truncation)
+        tokens = tokenize(self.tokenizer, texts, prompt, room, truncation, first)
         skip = 0 if self.include_prompt else prompt_tokens(self.tokenizer, prompt)
         whole = (
             skip > 0

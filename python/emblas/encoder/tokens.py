@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -48,22 +49,28 @@ def token_ids(tokenizer: Any, texts: Sequence[str], **options: Any) -> list[list
 
 
 def tokenize(
-    tokenizer: Any, texts: Sequence[str], prompt: str, max_length: int, truncation: str
+    tokenizer: Any, texts: Sequence[str], prompt: str, max_length: int, truncation: str, first: int
 ) -> Tokens:
     """Tokenize texts behind a prompt, and cut those of more than ``max_length`` tokens.
+
+    Errors name texts by their number, of which that of ``texts[0]`` is ``first``.
 
     Raises
     ------
     ValueError
-        If a text is too long and ``truncation`` is "error".
+        If a text is too long and ``truncation`` is "error", or holds half a character.
     """
     whole = [prompt + text for text in texts]
-    ids = token_ids(tokenizer, whole)
+    try:
+        ids = token_ids(tokenizer, whole)
+    except TypeError:  # of tokenizers, which says no more
+        _check_characters(texts, first)
+        raise
     cut = [0] * len(ids)
     long = [i for i, text in enumerate(ids) if len(text) > max_length]
     if long and truncation == "error":
         raise ValueError(
-            f"texts[{long[0]}] has {len(ids[long[0]])} tokens, more than max_length = "
+            f"texts[{first + long[0]}] has {len(ids[long[0]])} tokens, more than max_length = "
             f"{max_length}; {len(long)} of {len(ids)} texts are too long"
         )
     # By the tokenizer, which knows the special tokens at the end.
@@ -72,6 +79,15 @@ def tokenize(
         cut[i] = len(ids[i]) - len(text)
         ids[i] = text
     return Tokens(ids, cut)
+
+
+def _check_characters(texts: Sequence[str], first: int) -> None:
+    for i, text in enumerate(texts, first):
+        if found := re.search("[\ud800-\udfff]", text):
+            raise ValueError(
+                f"texts[{i}] must hold whole characters, got half of one, {found[0]!r}, at "
+                f"{found.start()}"
+            )
 
 
 def prompt_tokens(tokenizer: Any, prompt: str) -> int:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from emblas import _op
 from emblas.encoder import Encoder, EncoderPair
 
 
@@ -28,6 +29,13 @@ class MtebEncoder:
         Name, revision and so on under which mteb files the results; without it, they have no name.
     progress : bool, default False
         Show progress bars.
+    similarity : {"cosine", "dot"}, default "cosine"
+        How mteb compares vectors: as their model was trained to be compared.
+
+    Raises
+    ------
+    ValueError
+        If ``similarity`` is something else.
     """
 
     def __init__(
@@ -36,7 +44,10 @@ class MtebEncoder:
         mteb_model_meta: Any = None,
         *,
         progress: bool = False,
+        similarity: str = "cosine",
     ) -> None:
+        _op.check_choice("similarity", similarity, ("cosine", "dot"))
+        self._scaled = _unit if similarity == "cosine" else _plain
         self.encoder = encoder
         self.mteb_model_meta = mteb_model_meta
         self.progress = progress
@@ -78,12 +89,12 @@ class MtebEncoder:
         return self.encoder.encode(texts, **options)
 
     def similarity(self, embeddings1: Any, embeddings2: Any) -> Tensor:
-        """Cosines ``(n, m)`` of all pairs."""
-        return _unit(embeddings1) @ _unit(embeddings2).T
+        """Similarities ``(n, m)`` of all pairs."""
+        return self._scaled(embeddings1) @ self._scaled(embeddings2).T
 
     def similarity_pairwise(self, embeddings1: Any, embeddings2: Any) -> Tensor:
-        """Cosines ``(n,)`` of row and row."""
-        return (_unit(embeddings1) * _unit(embeddings2)).sum(-1)
+        """Similarities ``(n,)`` of row and row."""
+        return (self._scaled(embeddings1) * self._scaled(embeddings2)).sum(-1)
 
 
 def _texts(inputs: Iterable[Any]) -> Iterator[str]:
@@ -97,6 +108,9 @@ def _texts(inputs: Iterable[Any]) -> Iterator[str]:
             raise TypeError(f"inputs must be texts or batches with a field 'text', got {keys}")
 
 
+def _plain(embeddings: Any) -> Tensor:
+    return torch.as_tensor(embeddings).float()
+
+
 def _unit(embeddings: Any) -> Tensor:
-    x = torch.as_tensor(embeddings).float()
-    return torch.nn.functional.normalize(x, dim=-1)
+    return torch.nn.functional.normalize(_plain(embeddings), dim=-1)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from emblas import packed
 from emblas.attention import varlen_attention
+from emblas.attention.sequences import positions
 from emblas.integrations import versions
 
 try:
@@ -213,6 +214,7 @@ def forward_packed(
     *,
     inputs_embeds: Tensor | None = None,
     position_ids: Tensor | None = None,
+    max_seqlen: int | None = None,
     **kwargs: Any,
 ) -> Tensor:
     """Run an encoder over a packed batch, without a single padding token.
@@ -231,6 +233,9 @@ def forward_packed(
         flow to them.
     position_ids : Tensor, optional
         ``(tokens,)``; by default every sequence counts from :func:`position_start`.
+    max_seqlen : int, optional
+        At least the length of the longest sequence. Without it, the lengths are read, for which a
+        GPU is waited for, and which ``torch.export`` can't do.
     **kwargs
         Handed on to the model.
 
@@ -256,21 +261,23 @@ def forward_packed(
         raise ValueError("either input_ids or inputs_embeds must be given")
     tokens = {"input_ids": input_ids, "inputs_embeds": inputs_embeds}
     inputs = {name: x[None] for name, x in tokens.items() if x is not None}
-    longest = int(cu_seqlens.diff().max()) if len(cu_seqlens) > 1 else 0
+    if max_seqlen is None:
+        max_seqlen = int(cu_seqlens.diff().max()) if len(cu_seqlens) > 1 else 0
     if position_ids is None:
-        position_ids = packed.positions(cu_seqlens) + position_start(model)
+        count = next(iter(inputs.values())).shape[1]
+        position_ids = positions(cu_seqlens, count) + position_start(model)
     encoder = getattr(model, "encoder", None)
     if isinstance(encoder, PackedEncoder):
         embed: Any = model.embeddings
         x = embed(**inputs, position_ids=position_ids[None], **kwargs)
-        return encoder.forward_packed(x, PackedBatch(cu_seqlens, longest))[0]
+        return encoder.forward_packed(x, PackedBatch(cu_seqlens, max_seqlen))[0]
     outputs = model(
         **inputs,
         position_ids=position_ids[None],
         cu_seq_lens_q=cu_seqlens,
         cu_seq_lens_k=cu_seqlens,
-        max_length_q=longest,
-        max_length_k=longest,
+        max_length_q=max_seqlen,
+        max_length_k=max_seqlen,
         **kwargs,
     )
     return outputs.last_hidden_state[0]

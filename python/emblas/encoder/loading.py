@@ -1,0 +1,52 @@
+"""What a loaded model of sentence-transformers says about itself, as arguments of an Encoder."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+
+def take_over(model: Any) -> tuple[Any, Any, dict[str, Any]]:
+    """Return transformer, tokenizer and settings of a model of sentence-transformers.
+
+    With these settings, :meth:`emblas.Encoder.encode` gives what the model's own ``encode`` gives
+    by default.
+
+    Raises
+    ------
+    ValueError
+        If it isn't a transformer, a pooling of its tokens and layers on the pooled vectors, or
+        if it reads chat messages instead of texts.
+    """
+    from sentence_transformers.base.modules import Normalize, Transformer
+    from sentence_transformers.sentence_transformer.modules import Pooling
+
+    from emblas.integrations.sentence_transformers_pooling import MODES
+
+    first, pooling, *rest = [*model, None, None][: max(len(model), 2)]
+    if not isinstance(first, Transformer) or not isinstance(pooling, Pooling):
+        names = ", ".join(type(module).__name__ for module in model)
+        raise ValueError(f"model must start with Transformer and Pooling, got {names}")
+    if "message" in first.modality_config:
+        raise ValueError("model must take plain texts, got one that takes chat messages")
+    modes, dim = pooling.pooling_mode, model.truncate_dim
+    # A vector that is cut is cut last, and not normalized again.
+    normalize = dim is None and bool(rest) and isinstance(rest[-1], Normalize)
+    layers = nn.Sequential(*(rest[:-1] if normalize else rest)).eval()
+
+    def head(pooled: Tensor) -> Tensor:
+        features: Any = {"sentence_embedding": pooled}
+        embedding: Tensor = layers(features)["sentence_embedding"]
+        return embedding[:, :dim]
+
+    settings: dict[str, Any] = {
+        "pooling": MODES[modes] if isinstance(modes, str) else [MODES[mode] for mode in modes],
+        "normalize": normalize,
+        "head": head if dim is not None or len(layers) else None,
+        "prompts": {name: text or "" for name, text in model.prompts.items()},
+        "default_prompt": model.default_prompt_name or "",
+        "include_prompt": pooling.include_prompt,
+        "max_length": model.max_seq_length,
+    }
+    return first.model, model.tokenizer, settings
