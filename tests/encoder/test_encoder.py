@@ -263,7 +263,17 @@ def test_pairs():
         (ValueError, "needs a quantizer", lambda e: list(e.stream(TEXTS, ["int8"]))),
         (ValueError, "chunk_overlap must", lambda e: e.embed(TEXTS, chunk_overlap=128)),
         (ValueError, "truncation must be one of", lambda e: e.encode(TEXTS, truncation="cut")),
-        (ValueError, "max_length must be at least", lambda e: make(max_length=0)),
+        (ValueError, "quantizer must be of 32 dimensions", lambda e: e.embed(
+            TEXTS, ["int8"], quantizer=Int8Quantizer(torch.zeros(8), torch.ones(8)))),
+        (ValueError, "quantizer must be on device cpu, as model, got meta", lambda e: e.embed(
+            TEXTS, ["int8"], quantizer=Int8Quantizer(*torch.ones(2, 32, device="meta")))),
+        (ValueError, "lexical must be on device cpu, as model, got meta", lambda e: make(
+            lexical=LexicalWeights(32).to("meta")).encode(TEXTS)),
+        (TypeError, "got str; Encoder.load takes", lambda e: Encoder("model", e.tokenizer)),
+        (TypeError, "tokenizer must be callable, got NoneType", lambda e: Encoder(e.model, None)),
+        (ValueError, "max_length must be at least 1", lambda e: make(max_length=0)),
+        (ValueError, "at most 511, for which .* got 512", lambda e: make(
+            "xlm-roberta", max_length=512)),
         (ValueError, "token_budget must be", lambda e: make(token_budget=0)),
         (ValueError, "mode must be one of", lambda e: make(pooling="median")),
         (UnsupportedModelError, "attention_interface", lambda e: Encoder(

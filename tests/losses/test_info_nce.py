@@ -432,6 +432,8 @@ Q, D = torch.ones(2, 3), torch.ones(4, 3)
         (ValueError, "negatives must have 3 dim", lambda: info_nce(Q, D, negatives=D)),
         (ValueError, "negatives must have 2 rows", lambda: info_nce(Q, D, negatives=D[:, None])),
         (ValueError, "temperature must be positive", lambda: info_nce(Q, D, temperature=0)),
+        (ValueError, "temperature must be positive", lambda: info_nce(
+            Q, D, temperature=torch.tensor(-0.1))),
         (ValueError, "temperature must have one element", lambda: info_nce(Q, D, temperature=Q)),
         (ValueError, "targets must lie between -1 and 3", lambda: info_nce(
             Q, D, targets=torch.tensor([0, 4]))),

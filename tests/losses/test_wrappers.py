@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
-from emblas.losses import CachedLoss, InfoNCE, MatryoshkaLoss, gather_rows, info_nce
+from emblas.losses import (
+    CachedLoss,
+    InfoNCE,
+    MatryoshkaLoss,
+    cosine_loss,
+    gather_rows,
+    info_nce,
+)
 from processes import process_group, run_processes
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -28,6 +35,9 @@ def test_matryoshka():
         value.backward()
         grads.append((value.detach(), leaf.grad))
     torch.testing.assert_close(*grads)
+    labels = torch.rand(16)  # not cut, though there are as many of them as dimensions
+    of_pairs = MatryoshkaLoss(cosine_loss, [8])(torch.ones(16, 16), torch.ones(16, 16), labels)
+    torch.testing.assert_close(of_pairs, (1 - labels).square().mean())
     some = MatryoshkaLoss(lambda x: x.new_tensor(float(x.shape[-1])), [1, 2, 4], samples=1)
     assert {some(q).item() for _ in range(40)} == {1, 2, 4}
     assert repr(loss).startswith("MatryoshkaLoss(\n  dims=[16, 8, 3], weights=[1, 0.5, 0.25]")

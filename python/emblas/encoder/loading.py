@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from emblas.encoder.tokens import most_positions
+
 
 def take_over(model: Any) -> tuple[Any, Any, dict[str, Any]]:
     """Return transformer, tokenizer and settings of a model of sentence-transformers.
@@ -40,6 +42,9 @@ def take_over(model: Any) -> tuple[Any, Any, dict[str, Any]]:
         embedding: Tensor = layers(features)["sentence_embedding"]
         return embedding[:, :dim]
 
+    length = model.max_seq_length
+    if length is not None:
+        length = min(length, most_positions(first.model) or length)
     settings: dict[str, Any] = {
         "pooling": MODES[modes] if isinstance(modes, str) else [MODES[mode] for mode in modes],
         "normalize": normalize,
@@ -47,6 +52,6 @@ def take_over(model: Any) -> tuple[Any, Any, dict[str, Any]]:
         "prompts": {name: text or "" for name, text in model.prompts.items()},
         "default_prompt": model.default_prompt_name or "",
         "include_prompt": pooling.include_prompt,
-        "max_length": model.max_seq_length,
+        "max_length": length,
     }
     return first.model, model.tokenizer, settings

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from emblas import _op, packed
+from emblas import packed
 from emblas.binary import Int8Quantizer, pack_sign
-from emblas.encoder.branches import PackedBranches, check_branches, pack_branches
+from emblas.encoder import checks
+from emblas.encoder.branches import PackedBranches, pack_branches
 from emblas.encoder.loading import take_over
 from emblas.encoder.outputs import (
-    OUTPUTS,
     Collector,
     Embeddings,
     TruncationWarning,
@@ -29,10 +29,10 @@ from emblas.encoder.outputs import (
 )
 from emblas.encoder.prefixes import ParallelPrefixes
 from emblas.encoder.tokens import (
-    TRUNCATION,
     Branches,
     branch_tokens,
     longest,
+    most_positions,
     prompt_tokens,
     tokenize,
 )
@@ -88,6 +88,8 @@ class Encoder:
 
     Raises
     ------
+    TypeError, ValueError
+        If ``model`` or ``tokenizer`` is something else, or a setting is out of range.
     UnsupportedModelError
         If the model can't be optimized.
 
@@ -114,9 +116,12 @@ class Encoder:
         prefixes: ParallelPrefixes | None = None,
         token_budget: int = 2048,
     ) -> None:
+        checks.model(model, tokenizer)
         self.modes = check_modes(pooling)
-        if max_length is not None and max_length < 1:
-            raise ValueError(f"max_length must be at least 1 token, got {max_length}")
+        most = most_positions(model)
+        if max_length is not None and not 1 <= max_length <= (most or max_length):
+            limit = "" if most is None else f" and at most {most}, for which model has positions"
+            raise ValueError(f"max_length must be at least 1 token{limit}, got {max_length}")
         if token_budget < 1:
             raise ValueError(f"token_budget must be at least 1 token, got {token_budget}")
         if hf.implementation(model.config) != hf.NAME:
@@ -271,7 +276,7 @@ class Encoder:
         TypeError, ValueError
             As in :meth:`encode`, and if an output is unknown or lacks what it needs.
         """
-        _check_names(outputs)
+        checks.outputs(outputs)
         options = dict(options)
         quantizer, as_numpy = options.pop("quantizer", None), options.pop("as_numpy", True)
         late = "int8" in outputs and quantizer is None  # the range is known when all are done
@@ -315,8 +320,8 @@ class Encoder:
         Texts are read as they are needed, so that an iterator without end will do. Arguments are
         those of :meth:`embed`; "int8" needs a ``quantizer``.
         """
-        _check_names(outputs)
-        self._check(outputs, truncation, **options)
+        checks.outputs(outputs)
+        checks.request(self, outputs, truncation, **options)
         if window < 1:
             raise ValueError(f"window must be at least 1 text, got {window}")
         if isinstance(texts, str) or not isinstance(texts, Iterable):
@@ -388,37 +393,6 @@ class Encoder:
 
     def _first_prompt(self, *names: str) -> str | None:
         return next((name for name in names if name in self.prompts), None)
-
-    def _check(
-        self,
-        outputs: Sequence[str],
-        truncation: str,
-        dims: Sequence[int] | None = None,
-        quantizer: Int8Quantizer | None = None,
-        chunk_size: int = 128,
-        chunk_overlap: int = 0,
-        branches: Sequence[str] | None = None,
-    ) -> None:
-        _op.check_choice("truncation", truncation, TRUNCATION)
-        if ("branches" in outputs) != (branches is not None):
-            raise ValueError("branches and the output 'branches' go together")
-        if branches is not None:
-            check_branches(self.model, self.modes)
-        if ("matryoshka" in outputs) != (dims is not None):
-            raise ValueError("dims and the output 'matryoshka' go together")
-        if dims is not None and not (dims and all(k in range(1, self.dim + 1) for k in dims)):
-            raise ValueError(f"dims must lie between 1 and {self.dim}, got {list(dims)}")
-        if "int8" in outputs and quantizer is None:
-            raise ValueError("the output 'int8' of a stream needs a quantizer")
-        if "lexical" in outputs and self.lexical is None:
-            raise ValueError("the output 'lexical' needs an Encoder with a lexical head")
-        if "prefixes" in outputs and self.prefixes is None:
-            raise ValueError("the output 'prefixes' needs an Encoder with prefixes")
-        if not 0 <= chunk_overlap < chunk_size:
-            raise ValueError(
-                f"chunk_overlap must lie between 0 and chunk_size - 1, got {chunk_overlap} of "
-                f"{chunk_size}"
-            )
 
     @torch.no_grad()
     def _embed(
@@ -571,13 +545,6 @@ class Encoder:
         finished = Epilogue(normalize=True)(vectors)
         assert isinstance(finished, Tensor)
         return finished
-
-
-def _check_names(outputs: Sequence[str]) -> None:
-    if isinstance(outputs, str) or not outputs:
-        raise ValueError(f"outputs must be a list of names, got {outputs!r}")
-    for name in outputs:
-        _op.check_choice("outputs", name, OUTPUTS)
 
 
 def _progress_bar(wanted: bool, total: int | None) -> Any:

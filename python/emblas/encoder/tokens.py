@@ -6,6 +6,8 @@ import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from torch import nn
+
 from emblas.integrations import transformers as hf
 
 TRUNCATION = ("warn", "error", "ignore")
@@ -126,6 +128,15 @@ def branch_tokens(tokenizer: Any, branches: Sequence[str]) -> Branches:
     return Branches([[*inside, *end] for inside in bare], len(end))
 
 
+def most_positions(model: Any) -> int | None:
+    """Return how many tokens of a text a model has positions for; None: any number."""
+    for module in model.modules():
+        table = getattr(module, "position_embeddings", None)
+        if isinstance(table, nn.Embedding):
+            return table.num_embeddings - hf.position_start(model)
+    return None
+
+
 def longest(model: Any, tokenizer: Any) -> int:
     """Return the most tokens of a text that tokenizer or model states.
 
@@ -139,5 +150,4 @@ def longest(model: Any, tokenizer: Any) -> int:
         limit = getattr(model.config, "max_position_embeddings", None)
         if limit is None:
             raise ValueError("max_length must be given: neither tokenizer nor model states one")
-        limit -= hf.position_start(model)
-    return int(limit)
+    return min(int(limit), most_positions(model) or int(limit))

@@ -208,6 +208,8 @@ def _problem(
                 f"temperature must have one element, got shape {tuple(temperature.shape)}"
             )
         checks.finite("temperature", temperature)
+        if temperature.device.type == "cpu" and not torch.compiler.is_compiling():
+            checks.positive("temperature", float(temperature.detach()))
         scale = 1 / temperature.reshape(()).to(device=queries.device, dtype=dtype)
     else:
         checks.positive("temperature", temperature)

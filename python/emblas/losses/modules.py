@@ -142,8 +142,9 @@ class MatryoshkaLoss(nn.Module):
     def forward(self, *embeddings: Tensor, **options: Any) -> Tensor:
         """Weighted sum of ``loss`` over the prefixes of ``embeddings``.
 
-        Positional arguments with vectors of the full length are cut; all keyword arguments pass to
-        the loss as they are, except ``negatives``, which are cut too.
+        Positional arguments that are vectors of the full length are cut; others, such as labels
+        ``(n,)``, and all keyword arguments pass to the loss as they are, except ``negatives``,
+        which are cut too.
         """
         if not embeddings:
             raise ValueError("embeddings must hold at least one tensor, got none")
@@ -158,7 +159,8 @@ class MatryoshkaLoss(nn.Module):
         for i in chosen:
             dim = self.dims[i]
             own = {} if negatives is None else {"negatives": negatives[..., :dim]}
-            loss = self.loss(*(x[..., :dim] for x in embeddings), **own, **options)
+            cut = (x[..., :dim] if x.dim() > 1 and x.shape[-1] == full else x for x in embeddings)
+            loss = self.loss(*cut, **own, **options)
             total = total + self.weights[i] * loss
         return total
 
