@@ -242,6 +242,26 @@ def test_pairs():
         EncoderPair(make(), make(head=lambda x: x[:, :8]))
 
 
+def test_routes_of_sentence_transformers(tmp_path):
+    """A model whose queries and documents go through different modules, or folders of their own."""
+    (tmp_path / "q").mkdir()
+    (tmp_path / "d").mkdir()
+    query, document = folder_of(tmp_path / "q", mode="cls"), folder_of(tmp_path / "d")
+    routes = [list(st.SentenceTransformer(str(x), device="cpu"))[:2] for x in (query, document)]
+    router = st.base.modules.Router.for_query_document(*routes)
+    peer = st.SentenceTransformer(
+        modules=[router, st.base.modules.Normalize()], device="cpu", prompts={"query": "the "}
+    )
+    peer.save(str(tmp_path / "routes"))
+    pair = EncoderPair.load(tmp_path / "routes", device="cpu")
+    np.testing.assert_allclose(pair.encode_query(TEXTS), peer.encode_query(TEXTS), **CLOSE)
+    np.testing.assert_allclose(pair.encode_document(TEXTS), peer.encode_document(TEXTS), **CLOSE)
+    two = EncoderPair.load(query, document, device="cpu")
+    np.testing.assert_array_equal(two.encode_document(TEXTS), pair.encode_document(TEXTS))
+    with pytest.raises(ValueError, match=r"must have a route 'query', got \[\]"):
+        EncoderPair.load(query, device="cpu")
+
+
 @pytest.mark.parametrize(
     ("error", "message", "call"),
     [

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from emblas.encoder.tokens import most_positions
+from emblas.integrations import versions
 
 
-def take_over(model: Any) -> tuple[Any, Any, dict[str, Any]]:
+def sentence_transformer(folder: str | Path, device: str | None = None) -> Any:
+    """Load a model of sentence-transformers from its folder or its name on a hub."""
+    try:
+        from sentence_transformers import SentenceTransformer
+    except ImportError as error:
+        raise versions.import_error("Encoder.load", "sentence-transformers", error) from error
+    return SentenceTransformer(str(folder), device=device)
+
+
+def take_over(model: Any, route: str | None = None) -> tuple[Any, Any, dict[str, Any]]:
     """Return transformer, tokenizer and settings of a model of sentence-transformers.
 
     With these settings, :meth:`emblas.Encoder.encode` gives what the model's own ``encode`` gives
@@ -18,17 +29,23 @@ def take_over(model: Any) -> tuple[Any, Any, dict[str, Any]]:
     Raises
     ------
     ValueError
-        If it isn't a transformer, a pooling of its tokens and layers on the pooled vectors, or
-        if it reads chat messages instead of texts.
+        If it isn't a transformer, a pooling of its tokens and layers on the pooled vectors, if it
+        reads chat messages instead of texts, or has no such route.
     """
-    from sentence_transformers.base.modules import Normalize, Transformer
+    from sentence_transformers.base.modules import Normalize, Router, Transformer
     from sentence_transformers.sentence_transformer.modules import Pooling
 
     from emblas.integrations.sentence_transformers_pooling import MODES
 
-    first, pooling, *rest = [*model, None, None][: max(len(model), 2)]
+    modules: list[Any] = list(model)
+    if route is not None:
+        routes: Any = modules[0].sub_modules if modules and isinstance(modules[0], Router) else {}
+        if route not in routes:
+            raise ValueError(f"model must have a route {route!r}, got {list(routes)}")
+        modules = [*routes[route], *modules[1:]]
+    first, pooling, *rest = [*modules, None, None][: max(len(modules), 2)]
     if not isinstance(first, Transformer) or not isinstance(pooling, Pooling):
-        names = ", ".join(type(module).__name__ for module in model)
+        names = ", ".join(type(module).__name__ for module in modules)
         raise ValueError(f"model must start with Transformer and Pooling, got {names}")
     if "message" in first.modality_config:
         raise ValueError("model must take plain texts, got one that takes chat messages")
@@ -42,7 +59,7 @@ def take_over(model: Any) -> tuple[Any, Any, dict[str, Any]]:
         embedding: Tensor = layers(features)["sentence_embedding"]
         return embedding[:, :dim]
 
-    length = model.max_seq_length
+    length = first.max_seq_length
     if length is not None:
         length = min(length, most_positions(first.model) or length)
     settings: dict[str, Any] = {
@@ -54,4 +71,4 @@ def take_over(model: Any) -> tuple[Any, Any, dict[str, Any]]:
         "include_prompt": pooling.include_prompt,
         "max_length": length,
     }
-    return first.model, model.tokenizer, settings
+    return first.model, first.tokenizer, settings

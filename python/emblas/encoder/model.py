@@ -18,7 +18,7 @@ from emblas import packed
 from emblas.binary import Int8Quantizer, pack_sign
 from emblas.encoder import checks
 from emblas.encoder.branches import PackedBranches, pack_branches
-from emblas.encoder.loading import take_over
+from emblas.encoder.loading import sentence_transformer, take_over
 from emblas.encoder.outputs import (
     Collector,
     Embeddings,
@@ -36,7 +36,7 @@ from emblas.encoder.tokens import (
     prompt_tokens,
     tokenize,
 )
-from emblas.integrations import last_layer, layer_keys, versions
+from emblas.integrations import last_layer, layer_keys
 from emblas.integrations import transformers as hf
 from emblas.integrations.optimize import optimize
 from emblas.losses import gather_rows
@@ -161,16 +161,22 @@ class Encoder:
 
             model = AutoModel.from_pretrained(folder)
             return cls(model.to(device), AutoTokenizer.from_pretrained(folder), **options)
-        try:
-            from sentence_transformers import SentenceTransformer
-        except ImportError as error:
-            raise versions.import_error("Encoder.load", "sentence-transformers", error) from error
-        loaded = SentenceTransformer(str(folder), device=device)
-        return cls.from_sentence_transformer(loaded, **options)
+        return cls.from_sentence_transformer(sentence_transformer(folder, device), **options)
 
     @classmethod
-    def from_sentence_transformer(cls, model: Any, **options: Any) -> Encoder:
+    def from_sentence_transformer(
+        cls, model: Any, route: str | None = None, **options: Any
+    ) -> Encoder:
         """Take over a loaded model of sentence-transformers, which shares its parameters.
+
+        Parameters
+        ----------
+        model : SentenceTransformer
+            It is optimized in place.
+        route : str, optional
+            Of a model that starts with a ``Router``, the modules for this task.
+        **options
+            Further arguments of :class:`Encoder`, over what the model says.
 
         Raises
         ------
@@ -178,7 +184,7 @@ class Encoder:
             If it isn't a transformer, a pooling of its tokens and layers on the pooled vectors, or
             if it reads chat messages instead of texts.
         """
-        transformer, tokenizer, settings = take_over(model)
+        transformer, tokenizer, settings = take_over(model, route)
         return cls(transformer, tokenizer, **{**settings, **options})
 
     # --- the public calls --------------------------------------------------------------------
