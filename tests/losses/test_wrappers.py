@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -175,16 +177,24 @@ def _check(rank):
     assert (part.grad == 3).all()
 
     # Two processes with half a batch each train as one with the whole batch.
-    for symmetric in (False, True):
+    ids = torch.tensor([0, 1, 2, 3, 4, 0, 1, 5, 6, 7])  # some are false negatives of each other
+    guide = torch.randn(2, 10, 3, generator=generator)
+    for symmetric, left_out in itertools.product((False, True), repeat=2):
+        options, own = {}, {}
+        if left_out:
+            options = {"query_ids": ids, "document_ids": ids}
+            own = {name: x[mine] for name, x in options.items()}
+            if not symmetric:
+                options["guide"], own["guide"] = tuple(guide), tuple(guide[:, mine])
         one = Encoder()
-        expected = info_nce(one(x), one(y), temperature=0.2, symmetric=symmetric)
+        expected = info_nce(one(x), one(y), temperature=0.2, symmetric=symmetric, **options)
         expected.backward()
         encoder = Encoder()
         cached = CachedLoss(encoder, InfoNCE(0.2, gather=True, symmetric=symmetric), mini_batch=2)
         model = DistributedDataParallel(cached)
         for _ in range(2):  # DDP's second step differs from its first
             model.zero_grad()
-            loss = model(x[mine], y[mine])
+            loss = model(x[mine], y[mine], **own)
             loss.backward()
             total = loss.detach().clone()
             dist.all_reduce(total)
@@ -192,6 +202,8 @@ def _check(rank):
             torch.testing.assert_close(gradients(encoder), gradients(one))
     with pytest.raises(ValueError, match="mask is not supported"):
         InfoNCE(gather=True)(x, y, mask=torch.ones(10, 10) > 0)
+    with pytest.raises(ValueError, match="no margin and no guide"):
+        InfoNCE(gather=True, symmetric=True, margin=0.1)(x, y)
 
 
 def _process(rank, count, folder):

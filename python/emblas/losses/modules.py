@@ -14,6 +14,8 @@ from emblas.losses.checks import positive
 from emblas.losses.functions import info_nce
 from emblas.losses.gather import gather_rows
 
+Pair = tuple[Tensor | None, Tensor | None]  # of queries and of documents
+
 
 class InfoNCE(nn.Module):
     """Contrastive loss in linear memory; see :func:`emblas.losses.info_nce`.
@@ -28,9 +30,10 @@ class InfoNCE(nn.Module):
         Documents to queries as well.
     gather : bool, default False
         Take the documents of all processes of ``torch.distributed`` as negatives (and all queries,
-        if ``symmetric``, where each query has one positive and no negatives of its own). The mean
-        over processes, which ``DistributedDataParallel`` takes of the gradients, is then that of
-        one process with all rows (for equal numbers of rows). Ids, masks and guides are refused.
+        if ``symmetric``, where each query has one positive and no negatives of its own), with
+        their ids. The mean over processes, which ``DistributedDataParallel`` takes of the
+        gradients, is then that of one process with all rows (for equal numbers of rows). A mask is
+        refused, and if ``symmetric``, a margin or guide too, which are seen from the query's side.
     **settings
         Further keyword arguments of :func:`emblas.losses.info_nce`, for every call.
     """
@@ -69,32 +72,52 @@ class InfoNCE(nn.Module):
         options = {**self.settings, **options, "temperature": self.temperature}
         if not self.gather:
             return info_nce(queries, documents, symmetric=self.symmetric, **options)
-        for name in ("query_ids", "document_ids", "mask", "guide"):
-            if options.get(name) is not None:
-                raise ValueError(f"{name} is not supported with gather=True")
+        if options.get("mask") is not None:
+            raise ValueError("mask is not supported with gather=True")
+        rows = torch.arange(queries.shape[0], device=queries.device)
         targets = options.pop("targets", None)
-        if targets is None:
-            targets = torch.arange(queries.shape[0], device=queries.device)
-        everything, begin = gather_rows(documents)
-        loss = info_nce(
-            queries, everything, targets=torch.where(targets < 0, -1, targets + begin), **options
-        )
+        targets = rows if targets is None else targets
+        ids = options.pop("query_ids", None), options.pop("document_ids", None)
+        guide = options.pop("guide", None) or (None, None)
+        loss = _gathered((queries, documents), targets, ids, guide, **options)
         if not self.symmetric:
             return loss
         if targets.dim() != 1 or options.pop("negatives", None) is not None:
             raise ValueError("with gather=True, symmetric takes one positive each and no negatives")
+        if guide[0] is not None or options.get("margin") is not None:
+            raise ValueError("with gather=True, symmetric takes no margin and no guide")
         # The other direction, of this process' documents, is an InfoNCE of its own.
-        everything, begin = gather_rows(queries)
-        rows = torch.arange(queries.shape[0], device=queries.device)
-        return (
-            loss + info_nce(documents[targets], everything, targets=rows + begin, **options)
-        ) / 2
+        there = targets >= 0
+        rows, targets = rows[there], targets[there]
+        if options.get("weights") is not None:
+            options["weights"] = options["weights"][there]
+        ids = (None if ids[1] is None else ids[1][targets]), ids[0]
+        back = _gathered((documents[targets], queries), rows, ids, (None, None), **options)
+        return (loss + back) / 2
 
     def extra_repr(self) -> str:
         """Return the settings that ``repr`` shows."""
         settings = {"symmetric": self.symmetric, "gather": self.gather, **self.settings}
         shown = [f"{name}={value!r}" for name, value in settings.items() if value is not False]
         return ", ".join([f"temperature={self._temperature}", *shown])
+
+
+def _gathered(
+    vectors: tuple[Tensor, Tensor], targets: Tensor, ids: Pair, guide: Pair, **options: Any
+) -> Tensor:
+    """InfoNCE of own queries against the documents of all processes, in one direction."""
+    queries, documents = vectors
+    everything, begin = gather_rows(documents)
+    # What one process gives, all must give.
+    options["query_ids"], options["document_ids"] = ids[0], _of_all(ids[1])
+    if guide[0] is not None:
+        options["guide"] = guide[0], _of_all(guide[1])
+    targets = torch.where(targets < 0, -1, targets + begin)
+    return info_nce(queries, everything, targets=targets, **options)
+
+
+def _of_all(x: Tensor | None) -> Tensor | None:
+    return None if x is None else gather_rows(x)[0]
 
 
 class MatryoshkaLoss(nn.Module):
