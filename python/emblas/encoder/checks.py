@@ -72,7 +72,9 @@ def request(
             f"{chunk_size}"
         )
     device = encoder.model.device
-    for name, part in (*vars(encoder).items(), ("quantizer", quantizer)):
+    parts = {**vars(encoder), "quantizer": quantizer}
+    del parts["model"]  # which may lie on several
+    for name, part in parts.items():
         for x in _tensors(part):
             if x.device != device:
                 raise ValueError(f"{name} must be on device {device}, as model, got {x.device}")
