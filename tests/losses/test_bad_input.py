@@ -62,3 +62,8 @@ def test_mixed_devices(name):
         moved = (*arguments[:i], arguments[i].to("meta"), *arguments[i + 1 :])
         with pytest.raises(ValueError, match="must be on device"):
             call(*moved)
+
+
+def test_negative_weights():
+    with pytest.raises(ValueError, match="weights must not be negative, got"):
+        losses.info_nce(X, Y, weights=torch.tensor([1.0, -1.0, 0.0, 1.0]))

@@ -24,6 +24,13 @@ def full_precision(x: Tensor) -> torch.autocast:
     return torch.autocast(x.device.type, enabled=False)
 
 
+def _looked_at(value: Tensor) -> bool:
+    """Say whether numbers are looked at: see :func:`finite`."""
+    if torch.compiler.is_compiling() or value.device.type == "meta":
+        return False
+    return value.device.type == "cpu" or os.environ.get("EMBLAS_DEBUG") == "1"
+
+
 def finite(name: str, value: Tensor) -> Tensor:
     """Return ``value`` if it holds neither NaN nor infinity.
 
@@ -31,9 +38,7 @@ def finite(name: str, value: Tensor) -> Tensor:
     where it enters: on the CPU in eager mode always, on a GPU (where looking makes it wait) only
     under ``EMBLAS_DEBUG=1``.
     """
-    if torch.compiler.is_compiling() or value.device.type == "meta":
-        return value
-    if value.device.type != "cpu" and os.environ.get("EMBLAS_DEBUG") != "1":
+    if not _looked_at(value):
         return value
     with torch.no_grad():
         # The sum is one pass without a temporary; it may overflow where no value is infinite.
@@ -67,6 +72,14 @@ def values(name: str, value: object, like: Tensor, shape: tuple[int, ...]) -> Te
     if x.is_complex():
         raise TypeError(f"{name} must hold real numbers, got {x.dtype}")
     return finite(name, x) if x.is_floating_point() else x
+
+
+def not_negative(name: str, value: object, like: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Return ``value`` if it holds such :func:`values`, none of them negative."""
+    x = values(name, value, like, shape)
+    if _looked_at(x) and x.numel() and (lowest := x.detach().min()) < 0:
+        raise ValueError(f"{name} must not be negative, got {lowest.item()}")
+    return x
 
 
 def positive(name: str, value: float) -> float:

@@ -111,8 +111,8 @@ def info_nce(
         If an argument has the wrong type or dtype.
     ValueError
         If shapes, devices or settings don't fit together, if targets are out of range, or if a
-        vector holds NaN or infinity (seen on the CPU in eager mode; on a GPU under
-        ``EMBLAS_DEBUG=1``).
+        vector holds NaN or infinity, or a weight is negative (seen on the CPU in eager mode; on a
+        GPU under ``EMBLAS_DEBUG=1``).
 
     Notes
     -----
@@ -154,7 +154,7 @@ def info_nce(
     valid = problem.targets >= 0
     share = valid.any(1).to(checks.accumulator(queries, documents))
     if weights is not None:
-        share = share * checks.values("weights", weights, queries, (n,)).to(share.dtype)
+        share = share * checks.not_negative("weights", weights, queries, (n,)).to(share.dtype)
     if reduction == "mean":
         total = share.sum()
         share = share / torch.where(total == 0, 1, total)
