@@ -136,7 +136,7 @@ def bench_bags(row: Any, dtype: torch.dtype, who: str) -> None:
     )  # fmt: skip
 
 
-def _fbgemm_table(rows: int, dim: int) -> Any:
+def _fbgemm_table(rows: int, dim: int, features: int = 1) -> Any:
     tbe = pytest.importorskip(
         "fbgemm_gpu.split_table_batched_embeddings_ops_training", reason="fbgemm-gpu-cpu is missing"
     )
@@ -144,7 +144,7 @@ def _fbgemm_table(rows: int, dim: int) -> Any:
     return tbe.SplitTableBatchedEmbeddingBagsCodegen(
         [(rows, dim, common.EmbeddingLocation.HOST, tbe.ComputeDevice.CPU)],
         optimizer=tbe.OptimType.EXACT_ROWWISE_ADAGRAD, learning_rate=0.01,
-        pooling_mode=common.PoolingMode.SUM,
+        pooling_mode=common.PoolingMode.SUM, feature_table_map=[0] * features,
     )  # fmt: skip
 
 
@@ -156,6 +156,19 @@ def _fbgemm_call(rows: int, dim: int) -> Callable[..., Any]:
         with torch.inference_mode(False), torch.enable_grad():
             offsets = torch.arange(0, keys.numel() + 1, keys.shape[1])
             table(keys.reshape(-1).clone(), offsets).backward(gradient[: len(ids)])
+
+    return train
+
+
+def _fbgemm_features_call(rows: int, dim: int) -> Callable[..., Any]:
+    """Each hash as a feature of its own, all on one table: how one writes it without bags."""
+    table = _fbgemm_table(rows, dim, 4)
+    gradient = torch.ones(max(count for _, _, count in SHAPES.values()), dim)
+
+    def train(ids: Tensor, keys: Tensor) -> Any:
+        with torch.inference_mode(False), torch.enable_grad():
+            out = table(keys.T.reshape(-1).clone(), torch.arange(keys.numel() + 1))
+            out.view(len(ids), 4, dim).sum(1).backward(gradient[: len(ids)])
 
     return train
 
@@ -173,7 +186,14 @@ def _fused_call(rows: int, dim: int) -> Callable[..., Any]:
     return train
 
 
-@pytest.mark.parametrize("who", ["emblas", "fbgemm, rows given"])
+OPTIMIZERS = {
+    "emblas": _fused_call,
+    "fbgemm, rows given": _fbgemm_call,
+    "fbgemm, rows given, 4 features": _fbgemm_features_call,
+}
+
+
+@pytest.mark.parametrize("who", OPTIMIZERS)
 @pytest.mark.parametrize("shape", SHAPES)
 def bench_fused_optimizer(row: Any, shape: str, who: str) -> None:
     """Forward, backward and a step of row-wise Adagrad on the rows in use."""
@@ -189,7 +209,7 @@ def bench_fused_optimizer(row: Any, shape: str, who: str) -> None:
     used = len(inputs[0][1].unique())
     row(
         "tables", "4 hashes, sum, backward with row-wise Adagrad", who, shape=shape,
-        dtype="float32", call=(_fused_call if who == "emblas" else _fbgemm_call)(rows, dim),
+        dtype="float32", call=OPTIMIZERS[who](rows, dim),
         inputs=inputs, bytes=count * (8 + 2 * dim * 4) + used * (3 * dim * 4 + 8),
     )  # fmt: skip
 
