@@ -13,6 +13,7 @@ from emblas.attention import attend_rows, rotary_, varlen_attention
 from emblas.binary import pack_sign
 from emblas.pooling import segment_pool
 from emblas.tables import Composition, Part, TableSpec, compose_bag, hash_bag
+from emblas.tables.codes import CODES
 from executors import executors
 from triton_check import checked_interpreter
 
@@ -156,6 +157,14 @@ def test_codes_to_the_last_bit(kind):
     ids = torch.tensor([0, 12345, -1, 2**62 + 9, -(2**63)])
     for dim, sequence in ((1, ids[:1]), (31, torch.arange(5)), (260, ids[2:3] & 2**32 - 1)):
         args = (ids, sequence, dim, kind, -5, 3, 1)
+        assert torch.equal(run("random_codes", *args), _op.ops()["random_codes"].reference(*args))
+
+
+def test_edges_of_sparse_codes():
+    """tests/tables/test_codes.py: the word of the second column is 15552, an edge of both."""
+    sparse, ids, sequence = CODES.index("sparse"), torch.tensor([44418]), torch.zeros(1).long()
+    for part in (15553, 15552, 7777, 7776):
+        args = (ids, sequence, 2, sparse, 5, round(2**31 / part), 1)
         assert torch.equal(run("random_codes", *args), _op.ops()["random_codes"].reference(*args))
 
 
