@@ -175,6 +175,14 @@ def _attention_options(beyond: bool | None = None) -> Iterator[tuple[str, Callab
                 f"{words}, {len(q)} sequences",
                 lambda a=(q, k), o=chosen: Case(_attention_arguments(*a, **o), max(*a[0], *a[1])),
             )
+    if not beyond:
+        edges = {"window": (5, 3), "options": "distances"}  # on those of tiles of distances
+        yield "distances at edges", lambda: Case(_attention_arguments((30, 37), **edges), 37)
+        fewer = ((40,), (10,))
+        yield (
+            "distances, more queries",
+            lambda: Case(_attention_arguments(*fewer, options="distances"), 40),
+        )
 
 
 def _attention_halves() -> Iterator[tuple[str, Callable[[], Case]]]:
