@@ -116,8 +116,7 @@ struct TileOf {
     }
     if (args.scores.biased()) add_distance_bias<A, vectors>(place(), first, keys, scores);
     if (args.scores.positions.any()) {
-      add_position_scores<A, vectors>(place(), first, keys, qt, k, args.head_dim, args.scale,
-                                      scores, scratch);
+      add_position_scores(k, qt, first, keys, scores, scratch);
     }
     if (args.scores.pair_bias.data) {
       add_pair_bias<A, vectors>(place(), first, keys, scores, scratch);
@@ -128,6 +127,14 @@ struct TileOf {
         top[c] = larger(top[c], load(scores + j * width + c * lanes));
       }
     }
+  }
+
+  // Not inlined: it is long, and seldom asked for.
+  [[gnu::noinline]] void add_position_scores(Rows<const A> k, const A* qt, int64_t first,
+                                             int64_t keys, A* scores, A* scratch) const {
+    const Place<A> place = this->place();
+    Positions<A, vectors>(place, first, keys, args.head_dim, scratch)
+        .add_scores(qt, k, args.scale, scores);
   }
 
   Place<A> place() const {

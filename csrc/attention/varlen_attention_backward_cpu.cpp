@@ -137,7 +137,8 @@ struct Backward : TileOf<T, vectors> {
   }
 
   // The gradients of the biases from ds; after it, ds is times the scale.
-  void bias_gradients(int64_t first, int64_t keys, Rows<const A> q_rows, Rows<A> dk) {
+  [[gnu::noinline]] void bias_gradients(int64_t first, int64_t keys, Rows<const A> q_rows,
+                                        Rows<A> dk) {
     const Place<A> place = Tile::place();
     const int64_t row = args.cu_seqlens_q[Tile::sequence] + args.cu_seqlens_k[Tile::sequence];
     if (all.distance_sums) {
@@ -158,9 +159,10 @@ struct Backward : TileOf<T, vectors> {
       const auto sums = [&](A* from, int64_t h) -> A* {
         return from ? from + h * all.position_sums_stride + row * positions.stride : nullptr;
       };
-      add_position_gradients<A, vectors>(
-          place, first, keys, ds, q_rows, from.keys(first), args.head_dim, {dq, head_dim}, dk,
-          sums(all.position_key_sums, Tile::group), sums(all.position_query_sums, head), extra);
+      Positions<A, vectors>(place, first, keys, args.head_dim, extra)
+          .add_gradients(ds, q_rows, from.keys(first), {dq, head_dim}, dk,
+                         sums(all.position_key_sums, Tile::group),
+                         sums(all.position_query_sums, head));
     }
   }
 };

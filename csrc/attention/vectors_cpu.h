@@ -116,17 +116,17 @@ template <int rows, int vectors, class V, class A>
   }
 }
 
-// sums[j][0..dim) += weights[j row + i step] x[i][0..dim) over i < count, for all j < rows; dim in
-// vectors.
-template <class A>
-void add_outer(Rows<A> sums, int64_t count_rows, int64_t dim, const A* weights, int64_t row,
-               int64_t step, Rows<const A> x, int64_t count) {
+// sums[j][0..dim) = weights[j row + i step] x[i][0..dim) summed over i < count, for all j < rows,
+// added to what they are if `add`; dim in vectors.
+template <bool add, class A>
+void outer(Rows<A> sums, int64_t count_rows, int64_t dim, const A* weights, int64_t row,
+           int64_t step, Rows<const A> x, int64_t count) {
   constexpr int lanes = kLanes<A>;
   const auto columns = [&]<int vectors>(Constant<vectors>, int64_t c) {
     for_rows(count_rows, [&]<int rows>(Constant<rows>, int64_t j) {
-      Vector<A> total[rows][vectors];
+      Vector<A> total[rows][vectors] = {};
       A* const to = sums.data + j * sums.stride + c;
-      for (int r = 0; r < rows; ++r) {
+      for (int r = 0; add && r < rows; ++r) {
         for (int i = 0; i < vectors; ++i) total[r][i] = load(to + r * sums.stride + i * lanes);
       }
       multiply_add(total, weights + j * row, row, step, x.data + c, x.stride, count);
@@ -142,6 +142,18 @@ void add_outer(Rows<A> sums, int64_t count_rows, int64_t dim, const A* weights, 
   }
   for (; left >= 2; left -= 2, c += 2 * lanes) columns(Constant<2>{}, c);
   if (left) columns(Constant<1>{}, c);
+}
+template <class A>
+void add_outer(Rows<std::type_identity_t<A>> sums, int64_t count_rows, int64_t dim,
+               const A* weights, int64_t row, int64_t step, Rows<const std::type_identity_t<A>> x,
+               int64_t count) {
+  outer<true, A>(sums, count_rows, dim, weights, row, step, x, count);
+}
+template <class A>
+void set_outer(Rows<std::type_identity_t<A>> sums, int64_t count_rows, int64_t dim,
+               const A* weights, int64_t row, int64_t step, Rows<const std::type_identity_t<A>> x,
+               int64_t count) {
+  outer<false, A>(sums, count_rows, dim, weights, row, step, x, count);
 }
 
 // --- memory --------------------------------------------------------------------------------------
@@ -180,6 +192,27 @@ inline void transpose(V (&x)[lanes]) {
     }
     transpose<2 * width>(x);
   }
+}
+
+// x[index] in each lane, the index modulo the lanes.
+template <class V, class Index>
+inline V permute(V x, Index index) {
+#if defined(__clang__)
+  constexpr int lanes = sizeof index / sizeof index[0];
+  V out;
+  for (int lane = 0; lane < lanes; ++lane) out[lane] = x[index[lane] & (lanes - 1)];
+  return out;
+#else
+  return __builtin_shuffle(x, index);
+#endif
+}
+template <class V, int... lane>
+inline V reversed(V x, std::integer_sequence<int, lane...>) {
+  return __builtin_shufflevector(x, x, (int(sizeof...(lane)) - 1 - lane)...);
+}
+template <class V>
+inline V reversed(V x) {
+  return reversed(x, std::make_integer_sequence<int, sizeof x / sizeof x[0]>{});
 }
 
 // visit(x, c, i): x[lane] holds element c + lane of the rows i to i + lanes of `from`, for all
