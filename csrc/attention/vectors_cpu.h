@@ -310,50 +310,7 @@ void fetch_rows(const HeadVectors<T>& x, int64_t token, int64_t head, int64_t co
   }
 }
 
-// Rows of several arrays that are used next, fetched a few at a time while products keep the
-// arithmetic busy.
-class NextRows {
- public:
-  template <class T>
-  void add(const HeadVectors<T>& x, int64_t token, int64_t head, int64_t count, int64_t dim) {
-    const int64_t size = sizeof(T);
-    arrays_[arrays_used_++] = {reinterpret_cast<const char*>(x.at(token, head)),
-                               x.token_stride * size, dim * size, count};
-    rows_ = larger(rows_, count);
-    bytes_ += count * dim * size;
-  }
-
-  // Spreads them over so many calls of fetch(). Where they would fill the second level of caches,
-  // none is fetched: computing takes so long then that waiting for them doesn't count.
-  void spread(int64_t calls) {
-    constexpr int64_t most = int64_t(1) << 19;
-    rows_per_call_ = bytes_ > most ? 0 : double(rows_) / double(calls);
-  }
-
-  void fetch() {
-    progress_ += rows_per_call_;
-    for (; double(row_) < progress_; ++row_) {
-      for (int i = 0; i < arrays_used_; ++i) {
-        const Array& x = arrays_[i];
-        if (row_ >= x.count) continue;
-        const char* const from = x.data + row_ * x.stride;
-        for (int64_t c = 0; c < x.bytes; c += 64) __builtin_prefetch(from + c, 0, 2);
-      }
-    }
-  }
-
- private:
-  struct Array {
-    const char* data;
-    int64_t stride, bytes, count;  // of the rows
-  };
-  Array arrays_[8];
-  int arrays_used_ = 0;
-  int64_t rows_ = 0, row_ = 0, bytes_ = 0;
-  double rows_per_call_ = 0, progress_ = 0;
-};
-
-// The way back.
+// near() the other way: rows of accumulators become the vectors of `count` tokens.
 template <class T>
 void write_rows(Rows<const Accumulator<T>> rows, const HeadVectors<T>& x, int64_t token,
                 int64_t head, int64_t count, int64_t dim) {
