@@ -69,6 +69,7 @@ class Positions {
   static constexpr int64_t stride = kKeyBlock + width;  // of rows of distances
   static_assert(width <= kKeyBlock);                    // so that scratch is large enough
 
+  // Few enough that selecting one of them takes less than multiplying every distance.
   bool few_runs() const { return runs_ <= 16; }
 
   void add_key_scores(const A* qt, A* scores) {
