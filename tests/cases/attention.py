@@ -85,6 +85,7 @@ def _shaping(
         "one slot": {"position_queries": positions(1, heads), "position_lookup": some[1:2]},
         "dropout": {"dropout_p": 0.3, "dropout_seeds": torch.arange(batch) * 7**20 - 5**25},
     }
+    made["of keys"] = {"pair_bias": torch.randn(1, 1, 1, longest[1]).expand(1, heads, *longest)}
     return Shaping(**{k: x for name in names.split(", ") for k, x in made[name].items()})
 
 
@@ -183,6 +184,8 @@ def _attention_options(beyond: bool | None = None) -> Iterator[tuple[str, Callab
             "distances, more queries",
             lambda: Case(_attention_arguments(*fewer, options="distances"), 40),
         )
+    if beyond is not False:
+        yield "pairs, of keys", lambda: Case(_attention_arguments((20,), options="of keys"), 20)
 
 
 def _attention_halves() -> Iterator[tuple[str, Callable[[], Case]]]:

@@ -10,6 +10,7 @@ import torch
 from contract import packed
 from emblas import _op, use_backend
 from emblas.attention import attend_rows, rotary_, varlen_attention
+from emblas.attention.op import Shaping
 from emblas.binary import pack_sign
 from emblas.pooling import segment_pool
 from emblas.tables import Composition, Part, TableSpec, compose_bag, hash_bag
@@ -150,6 +151,20 @@ def test_bits_depend_on_the_own_sequence_only():
     whole, _ = run_attention(q, q, q, CU, CU, 73, 73, None, 9, 9, False)
     alone, _ = run_attention(*[q[3:]] * 3, packed((70,)), packed((70,)), 70, 70, None, 9, 9, False)
     assert torch.equal(whole[3:], alone)
+
+
+def test_softcap_to_the_last_bits():
+    """A lone key's log-sum-exp is its score: by the series near 0, by exponentials beyond."""
+    count, cap = 501, 1.5
+    scores, unit = torch.linspace(-1.5, 1.5, count), torch.zeros(count, 1, 4)
+    unit[..., 0] = 1
+    cu = torch.arange(count + 1, dtype=torch.int32)
+    numbers = (cu, cu, 1, 1, 1.0, -1, -1, True)
+    options = Shaping(softcap=cap)
+    q = scores[:, None, None] * unit
+    _, lse = executors("varlen_attention")["triton-interpreted"](q, unit, unit, *numbers, *options)
+    expected = cap * (scores.double() / cap).tanh()
+    torch.testing.assert_close(lse[0].double(), expected, rtol=2**-20, atol=0)
 
 
 @pytest.mark.parametrize("kind", range(3))

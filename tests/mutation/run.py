@@ -7,9 +7,10 @@
 with tests/ and tests/gpu/ on the PYTHONPATH; `make mutate` does both. The tests that run the
 kernels are collected once and run once unchanged, which tells the mutants that each of them
 reaches. Then every mutant lives in a forked process of its own, where those tests run until one
-fails, those that noticed others first. Prints killed/total for each kernel, and fails on a survivor
-without a reason in survivors_cuda.py or survivors_triton.py, and on a reason whose mutant is gone.
-What it finds goes to record.json, kernel by kernel: a run that was ended goes on with --changed.
+fails, those first that noticed most others in their time. Prints killed/total for each kernel, and
+fails on a survivor without a reason in survivors_cuda.py or survivors_triton.py, and on a reason
+whose mutant is gone. What it finds goes to record.json, kernel by kernel: a run that was ended goes
+on with --changed.
 """
 
 from __future__ import annotations
@@ -169,7 +170,9 @@ class Plugin:
 
     def _start(self, mutant: Any) -> tuple[int, int]:
         ours, theirs = os.pipe()
-        order = sorted(self.reach[mutant.number], key=lambda i: (-self.kills[i], self.seconds[i]))
+        order = sorted(
+            self.reach[mutant.number], key=lambda i: self.seconds[i] / (1 + self.kills[i])
+        )
         pid = os.fork()
         if pid:
             os.close(theirs)

@@ -86,6 +86,18 @@ REASONS: dict[str, list[tuple[str, str]]] = {
         ("sequences_of", "begin = tl.load(cu_seqlens + sequence, mask=inside).to(tl.int64)"),
         ("sequences_of", "end = tl.load(cu_seqlens + sequence + 1, mask=inside).to(tl.int64)"),
         ("sequences_of", "sequence = tl.load(sequences + t, mask=inside)"),
+        ("_spread_rows", "weights = tl.load(s + at, mask=j < length)"),
+        ("_spread_rows", "own = tl.load(x + row * x_row + head * x_head + d, mask=d < dim)"),
+        ("_random_codes", "id = tl.load(ids + row, mask=row < count)"),
+        ("_random_codes", "own = tl.load(sequence + row * sequence_step, mask=row < count)"),
+        ("_update_rows", "g = tl.load(gradient + d, mask=d < width)"),
+        ("_update_rows", "m = tl.load(first + at + d, mask=d < width)"),
+        ("_update_rows", "v = tl.load(second + at + d, mask=d < width)"),
+        ("_update_rows", "w = tl.load(table + at + d, mask=d < width).to(tl.float32)"),
+        ("_update_rows", "s = tl.load(first + at + d, mask=d < width) + g * g"),
+        ("_find", "coefficient *= tl.load(weights + i, mask=present)"),
+        ("_codes", "x = tl.load(packed + at[:, None] + byte[None, :], mask=wanted)"),
+        ("_quantized_dots", "bag = tl.load(bag_of + i, mask=present)"),
     ],
     "hidden lanes read what exists, and their gradients are 0": [
         ("_gradients_of_tokens", "gradient = tl.load(grad_out + pair, mask=(i < end) == (i < end), other=0.0)"),
@@ -127,6 +139,19 @@ REASONS: dict[str, list[tuple[str, str]]] = {
         ("_grad_keys", "lowest = tl.where(first <= prefix, 0, lowest)"),
         ("_attend", "if PART <= BLOCK_D:"),
         ("_grad_keys", "highest = tl.minimum(first + BLOCK_N - 1 - ahead + left, queries + 1)"),
+        ("_grad_distances", "if nearest > queries:"),
+        ("_grad_distances", "lowest = tl.minimum(1 - BLOCK - nearest - ahead, 0)"),
+        ("_grad_distances", "highest = tl.maximum(keys - 1 - nearest - ahead, queries - 1)"),
+        ("_grad_distances", "highest = tl.minimum(keys - 1 - nearest - ahead, queries + 1)"),
+        ("_grad_distances", "highest = tl.minimum(keys + 1 - nearest - ahead, queries - 1)"),
+        ("_grad_distances", "highest = tl.where(nearest + BLOCK - 1 < -left, lowest + 1, highest)"),
+        ("_grad_distances", "highest = tl.where(nearest + BLOCK + 1 < -left, lowest - 1, highest)"),
+        ("_grad_distances", "highest = tl.where(nearest > right, lowest + 1, highest)"),
+        ("any_of", "return tl.max(tl.max(seen.to(tl.int32), 1), 0) >= 0"),
+        ("keys_seen", "highest = tl.maximum(highest + 1, tl.minimum(prefix, keys)) + 1"),
+        ("keys_seen", "highest = tl.minimum(last + right, keys + 1)"),
+        ("keys_seen", "highest = keys + 1"),
+        ("keys_seen", "highest = tl.maximum(highest + 1, tl.maximum(prefix, keys)) - 1"),
     ],
     "writes to idle slots, which nobody reads": [
         ("_pool_parts", "inside = (d < dim) & (first <= end)"),
@@ -135,6 +160,8 @@ REASONS: dict[str, list[tuple[str, str]]] = {
         ("_pool_parts", "tl.store(total + to, tl.sum(share, 0), mask=(first < end) == (first < end))"),
         ("_pool_parts", "tl.store(total + to, tl.sum(share, 0), mask=first <= end)"),
         ("_slopes", "inside = (d < dim) & (first <= end)"),
+        ("_grad_distances", "inside = (x <= queries)[:, None] & (d < head_dim)[None, :]"),
+        ("_grad_distances", "tl.store(sums + at, total, mask=x <= queries)"),
     ],
     "another hash of the row; any that tells rows apart will do": [
         ("_fingerprints", "hash += bits * (d.to(tl.uint64) * 2654435761 - 1)"),
@@ -150,6 +177,7 @@ REASONS: dict[str, list[tuple[str, str]]] = {
         ("_powers", "value = tl.where(value <= epsilon, epsilon, value)"),
         ("_row_gradients", "clamped = tl.where(value <= epsilon, epsilon, value)"),
         ("_weight_gradients", "clamped = tl.where(value <= epsilon, epsilon, value)"),
+        ("_tanh", "return tl.where(tl.abs(x) <= 0.25, series, tl.where(x < 0, -far, far))"),
     ],
     "hidden lanes hold index 0, which may be read, and their values are not used": [
         ("_grad_rows", "bag = tl.load(bag_of + i, mask=inside == inside, other=0)"),
@@ -215,5 +243,31 @@ REASONS: dict[str, list[tuple[str, str]]] = {
     ],
     "the one token of cls: a weight over itself": [
         ("weight_of", "if weights is not None and MODE <= CLS:"),
+    ],
+    "a remainder below 0 counts from the end in the interpreter; on a GPU it would be no column": [
+        ("_grad_distances", "place = (n - m - BLOCK) % BLOCK"),
+        ("add_position_scores", "place = (apart - BLOCK) % BLOCK"),
+        ("add_position_gradients", "by_distance = tl.gather(grad_scores, (column - BLOCK) % BLOCK, 1)"),
+    ],
+    "a token behind the last sequence is none's only where the offsets are wrong": [
+        ("_tokens_met", "length = tl.where((token >= begin) & (token <= end), end - begin, 0)"),
+    ],
+    "the interpreter's garbage is no id; a GPU's may be one": [
+        ("_id_of", "return tl.load(ids + j, mask=(j >= 0) & (j < keys))"),
+    ],
+    "the root has more digits than a word, so they are never equal": [
+        ("_log_of_word", "small = mantissa <= _ROOT_OF_HALF"),
+    ],
+    "the row's own table writes it anew": [
+        ("_row_gradients", "if (number < first_row) | (number > first_row + rows):"),
+    ],
+    "0 is near": [
+        ("_tanh", "return tl.where(tl.abs(x) < 0.25, series, tl.where(x <= 0, -far, far))"),
+    ],
+    "a word is the threshold once in 2^32 times": [
+        ("kept", "return tl.where(words <= threshold.to(tl.uint32), 0.0, factor)"),
+    ],
+    "a barrier: the interpreter has no threads that could wait": [
+        ("_turn", "None"),
     ],
 }

@@ -7,8 +7,11 @@ import copy
 import dataclasses
 import importlib
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import pytest
 from emblas import _op
@@ -36,6 +39,7 @@ class Mutant:
     kernel: str
     line: str  # as changed
     digest: str  # of the kernel and of what stands around it
+    lines: range  # of its file, where the statement stands that is changed
     function: InterpretedFunction
     source: str  # as changed
 
@@ -79,9 +83,18 @@ def _tree(kernel: InterpretedFunction) -> tuple[ast.FunctionDef, str]:
     return tree, digest(ast.unparse(tree), *around)
 
 
-def _mutants(tree: ast.FunctionDef) -> Iterator[tuple[str, str]]:
-    """Yield the changed line and the source of every mutant of a kernel."""
+def _lines(statement: ast.stmt) -> range:
+    """Return the lines of a statement, without those of the statements inside."""
+    inside = getattr(statement, "body", None)
+    end = inside[0].lineno - 1 if inside else statement.end_lineno or 0
+    return range(statement.lineno, max(end, statement.lineno) + 1)
+
+
+def _mutants(tree: ast.FunctionDef) -> Iterator[tuple[str, range, str]]:
+    """Yield the changed line, the lines of its statement and the source of every mutant."""
     original = ast.unparse(tree).splitlines()
+    statements = [node for node in ast.walk(tree) if isinstance(node, ast.stmt)]
+    lines = {node: _lines(outer) for outer in statements for node in ast.walk(outer)}
     for index, node in enumerate(ast.walk(tree)):
         for change in _changes(node):
             mutant = copy.deepcopy(tree)
@@ -90,7 +103,7 @@ def _mutants(tree: ast.FunctionDef) -> Iterator[tuple[str, str]]:
             line = next(
                 new for old, new in zip(original, text.splitlines(), strict=True) if old != new
             )
-            yield line.strip(), text
+            yield line.strip(), lines[node], text
 
 
 def _kernels(module: str) -> Iterator[InterpretedFunction]:
@@ -110,6 +123,7 @@ class TritonMutants:
 
     def __init__(self) -> None:
         self.all = list[Mutant]()
+        self.ran = defaultdict[str, set[int]](set)  # lines of the kernels, by file
         modules = {"common": "emblas._triton"}
         modules |= {op.triton.split(".")[1]: op.triton for op in _op.ops().values() if op.triton}
         for family, name in modules.items():
@@ -118,24 +132,40 @@ class TritonMutants:
 
     def _add(self, family: str, function: InterpretedFunction) -> None:
         tree, version = _tree(function)
-        for line, source in _mutants(tree):
+        for line, lines, source in _mutants(tree):
             number = len(self.all)
-            self.all.append(Mutant(number, family, tree.name, line, version, function, source))
+            mutant = Mutant(number, family, tree.name, line, version, lines, function, source)
+            self.all.append(mutant)
 
     def build(self) -> None:
-        """Do nothing: the interpreter takes sources."""
+        """Have the lines noted that run."""
+        files = {mutant.function.fn.__code__.co_filename for mutant in self.all}
+
+        def note(frame: FrameType, event: str, argument: object) -> Any:
+            file = frame.f_code.co_filename
+            if file not in files:
+                return None
+            self.ran[file].add(frame.f_lineno)
+            return note
+
+        sys.settrace(note)
 
     def switch(self, mutant: Mutant | None) -> None:
         """Let a mutant live; it can't be undone, as each lives in a process of its own."""
         if mutant:
+            sys.settrace(None)
             mutant.function.rewriter._prepare_source = lambda lines: mutant.source
             InterpretedFunction.rewritten_fn.pop(mutant.function.fn, None)
 
     def reached(self) -> set[int]:
-        """Return the numbers of the mutants of the kernels that ran since the last call."""
-        ran = set(InterpretedFunction.rewritten_fn)
-        InterpretedFunction.rewritten_fn.clear()
-        return {mutant.number for mutant in self.all if mutant.function.fn in ran}
+        """Return the numbers of the mutants whose lines ran since the last call."""
+        ran = dict(self.ran)
+        self.ran.clear()
+        return {
+            mutant.number
+            for mutant in self.all
+            if not ran.get(mutant.function.fn.__code__.co_filename, set()).isdisjoint(mutant.lines)
+        }
 
     @staticmethod
     def files(family: str) -> list[Path]:
