@@ -1,6 +1,9 @@
 // Linear layers over the tokens of a packed batch:
 //
-//   out[i][j] = bias[j] + sum_k x[i][k] weight[j][k]
+//   out[i][j] = f(bias[j] + sum_k x[i][k] weight[j][k]) + residual[i][j]
+//
+// with an activation f, which is applied to sums that still lie in the first-level cache: what a
+// layer holds between its two products goes to memory and back once, not three times.
 //
 // The sum runs over k in order, whatever rows are computed beside row i: a token's bits depend
 // neither on its batch nor on the number of threads, which those of a BLAS do.
@@ -30,13 +33,18 @@ constexpr int64_t panels(int64_t columns) {
   return (columns + kPanel<T> - 1) / kPanel<T>;
 }
 
+enum class Activation { none, relu, gelu, gelu_tanh, silu };
+
 template <class T>
 struct LinearArgs {
   const T* x;  // [rows][depth]
   int64_t x_stride;
   const T* weight;  // [columns][depth]
   int64_t weight_stride;
-  const T* bias;  // [columns]; null: zeros
+  const T* bias;      // [columns]; null: zeros
+  const T* residual;  // [rows][columns]; null: zeros
+  int64_t residual_stride;
+  Activation activation;
   int64_t columns, depth;
   T* packed;  // [panels * kPanel * depth]: by piece, panel, k, column
   T* out;     // [rows][columns]

@@ -5,6 +5,7 @@
 
 #include "common/isa.h"
 #include "common/simd.h"
+#include "linear/activations_cpu.h"
 #include "linear/linear.h"
 
 namespace emblas {
@@ -19,6 +20,7 @@ constexpr int64_t kGroup = 12;  // panels of a piece that the second-level cache
 // Rows of x are copied in blocks of so many elements, so that whatever their stride is, they are
 // read at constant distances and don't fall into the same lines of the first-level cache.
 constexpr int64_t kBlock = 64;
+constexpr int64_t kAhead = 8;  // elements along k that a panel is fetched ahead
 
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -28,10 +30,6 @@ void multiply_panel(const T* x, const T* panel, int64_t depth, const T* start, i
                     T* out, int64_t out_stride) {
   using V = Vector<T>;
   constexpr int64_t lanes = kLanes<T>;
-  for (int r = 0; r < rows; ++r) {  // what the sums are written to, while they are computed
-    __builtin_prefetch(out + r * out_stride, 1);
-    __builtin_prefetch(out + r * out_stride + kPanel<T> - 1, 1);
-  }
   for (int64_t c = 0; c < kPanel<T>; c += 2 * lanes) {
     V sum[rows][2];
     for (int r = 0; r < rows; ++r) {
@@ -134,6 +132,58 @@ void copy_blocks(const T* from, int64_t stride, int64_t rows, int64_t depth, T* 
   }
 }
 
+// out <- f(out) + residual, for a row of a panel.
+template <class F, class T>
+void finish_row(T* out, const T* residual, int64_t columns) {
+  constexpr int64_t lanes = kLanes<T>;
+  for (; columns >= lanes; columns -= lanes, out += lanes, residual += lanes) {
+    store(out, F::of(load(out)) + load(residual));
+  }
+  if (columns == 0) return;
+  T x[lanes] = {}, y[lanes] = {};
+  std::memcpy(x, out, columns * sizeof(T));
+  std::memcpy(y, residual, columns * sizeof(T));
+  store(x, F::of(load(x)) + load(y));
+  std::memcpy(out, x, columns * sizeof(T));
+}
+
+struct Identity {
+  template <class V>
+  static V of(V x) {
+    return x;
+  }
+};
+
+// The same for the rows and columns from `row` and `column` on, whose sums are complete.
+template <class T>
+void finish(const LinearArgs<T>& args, int64_t row, int64_t rows, int64_t column) {
+  if (args.activation == Activation::none && args.residual == nullptr) return;
+  constexpr T zeros[kPanel<T>] = {};
+  const int64_t columns = smaller(kPanel<T>, args.columns - column);
+  for (const int64_t end = row + rows; row < end; ++row) {
+    T* const out = args.out + row * args.columns + column;
+    const T* const residual =
+        args.residual ? args.residual + row * args.residual_stride + column : zeros;
+    switch (args.activation) {
+      case Activation::none:
+        finish_row<Identity>(out, residual, columns);
+        break;
+      case Activation::relu:
+        finish_row<Relu>(out, residual, columns);
+        break;
+      case Activation::gelu:
+        finish_row<Gelu>(out, residual, columns);
+        break;
+      case Activation::gelu_tanh:
+        finish_row<GeluTanh>(out, residual, columns);
+        break;
+      case Activation::silu:
+        finish_row<Silu>(out, residual, columns);
+        break;
+    }
+  }
+}
+
 template <class T>
 void multiply(const LinearArgs<T>& args, int64_t first, int64_t last, T* scratch) {
   constexpr T zeros[kPanel<T>] = {};
@@ -148,14 +198,23 @@ void multiply(const LinearArgs<T>& args, int64_t first, int64_t last, T* scratch
         copy_blocks(args.x + row * args.x_stride + piece, args.x_stride, rows, depth, scratch);
         const int64_t ahead = smaller(kRows, last - row - rows);  // rows that come next
         for (int64_t panel = group; panel < end; ++panel) {
-          // They are fetched a part at a time, while this block is multiplied.
+          // They are fetched a part at a time, while this block is multiplied: to the second level,
+          // the first is full.
           for (int64_t r = panel - group; r < ahead; r += end - group) {
             const T* const next = args.x + (row + rows + r) * args.x_stride + piece;
-            for (int64_t k = 0; k < depth; k += 64 / sizeof(T)) __builtin_prefetch(next + k);
+            for (int64_t k = 0; k < depth; k += 64 / sizeof(T)) __builtin_prefetch(next + k, 0, 2);
           }
           const int64_t column = panel * kPanel<T>, columns = args.columns - column;
           const T* const weights = args.packed + piece * width + panel * depth * kPanel<T>;
           T* const out = args.out + row * args.columns + column;
+          // So is the tile whose sums come next.
+          const bool beside = panel + 1 < end;
+          const T* const tile =
+              beside ? out + kPanel<T> : args.out + (row + rows) * args.columns + group * kPanel<T>;
+          for (int64_t r = 0; r < (beside ? rows : ahead); ++r) {
+            __builtin_prefetch(tile + r * args.columns, 1);
+            __builtin_prefetch(tile + r * args.columns + kPanel<T> - 1, 1);
+          }
           const bool begin = piece == 0;
           const T* const start = !begin ? out : args.bias ? args.bias + column : zeros;
           const int64_t stride = begin ? 0 : args.columns;
@@ -173,6 +232,7 @@ void multiply(const LinearArgs<T>& args, int64_t first, int64_t last, T* scratch
                                out + r * args.columns, args.columns, columns);
             }
           }
+          if (piece + depth == args.depth) finish(args, row, rows, column);
         }
         row += rows;
       }

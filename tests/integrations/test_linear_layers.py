@@ -10,16 +10,24 @@ from contract import only_kernels
 transformers = pytest.importorskip("transformers", reason="needs emblas[hf]")
 
 from emblas.integrations import linear_layers  # noqa: E402
-from integrations.models import tiny  # noqa: E402
+from integrations.models import REPLACED, SIZES, tiny  # noqa: E402
 
 IDS = torch.arange(5, 41)[None]
 MASK = torch.ones_like(IDS)
 
 
 @pytest.fixture(autouse=True)
-def everywhere(monkeypatch):
-    monkeypatch.setattr(linear_layers, "is_quicker", lambda: True)
+def small_batches(monkeypatch):
+    monkeypatch.setattr(linear_layers, "is_wide", lambda: True)
     monkeypatch.setattr(linear_layers, "LEAST_ROWS", 8)
+    monkeypatch.setattr(linear_layers, "LEAST_ROWS_BETWEEN", 8)
+
+
+@pytest.fixture(autouse=True, params=[True, False], ids=["everywhere", "between products"])
+def quicker(request, monkeypatch):
+    """Whether products are quicker than torch's, too."""
+    monkeypatch.setattr(linear_layers, "is_quicker", lambda: request.param)
+    return request.param
 
 
 def run(model):
@@ -33,18 +41,101 @@ def calls(function):
     return result, sum(e.count for e in profile.key_averages() if e.key == "emblas::linear")
 
 
-@pytest.mark.parametrize("name", ["bert", "modernbert", "qwen3"])
-def test_same_hidden_states(name):
+# Blocks of a model: linear layer and activation; linear layer, residual connection, normalization.
+@pytest.mark.parametrize(
+    ("name", "activated", "added"),
+    [("bert", 2, 4), ("xlm-roberta", 2, 4), ("modernbert", 0, 0), ("qwen3", 0, 0)],
+)
+def test_same_hidden_states(name, activated, added, quicker):
     model = tiny(name)
     layers = sum(type(module) is torch.nn.Linear for module in model.modules())
+    patched = layers + activated + added if quicker else activated
     with torch.no_grad():
         expected = run(model)
         with emblas.optimize(model) as optimized:
-            assert f"{layers} linear layers" in repr(optimized)
-            with only_kernels("linear", "varlen_attention"):
+            assert (f"{patched} modules are one linear kernel" in repr(optimized)) == (patched > 0)
+            with only_kernels("varlen_attention", *(["linear"] if patched else [])):
                 torch.testing.assert_close(run(model), expected, rtol=1e-4, atol=1e-5)
+            _, count = calls(lambda: run(model))
+            # A pooler has one row.
+            assert layers - 1 <= count <= layers if quicker else count == activated
         _, count = calls(lambda: run(model))
         assert count == 0
+
+
+@pytest.mark.parametrize("name", ["deberta-v3", "mpnet"])
+def test_replaced_models(name):
+    model = REPLACED[name]().eval()
+    with torch.no_grad():
+        expected = run(model)
+        with emblas.optimize(model):
+            actual, count = calls(lambda: run(model))
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+    assert count > 0
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_pytorch_tanh", "relu", "silu", "gelu_new"])
+def test_activations(activation, quicker):
+    config = transformers.BertConfig(**SIZES, hidden_act=activation)
+    model = transformers.BertModel(config).eval()
+    with torch.no_grad():
+        expected = run(model)
+        with emblas.optimize(model):
+            actual, count = calls(lambda: run(model))
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+    assert (count > 0) == (quicker or activation != "gelu_new")
+
+
+class Intermediate(torch.nn.Module):
+    """Has the parts of transformers' block and does something else with them."""
+
+    def __init__(self):
+        super().__init__()
+        self.dense = torch.nn.Linear(32, 48)
+        self.intermediate_act_fn = torch.nn.GELU()
+
+    def forward(self, hidden_states):
+        return self.intermediate_act_fn(self.dense(hidden_states) + 1)
+
+
+@torch.no_grad()
+def test_blocks_of_others_run_as_they_are(quicker):
+    model = tiny("bert")
+    model.encoder.layer[0].intermediate = Intermediate()
+    expected = run(model)
+    with emblas.optimize(model):
+        torch.testing.assert_close(run(model), expected, rtol=1e-4, atol=1e-5)
+        assert "forward" not in vars(model.encoder.layer[0].intermediate)
+
+
+@torch.no_grad()
+def test_hooks_are_heard():
+    model = tiny("bert")
+    layer = model.encoder.layer[0]
+    parts = [layer.intermediate.dense, layer.intermediate.intermediate_act_fn, layer.output.dense]
+    parts += [layer.output.dropout, layer.output.LayerNorm]
+    expected = run(model)
+    with emblas.optimize(model):
+        heard = []
+        for part in parts:
+            part.register_forward_hook(lambda part, *_: heard.append(part))
+        torch.testing.assert_close(run(model), expected, rtol=1e-4, atol=1e-5)
+    assert [id(part) for part in heard] == [id(part) for part in parts]
+
+
+@torch.no_grad()
+def test_dropout_is_kept():
+    model = tiny("bert")
+    with emblas.optimize(model):
+        expected = run(model)
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.5
+        model.train()
+        model.encoder.layer[0].attention.self.dropout_prob = 0.0
+        assert not torch.allclose(run(model), expected)
+        model.eval()
+        assert torch.equal(run(model), expected)
 
 
 def test_torch_serves_the_rest():

@@ -18,6 +18,7 @@ USERS = {
     "transformers": ("transformers", "transformers"),
     "transformers_modules": ("transformers", "transformers.modeling_outputs"),
     "last_layer": ("transformers", "transformers.models.bert.modeling_bert"),
+    "linear_layers": ("transformers", "transformers.activations"),
     "optimize": ("transformers", "transformers.utils.generic"),
     "sentence_transformers_pooling": (
         "sentence-transformers", "sentence_transformers.base.modules.normalize"),

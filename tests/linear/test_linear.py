@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from contract import check_compiled, check_op, check_threads, layouts, only_kernels, tolerance
@@ -11,6 +13,13 @@ from emblas.linear import linear
 from hypothesis import given
 from hypothesis import strategies as st
 
+ACTIVATIONS = {
+    "none": lambda x: x,
+    "relu": lambda x: x.clamp_min(0),
+    "gelu": lambda x: x * torch.erfc(-x / math.sqrt(2)) / 2,
+    "gelu_tanh": lambda x: x / (1 + torch.exp(-math.sqrt(8 / math.pi) * (x + 0.044715 * x**3))),
+    "silu": lambda x: x / (1 + torch.exp(-x)),
+}
 SHAPES = [(0, 5, 3), (3, 0, 2), (4, 7, 0), (1, 1, 1), (5, 33, 65), (13, 384, 96), (25, 500, 17)]
 
 
@@ -68,6 +77,52 @@ def test_threads():
     check_threads(lambda: linear(x, weight, bias))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("isa", _C.supported_isas())
+def test_activations_and_residuals(isa, activation, dtype):
+    before = _C.isa()
+    _C.set_isa(isa)
+    try:
+        x, weight, bias = problem(15, 37, 400, dtype)
+        residual = torch.randn(15, 37, dtype=dtype)
+        product = x.double() @ weight.double().t() + bias.double()
+        expected = ACTIVATIONS[activation](product)
+        with only_kernels("linear"):
+            plain = linear(x, weight, bias, activation=activation)
+            added = {
+                name: linear(x, weight, bias, activation=activation, residual=layout)
+                for name, layout in layouts(residual).items()
+            }
+        close = tolerance(dtype, 400)
+        torch.testing.assert_close(plain.double(), expected, **close)
+        for actual in added.values():
+            torch.testing.assert_close(actual.double(), expected + residual.double(), **close)
+    finally:
+        _C.set_isa(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("isa", _C.supported_isas())
+def test_activations_to_the_last_digit(isa, activation, dtype):
+    """Of sums that are exact: errors of a few units in the last place of x, at any x."""
+    before = _C.isa()
+    _C.set_isa(isa)
+    try:
+        x = torch.cat([torch.linspace(-20, 20, 4001), torch.tensor([0.0, -0.0, 1e-30, 1e4, -1e4])])
+        x = x.to(dtype)[:, None]
+        actual = linear(x, torch.ones(1, 1, dtype=dtype), activation=activation).double()
+        expected = ACTIVATIONS[activation](x.double())
+        assert ((actual - expected).abs() <= 4 * torch.finfo(dtype).eps * x.abs()).all()
+        for value in (torch.nan, torch.inf):
+            x = torch.full((1, 1), value, dtype=dtype)
+            actual = linear(x, torch.ones(1, 1, dtype=dtype), activation=activation)
+            torch.testing.assert_close(actual, x, equal_nan=True)
+    finally:
+        _C.set_isa(before)
+
+
 def test_nothing_is_kept_of_a_weight():
     x, weight, bias = problem(4, 5, 6)
     linear(x, weight, bias)
@@ -79,6 +134,7 @@ def test_operator():
     x, weight, bias = problem(4, 5, 6)
     check_op("linear", x, weight, bias)
     check_op("linear", x, weight)
+    check_op("linear", x, weight, bias, torch.ones(4, 5), 2)
 
 
 def test_gradients_come_from_torch():
@@ -86,6 +142,10 @@ def test_gradients_come_from_torch():
     assert torch.autograd.gradcheck(linear, inputs)
     with use_backend("reference"):
         torch.testing.assert_close(linear(*inputs), linear(*(x.detach() for x in inputs)))
+    residual = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(
+        lambda x, w, b, r: linear(x, w, b, activation="gelu", residual=r), (*inputs, residual)
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -97,7 +157,7 @@ def test_16_bits(dtype):
 
 def test_compiled():
     calls = [problem(*shape) for shape in ((4, 6, 5), (7, 9, 3), (12, 40, 70))]
-    check_compiled(lambda *args: linear(*args) * 2, calls, backward=False)
+    check_compiled(lambda *args: linear(*args, activation="gelu") * 2, calls, backward=False)
 
 
 X, W = torch.ones(2, 3), torch.ones(4, 3)
@@ -114,6 +174,9 @@ X, W = torch.ones(2, 3), torch.ones(4, 3)
         (ValueError, "weight must be on device cpu", lambda: linear(X, W.to("meta"))),
         (TypeError, "bias must have dtype float32", lambda: linear(X, W, torch.ones(4).int())),
         (ValueError, "bias must have 4 elements, got 3", lambda: linear(X, W, torch.ones(3))),
+        (ValueError, "activation must be one of 'none'", lambda: linear(X, W, activation="tanh")),
+        (TypeError, "residual must have dtype", lambda: linear(X, W, residual=X.double())),
+        (ValueError, r"residual must have shape \(2, 4\)", lambda: linear(X, W, residual=X)),
     ],
 )
 def test_bad_arguments(error, message, call):
@@ -129,6 +192,9 @@ def test_bad_arguments(error, message, call):
         ("weight must have as many elements", (X, W[:, :2])),
         ("x must be a CPU tensor", (X.t().contiguous().t(), W)),
         ("bias must be a contiguous vector", (X, W, torch.ones(3))),
+        ("residual must be a CPU tensor", (X, W, None, torch.ones(4, 2).t())),
+        ("residual must have the dtype of x", (X, W, None, torch.ones(2, 3))),
+        ("activation must be 0 to 4", (X, W, None, None, 5)),
     ],
 )
 def test_guards_of_the_operator(message, args):

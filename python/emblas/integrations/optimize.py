@@ -93,8 +93,7 @@ class Optimized:
     def _apply(self) -> None:
         for transformer in _transformers(self.model):
             self._pack(transformer)
-        if linear_layers.is_quicker():
-            self._multiply()
+        self._multiply()
         for name, module in self.model.named_modules():
             self._fuse(name, module)
         if _is_sentence_transformer(self.model):
@@ -134,11 +133,13 @@ class Optimized:
         self.changes.append(f"{type(model.base_model).__name__} runs packed with {hf.NAME} modules")
 
     def _multiply(self) -> None:
-        found = [module for module in self.model.modules() if linear_layers.is_plain(module)]
-        for module in found:
-            self._patch(module, "forward", linear_layers.forward)
-        if found:
-            self.changes.append(f"{len(found)} linear layers are one kernel without a gradient")
+        found = {module: linear_layers.forward_of(module) for module in self.model.modules()}
+        for module, forward in found.items():
+            if forward is not None:
+                self._patch(module, "forward", forward)
+        count = sum(forward is not None for forward in found.values())
+        if count:
+            self.changes.append(f"{count} modules are one linear kernel without a gradient")
 
     def _patch(self, module: nn.Module, name: str, function: Callable[..., Any]) -> None:
         """Put a function in the place of a method."""

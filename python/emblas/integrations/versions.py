@@ -11,6 +11,7 @@ from typing import Any
 
 # Versions, and what to install.
 KNOWN = {
+    "torch": (">= 2.10", "'torch>=2.10'"),
     "transformers": (">= 5", "'emblas[hf]'"),
     "sentence-transformers": (">= 6", "'emblas[hf]'"),
     "thinc": (">= 8.3, < 9", "'thinc>=8.3,<9'"),

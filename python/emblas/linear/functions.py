@@ -8,9 +8,18 @@ from torch import Tensor
 from emblas import _op
 from emblas.linear import op, reference
 
+ACTIVATIONS = tuple(reference.ACTIVATIONS)
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Multiply the tokens of a packed batch with a weight.
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str = "none",
+    residual: Tensor | None = None,
+) -> Tensor:
+    """Multiply the tokens of a packed batch with a weight, and what follows on it in one pass.
 
     Parameters
     ----------
@@ -20,18 +29,23 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         ``(columns, depth)``, of the dtype of ``x``.
     bias : Tensor, optional
         ``(columns,)``, of the dtype of ``x``; default: zeros.
+    activation : {"none", "relu", "gelu", "gelu_tanh", "silu"}, default "none"
+        What the sums go through: ``f``. ``gelu_tanh`` is GELU approximated by tanh (Hendrycks
+        and Gimpel 2016, arXiv 1606.08415, section 2).
+    residual : Tensor, optional
+        ``(rows, columns)``, of the dtype of ``x``: what is added in the end; default: zeros.
 
     Returns
     -------
     Tensor
-        ``(rows, columns)``: ``x @ weight.T + bias``.
+        ``(rows, columns)``: ``f(x @ weight.T + bias) + residual``.
 
     Raises
     ------
     TypeError
         If an argument is no tensor or of another dtype.
     ValueError
-        If shapes or devices don't fit together.
+        If shapes or devices don't fit together, or there is no such activation.
 
     Notes
     -----
@@ -59,12 +73,22 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         _op.check_tensor("bias", bias, ndim=1, dtypes=(x.dtype,), device=x.device)
         if bias.shape[0] != weight.shape[0]:
             raise ValueError(f"bias must have {weight.shape[0]} elements, got {bias.shape[0]}")
+    if residual is not None:
+        _op.check_tensor("residual", residual, ndim=2, dtypes=(x.dtype,), device=x.device)
+        if residual.shape != (x.shape[0], weight.shape[0]):
+            raise ValueError(
+                f"residual must have shape {(x.shape[0], weight.shape[0])}, as the result has, got "
+                f"{tuple(residual.shape)}"
+            )
+    _op.check_choice("activation", activation, ACTIVATIONS)
+    number = ACTIVATIONS.index(activation)
     if (
         x.device.type != "cpu"
         or x.dtype not in (torch.float32, torch.float64)
         or _op.use_reference()
-        or _op.needs_grad(x, weight, bias)
+        or _op.needs_grad(x, weight, bias, residual)
     ):
-        return reference.linear(x, weight, bias)
+        return reference.linear(x, weight, bias, residual, number)
     bias = None if bias is None else bias.contiguous()
-    return op.linear(_op.rows(x), _op.rows(weight), bias)
+    residual = None if residual is None else _op.rows(residual)
+    return op.linear(_op.rows(x), _op.rows(weight), bias, residual, number)

@@ -8,7 +8,13 @@ from emblas._op import Op
 from emblas.linear import reference
 
 
-def _fake(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def _fake(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    activation: int = 0,
+) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[0])
 
 

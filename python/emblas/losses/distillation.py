@@ -82,6 +82,10 @@ def distill(
     ``similarity`` with a temperature is the contrastive distillation of KaLM-Embedding-V2.5, arXiv
     2506.20923.
 
+    ``anchor`` with the centroids of the teacher's embeddings and points of the student's space that
+    are trained along is how this library reads "consistent geometry around semantic anchors" of
+    ECR, arXiv 2601.00543: of the paper its abstract was at hand, and it gives no formula.
+
     With the rows of both models' vocabularies as ``anchors``, ``similarity="dot"`` and a
     ``temperature``, ``anchor`` is the divergence of their distributions over the next token,
     without logits of ``n x vocabulary``.
