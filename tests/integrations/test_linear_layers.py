@@ -172,3 +172,79 @@ def test_replaced_forwards_stay():
     with emblas.optimize(model):
         assert dense.forward is own
     assert dense.forward is own
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("part", ["dense", "intermediate_act_fn"])
+@pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
+def test_replaced_forwards_run(part, before):
+    """As adapters replace them, before the model is optimized or afterwards."""
+
+    def adapt(model):
+        for layer in model.encoder.layer:
+            module = getattr(layer.intermediate, part)
+            module.forward = lambda x, module=module: 3 * type(module).forward(module, x)
+        return model
+
+    expected = run(adapt(tiny("bert")))
+    model = tiny("bert")
+    if before:
+        adapt(model)
+    with emblas.optimize(model):
+        if not before:
+            adapt(model)
+        torch.testing.assert_close(run(model), expected, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_replaced_parts_run():
+    model = tiny("bert")
+    with emblas.optimize(model):
+        for layer in model.encoder.layer:
+            layer.intermediate.dense = torch.nn.Sequential(
+                torch.nn.Linear(32, 4), torch.nn.Linear(4, 48)
+            )
+            layer.intermediate.intermediate_act_fn = torch.nn.GELU("tanh")
+        actual = run(model)
+    torch.testing.assert_close(actual, run(model), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_settings_of_gelu_count():
+    model = tiny("bert")
+    for layer in model.encoder.layer:
+        layer.intermediate.dense.weight.mul_(50)
+        layer.intermediate.intermediate_act_fn = torch.nn.GELU("tanh")
+    expected = run(model)
+    with emblas.optimize(model):
+        actual, count = calls(lambda: run(model))
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
+    assert count > 0
+
+
+@torch.no_grad()
+def test_models_with_the_same_parts_run_as_they_are(quicker):
+    """X-MOD's blocks have those of BERT, and leave the normalization to others."""
+    config = transformers.XmodConfig(
+        **SIZES, pad_token_id=0, languages=["en_XX"], default_language="en_XX"
+    )
+    model = transformers.XmodModel(config).eval()
+    for module in model.modules():
+        if isinstance(module, torch.nn.LayerNorm):
+            module.weight.uniform_(0.2, 2)
+    expected = run(model)
+    with emblas.optimize(model):
+        torch.testing.assert_close(run(model), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_models_are_tried_on_the_kernel(monkeypatch):
+    """However small the texts are that they are tried on."""
+    monkeypatch.setattr(linear_layers, "LEAST_ROWS", 10**9)
+    monkeypatch.setattr(linear_layers, "LEAST_ROWS_BETWEEN", 10**9)
+    monkeypatch.setitem(
+        linear_layers.ACTIVATIONS,
+        type(tiny("bert").encoder.layer[0].intermediate.intermediate_act_fn),
+        "relu",
+    )
+    with pytest.raises(ValueError, match="hidden states of BertModel differ by"):
+        emblas.optimize(tiny("bert"))

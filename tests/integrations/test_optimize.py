@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import pickle
+import subprocess
+import sys
+import weakref
 from pathlib import Path
 
 import emblas
@@ -15,6 +19,7 @@ from emblas import packed
 transformers = pytest.importorskip("transformers", reason="needs emblas[hf]")
 st = pytest.importorskip("sentence_transformers", reason="needs emblas[hf]")
 
+from emblas.integrations import transformers as hf  # noqa: E402
 from emblas.integrations.optimize import UnsupportedModelError  # noqa: E402
 from integrations.models import (  # noqa: E402
     CONFIGS,
@@ -194,11 +199,33 @@ def test_masks_with_holes():
             torch.testing.assert_close(
                 out[batch["attention_mask"].bool()], expected, rtol=1e-5, atol=1e-5
             )
-    windowed = tiny("modernbert")
+
+
+@pytest.mark.parametrize("name", ["modernbert", "mpnet", "deberta-v3", "t5"])
+def test_masks_with_holes_change_distances(name):
+    model = make(name)
     batch = padded()
     batch["attention_mask"][2, 4:7] = 0
-    with emblas.optimize(windowed), pytest.raises(ValueError, match="without holes"):
-        windowed(**batch)
+    with emblas.optimize(model), pytest.raises(ValueError, match="without holes"):
+        model(**batch)
+
+
+@torch.no_grad()
+def test_positions_count_what_is_no_padding():
+    """Masked tokens count, those that are padding by their number don't."""
+    model = tiny("xlm-roberta")
+    batch = padded()
+    batch["attention_mask"][2, 4:7] = 0
+    batch["input_ids"][2, 9] = batch["input_ids"][3, 0] = 0
+    mask = batch["attention_mask"].bool()
+    expected = model(**batch).last_hidden_state[mask]
+    with emblas.optimize(model):
+        actual = model(**batch).last_hidden_state[mask]
+        texts = [torch.tensor([5, 0, 7, 0, 0, 9]), torch.tensor([0]), torch.tensor([6, 8])]
+        together = hf.forward_packed(model, *packed.pack(texts))
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+    alone = [model(text[None], torch.ones_like(text[None])).last_hidden_state[0] for text in texts]
+    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["bert", "mpnet", "deberta-v3", "t5"])
@@ -230,6 +257,41 @@ def test_copies_are_optimized(copier, name, tmp_path):
         for parameter in model.parameters():
             parameter.zero_()
     torch.testing.assert_close(twin.encode(TEXTS), expected, rtol=1e-5, atol=2e-6)
+
+
+def test_another_process_takes_a_pickled_model(tmp_path):
+    """As those of sentence-transformers' pools do: they import nothing of emblas themselves."""
+    model = tiny("bert")
+    batch = padded()
+    code = (
+        "import pickle, sys, torch\n"
+        "model, batch = pickle.load(open(sys.argv[1], 'rb'))\n"
+        "torch.save(model(**batch).last_hidden_state.detach(), sys.argv[2])"
+    )
+    source, result = tmp_path / "model.pkl", tmp_path / "hidden.pt"
+    with emblas.optimize(model):
+        source.write_bytes(pickle.dumps((model, batch)))
+        expected = model(**batch).last_hidden_state
+    subprocess.run([sys.executable, "-c", code, source, result], check=True, timeout=240)
+    torch.testing.assert_close(torch.load(result), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_models_are_let_go():
+    model = tiny("bert")
+    emblas.optimize(model)
+    reference = weakref.ref(model)
+    del model
+    gc.collect()
+    assert reference() is None
+
+
+def test_undone_twice():
+    model = tiny("bert")
+    first = emblas.optimize(model)
+    first.undo()
+    emblas.optimize(model)
+    first.undo()
+    assert emblas.verify(model, TEXTS[:2], tokenizer=make_tokenizer()) < 1e-5
 
 
 # --- sentence-transformers -----------------------------------------------------------------------

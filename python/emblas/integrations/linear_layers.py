@@ -7,8 +7,9 @@ anew in every call, so that nothing is stale when they have changed.
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ LEAST_ROWS = 256
 # The same where torch's products are the quicker ones: then only what lies between the two products
 # of a layer is saved, once it is so much that torch takes new memory for it in every call.
 LEAST_ROWS_BETWEEN = 1024
+_ANY_ROWS: ContextVar[bool] = ContextVar("emblas_any_rows", default=False)
 
 
 def is_wide() -> bool:
@@ -45,15 +47,16 @@ def is_quicker() -> bool:
     return bool(_C.cpu_is_amd())
 
 
-# Modules that are one of the kernel's activations.
+# Activations that go by no setting of theirs.
 ACTIVATIONS: dict[type, str] = {
     nn.ReLU: "relu",
-    nn.GELU: "gelu",
     GELUActivation: "gelu",
     GELUTanh: "gelu_tanh",
     nn.SiLU: "silu",
     SiLUActivation: "silu",
 }
+# Models of transformers whose blocks are known; others name the same parts and do something else.
+BLOCKS = {"bert", "camembert", "deberta_v2", "electra", "mpnet", "roberta", "xlm_roberta"}
 
 
 def forward_of(module: nn.Module) -> Callable[..., Tensor] | None:
@@ -70,17 +73,15 @@ def forward_of(module: nn.Module) -> Callable[..., Tensor] | None:
     everywhere = is_quicker()
     if type(module) is nn.Linear:
         return forward if everywhere else None
-    children = dict(module.named_children())
-    if not type(module).__module__.startswith("transformers.models."):
-        return None  # which may have these parts and do something else
-    if not _is_plain(children.get("dense")):
+    if type(module).__module__.split(".")[:2] != ["transformers", "models"]:
         return None
-    takes = [*inspect.signature(module.forward).parameters]
-    if children.keys() == {"dense", "intermediate_act_fn"} and takes == ["hidden_states"]:
-        return _activated if type(children["intermediate_act_fn"]) in ACTIVATIONS else None
-    if children.keys() == {"dense", "dropout", "LayerNorm"}:
-        added = everywhere and takes == ["hidden_states", "input_tensor"]
-        return _added if added and type(children["LayerNorm"]) is nn.LayerNorm else None
+    if type(module).__module__.split(".")[2] not in BLOCKS:
+        return None
+    parts = dict(module.named_children())
+    if parts.keys() == {"dense", "intermediate_act_fn"}:
+        return _activated
+    if everywhere and parts.keys() == {"dense", "dropout", "LayerNorm"}:
+        return _added
     return None
 
 
@@ -107,12 +108,8 @@ def forward(layer: Any, input: Tensor) -> Tensor:  # as torch calls it
 
 def _activated(block: Any, hidden_states: Tensor) -> Tensor:
     """``BertIntermediate`` and its like."""
-    activation = ACTIVATIONS.get(type(block.intermediate_act_fn))
-    if (
-        activation is None
-        or _has_hooks(block.intermediate_act_fn)
-        or not _serves(block.dense, hidden_states)
-    ):
+    activation = _activation(block.intermediate_act_fn)
+    if activation is None or not _serves(block.dense, hidden_states):
         out: Tensor = type(block).forward(block, hidden_states)
         return out
     return _linear(block.dense, hidden_states, activation)
@@ -122,7 +119,7 @@ def _added(block: Any, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
     """``BertSelfOutput``, ``BertOutput`` and their like."""
     if (
         (block.dropout.training and block.dropout.p > 0)
-        or _has_hooks(block.dropout)
+        or not _is_untouched(block.dropout)
         or not _serves(block.dense, hidden_states)
         or input_tensor.shape != (*hidden_states.shape[:-1], block.dense.out_features)
         or input_tensor.dtype != hidden_states.dtype
@@ -147,31 +144,45 @@ def _linear(
     return rows.view(*x.shape[:-1], rows.shape[-1])
 
 
-def _is_plain(layer: object) -> bool:
-    """Tell whether a module is a linear layer of torch that nobody else runs or listens to."""
-    return (
-        type(layer) is nn.Linear
-        and getattr(vars(layer).get("forward"), "func", forward) is forward
-        and not _has_hooks(layer)
-    )
+def _activation(module: nn.Module) -> str | None:
+    """Name the kernel's activation that a module is."""
+    if not _is_untouched(module):
+        return None
+    if type(module) is nn.GELU:
+        return "gelu_tanh" if module.approximate == "tanh" else "gelu"
+    return ACTIVATIONS.get(type(module))
 
 
-def _has_hooks(module: nn.Module) -> bool:
-    return any(
+def _is_untouched(module: nn.Module) -> bool:
+    """Tell whether nobody else runs a module in his own way, or listens to it."""
+    own = vars(module).get("forward")
+    return (own is None or getattr(own, "func", None) is forward) and not any(
         versions.private("torch", module, name) for name in ("_forward_hooks", "_forward_pre_hooks")
     )
 
 
-def _serves(layer: Any, x: Tensor) -> bool:
+def _serves(layer: nn.Module, x: Tensor) -> bool:
+    if type(layer) is not nn.Linear or torch.compiler.is_compiling():
+        return False
     weight = layer.weight
+    least = 0 if _ANY_ROWS.get() else LEAST_ROWS if is_quicker() else LEAST_ROWS_BETWEEN
     return (
-        _is_plain(layer)
+        _is_untouched(layer)
         and x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
-        and x.numel() >= (LEAST_ROWS if is_quicker() else LEAST_ROWS_BETWEEN) * x.shape[-1]
+        and x.numel() >= least * x.shape[-1]
         and x.shape[-1] == weight.shape[1]
         and type(weight) is nn.Parameter
         and not _op.needs_grad(x, weight, layer.bias)
         and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()
     )
+
+
+@contextlib.contextmanager
+def any_rows() -> Iterator[None]:
+    """Use the kernel for the smallest batches as well, to compare it with what it replaces."""
+    token = _ANY_ROWS.set(True)
+    try:
+        yield
+    finally:
+        _ANY_ROWS.reset(token)

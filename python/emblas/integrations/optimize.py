@@ -18,7 +18,6 @@ import contextlib
 import functools
 import inspect
 import sys
-import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any
@@ -26,7 +25,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from emblas import packed
 from emblas.integrations import last_layer, linear_layers, versions
 from emblas.integrations import transformers as hf
 from emblas.integrations.transformers_modules import replace_modules, replaceable
@@ -41,7 +39,9 @@ except ImportError as error:
 _POOLED: ContextVar[tuple[str, ...]] = ContextVar("emblas_pooled", default=())
 _PROBE_LENGTHS = (5, 1, 9)
 _LONGEST_PROBE = 600
-_ACTIVE: weakref.WeakKeyDictionary[nn.Module, Optimized] = weakref.WeakKeyDictionary()
+_KEY = "_emblas_optimized"  # the attribute of an optimized model that holds its Optimized
+
+hf.register()  # on import, since models that are unpickled in another process only import this
 
 
 class UnsupportedModelError(ValueError):
@@ -79,7 +79,12 @@ class Optimized:
     def undo(self) -> None:
         """Restore the model exactly; nothing happens the second time."""
         self._undo.close()
-        _ACTIVE.pop(self.model, None)
+        if vars(self.model).get(_KEY) is self:
+            vars(self.model).pop(_KEY)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # None in a copy of the model, which this one can't restore.
+        return type(None), ()
 
     def __enter__(self) -> Optimized:
         return self
@@ -224,17 +229,18 @@ def optimize(model: nn.Module) -> Optimized:
             hf.implementation(transformer.config)
         except versions.UnsupportedVersionError as error:
             raise UnsupportedModelError("transformers_version", str(error)) from error
-    hf.register()
     expected = [_probe(transformer) for transformer in found]
     optimized = Optimized(model)
     try:
         optimized._apply()
         for transformer, outputs in zip(found, expected, strict=True):
             _compare(transformer, outputs)
+            with linear_layers.any_rows():
+                _compare(transformer, outputs)
     except BaseException:
         optimized.undo()
         raise
-    _ACTIVE[model] = optimized
+    vars(model)[_KEY] = optimized
     return optimized
 
 
@@ -281,7 +287,7 @@ def verify(
         raise ValueError("texts must hold at least one text, as a list")
     if tokenizer is None and isinstance(model, PreTrainedModel):
         raise ValueError("tokenizer must be given for a model of transformers")
-    active = _ACTIVE.get(model)
+    active = vars(model).get(_KEY)
     with _evaluating(model):
         if active is not None:
             active.undo()
@@ -294,7 +300,7 @@ def verify(
                 ]
         finally:
             if active is not None:
-                _ACTIVE[model] = active
+                vars(model)[_KEY] = active
                 active.changes.clear()
                 active._apply()
     expected, actual = torch.cat(alone).float(), torch.cat(together).float()
@@ -412,15 +418,11 @@ def _padded_batch(model: Any, given: Mapping[str, Any]) -> hf.PaddedBatch | None
     tokens = given.get("inputs_embeds") if tokens is None else tokens
     if not isinstance(tokens, Tensor) or tokens.shape[:2] != mask.shape:
         return None
-    mask = mask != 0
-    batch = hf.padded_batch(mask)
+    batch = hf.padded_batch(mask != 0)
     if batch.max_seqlen == 0:
         return None
-    if _window(model.config) and bool((mask[:, 1:] != mask[:, :-1]).sum(1).gt(1).any()):
-        raise ValueError(
-            "attention_mask must be without holes for a model with sliding windows, whose distances"
-            " would change"
-        )
+    if _window(model.config) or hasattr(model.config, "relative_attention_num_buckets"):
+        batch.check_without_holes()
     return batch
 
 
@@ -439,14 +441,13 @@ def _take_padding_out(
     if positions is not None:
         packable.append("position_ids")
         given["position_ids"] = positions.expand(mask.shape)
+    start, ids = hf.position_start(model), given.get("input_ids")
     given |= {name: batch.take(given[name]) for name in packable}
-    if positions is None:
-        start = hf.position_start(model)
-        if start and given.get("input_ids") is not None:
-            at = packed.positions(batch.cu_seqlens)  # such models count tokens, not columns
-        else:
-            at = batch.rows % mask.shape[1]
-        given["position_ids"] = (at + start)[None]
+    if positions is None and start and ids is not None:
+        real = (ids != start - 1).long()  # such models count what is no padding, masked or not
+        given["position_ids"] = batch.take(real.cumsum(1) * real + start - 1)
+    elif positions is None:
+        given["position_ids"] = (batch.rows % mask.shape[1] + start)[None]
     given |= {
         "attention_mask": None,
         "cu_seq_lens_q": batch.cu_seqlens,

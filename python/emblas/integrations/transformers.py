@@ -51,6 +51,20 @@ class PaddedBatch(NamedTuple):
         padded = x.new_zeros(math.prod(shape), *x.shape[2:])
         return padded.index_copy(0, self.rows, x[0]).unflatten(0, tuple(shape))
 
+    def check_without_holes(self) -> None:
+        """Raise if the tokens of a sequence don't lie side by side.
+
+        Between such tokens, distances in a packed batch are others than in the padded one.
+        """
+        begin, end = self.cu_seqlens[:-1], self.cu_seqlens[1:]
+        filled = begin < end
+        span = self.rows[end[filled] - 1] - self.rows[begin[filled]] + 1
+        if bool((span != (end - begin)[filled]).any()):
+            raise ValueError(
+                "attention_mask must be without holes for a model with sliding windows or relative "
+                "positions, whose distances would change"
+            )
+
 
 class PackedBatch(NamedTuple):
     """Sequences end to end, for modules that get no keyword arguments of their model."""
@@ -207,6 +221,19 @@ def position_start(model: nn.Module) -> int:
     return 0
 
 
+def _positions(input_ids: Tensor | None, cu_seqlens: Tensor, count: int, start: int) -> Tensor:
+    """Positions ``(tokens,)`` of a packed batch, for a model whose first one is ``start``."""
+    at = positions(cu_seqlens, count)
+    if start == 0 or input_ids is None:
+        return at + start
+    # Padding inside a text, which its writer may name, has the position before the first and is not
+    # counted.
+    padding = input_ids == start - 1
+    before = padding.cumsum(0) - padding.long()
+    own = before - before[torch.arange(count, device=at.device) - at]
+    return torch.where(padding, start - 1, at - own + start)
+
+
 def forward_packed(
     model: nn.Module,
     input_ids: Tensor | None,
@@ -265,7 +292,7 @@ def forward_packed(
         max_seqlen = int(cu_seqlens.diff().max()) if len(cu_seqlens) > 1 else 0
     if position_ids is None:
         count = next(iter(inputs.values())).shape[1]
-        position_ids = positions(cu_seqlens, count) + position_start(model)
+        position_ids = _positions(input_ids, cu_seqlens, count, position_start(model))
     encoder = getattr(model, "encoder", None)
     if isinstance(encoder, PackedEncoder):
         embed: Any = model.embeddings

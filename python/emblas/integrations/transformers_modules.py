@@ -73,6 +73,7 @@ class MPNetEncoder(modeling_mpnet.MPNetEncoder, hf.PackedEncoder):
         if not isinstance(attention_mask, hf.PaddedBatch):
             return super().forward(hidden_states, attention_mask, *args, **kwargs)
         batch, shape = attention_mask, hidden_states.shape[:2]
+        batch.check_without_holes()
         inside: Any = hf.PackedBatch(batch.cu_seqlens, batch.max_seqlen)
         outputs = super().forward(batch.take(hidden_states), inside, *args, **kwargs)
         return _spread(outputs, batch, shape)
@@ -174,6 +175,8 @@ class DebertaV2Encoder(modeling_deberta_v2.DebertaV2Encoder, hf.PackedEncoder):
             relative_pos=relative_pos is not None,
         )
         batch, shape = hf.padded_batch(attention_mask.bool()), hidden_states.shape[:2]
+        if self.relative_attention or self.conv is not None:
+            batch.check_without_holes()
         inside = hf.PackedBatch(batch.cu_seqlens, batch.max_seqlen)
         states = self._states(batch.take(hidden_states), inside)
         if output_hidden_states:
