@@ -15,12 +15,12 @@ inline V at_most(V x, T most) {
   return x > most ? broadcast<V>(most) : x;
 }
 
-// 1 / (1 + e^-x)
+// 1 / (1 + e^-x), where e^-x may be infinite.
 inline vfloat sigmoid(vfloat x) {
-  return 1.0f / (1.0f + exp2(at_most(x * -0x1.715476p+0f, 127.0f)));
+  return 1.0f / (1.0f + exp2(at_most(x * -0x1.715476p+0f, 128.0f)));
 }
 inline vdouble sigmoid(vdouble x) {
-  return 1.0 / (1.0 + exp2(at_most(x * -0x1.71547652b82fep+0, 1023.0)));
+  return 1.0 / (1.0 + exp2(at_most(x * -0x1.71547652b82fep+0, 1024.0)));
 }
 
 struct Relu {

@@ -115,6 +115,9 @@ def test_activations_to_the_last_digit(isa, activation, dtype):
         actual = linear(x, torch.ones(1, 1, dtype=dtype), activation=activation).double()
         expected = ACTIVATIONS[activation](x.double())
         assert ((actual - expected).abs() <= 4 * torch.finfo(dtype).eps * x.abs()).all()
+        x = torch.full((1, 1), -torch.finfo(dtype).max, dtype=dtype)
+        actual = linear(x, torch.ones(1, 1, dtype=dtype), activation=activation)
+        assert actual == (x if activation == "none" else 0)
         for value in (torch.nan, torch.inf):
             x = torch.full((1, 1), value, dtype=dtype)
             actual = linear(x, torch.ones(1, 1, dtype=dtype), activation=activation)
