@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bz2
+import csv
 import gzip
 import json
 import lzma
@@ -16,7 +18,7 @@ import pytest
 pytest.importorskip("transformers", reason="needs emblas[hf]")
 
 from emblas import __main__ as command
-from emblas.encoder import Encoder, Ragged, encode_file, load_embeddings, read_texts
+from emblas.encoder import Encoder, Ragged, encode_file, files, load_embeddings, read_texts
 from integrations.models import TEXTS, make_tokenizer, tiny
 
 
@@ -56,6 +58,39 @@ def test_read_texts(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             list(read_texts(tmp_path / path, field))
+
+
+@pytest.mark.parametrize("part", ["end", "middle", "begin"])
+@pytest.mark.parametrize(("ending", "module"), [("gz", gzip), ("xz", lzma), ("bz2", bz2)])
+def test_damaged_files(tmp_path, ending, module, part):
+    data = bytearray(module.compress(np.random.default_rng(0).bytes(2000).hex().encode()))
+    if part == "end":
+        del data[-20:]
+    elif part == "middle":
+        data[500:900] = bytes(400)
+    else:
+        data[:4] = b"text"
+    path = tmp_path / f"a.txt.{ending}"
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=rf"a\.txt\.{ending} is damaged: "):
+        list(read_texts(path))
+
+
+def test_tables_that_csv_refuses(tmp_path, monkeypatch):
+    """Which ones depends on the version of Python: up to 3.10 those with a zero byte."""
+
+    def refuse(self):
+        raise csv.Error("line contains NUL")
+
+    (tmp_path / "a.csv").write_text("text\nrain\n")
+    monkeypatch.setattr(csv.DictReader, "__next__", refuse)
+    with pytest.raises(ValueError, match=r"a\.csv is damaged: line contains NUL"):
+        list(read_texts(tmp_path / "a.csv"))
+
+
+def test_errors_of_the_system_stay(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        list(read_texts(tmp_path / "nowhere.txt"))
 
 
 def test_shards_and_going_on(tmp_path, encoder):
@@ -100,8 +135,9 @@ def test_other_texts_models_or_settings_are_refused(tmp_path, encoder):
         encode_file(
             Encoder(tiny("bert"), make_tokenizer(), pooling="cls"), TEXTS, tmp_path, shard_size=4
         )
-    with pytest.raises(ValueError, match="no output 'bits'; it was made with"):
-        load_embeddings(tmp_path, "bits")
+    for name in ("bits", "matryoshka"):
+        with pytest.raises(ValueError, match=f"no output '{name}'; it was made with"):
+            load_embeddings(tmp_path, name)
     with pytest.raises(ValueError, match="not finished"):
         load_embeddings(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="shard_size must be at least 1"):
@@ -115,16 +151,83 @@ def test_other_texts_models_or_settings_are_refused(tmp_path, encoder):
     encode_file(encoder, texts(), tmp_path / "locked")
 
 
-def test_settings_that_fit_nothing_leave_nothing(tmp_path, encoder):
-    with pytest.raises(ValueError, match="dims and the output 'matryoshka' go together"):
-        encode_file(encoder, TEXTS, tmp_path / "out", outputs=["matryoshka"])
+@pytest.mark.parametrize(
+    ("error", "message", "settings"),
+    [
+        (ValueError, "dims and the output 'matryoshka' go together", {"outputs": ["matryoshka"]}),
+        # Options of `embed` that would change or replace what shards hold.
+        (TypeError, "as_numpy", {"as_numpy": False}),
+        (TypeError, "truncation", {"truncation": "error"}),
+        (TypeError, "quantizer", {"outputs": ["int8"], "quantizer": None}),
+        (TypeError, "texts must be a list or an iterator of str, got a single str", {"texts": "a"}),
+        (TypeError, "texts must be a list or an iterator of str, got .* int", {"texts": 7}),
+    ],
+)
+def test_settings_that_fit_nothing_leave_nothing(tmp_path, encoder, error, message, settings):
+    with pytest.raises(error, match=message):
+        encode_file(encoder, **{"texts": TEXTS, "folder": tmp_path / "out", **settings})
     assert not (tmp_path / "out").exists()
 
 
+def test_errors_number_texts_from_the_first_of_all(tmp_path, encoder):
+    with pytest.raises(TypeError, match=r"texts\[4\] must be a str, got NoneType"):
+        encode_file(encoder, [*TEXTS[:4], None], tmp_path, shard_size=3)
+    with pytest.raises(ValueError, match=r"texts\[4\] must hold whole characters.*'\\ud800', at 2"):
+        encode_file(encoder, [*TEXTS[:4], "a \ud800"], tmp_path, shard_size=3)
+    assert encode_file(encoder, TEXTS[:5], tmp_path, shard_size=3)["encoded"] == 2
+
+
+def test_settings_are_compared_as_the_manifest_holds_them(tmp_path):
+    encoder = Encoder(tiny("qwen3"), make_tokenizer(), pooling="last")
+    settings = {"outputs": ("branches", "matryoshka"), "branches": ("rain",), "dims": range(8, 9)}
+    encode_file(encoder, TEXTS, tmp_path, **settings)
+    lists = {name: list(value) for name, value in settings.items()}
+    for same in (settings, {**lists, "chunk_size": 128, "chunk_overlap": 0}):
+        assert encode_file(encoder, TEXTS, tmp_path, **same)["encoded"] == 0
+
+
+def test_a_range_without_shards_is_not_used(tmp_path, encoder, monkeypatch):
+    """A run may be killed when the range of its first shard is stored and the shard isn't."""
+    write = files._write
+
+    def stopped(path, arrays):
+        if path.name.startswith("shard-"):
+            raise KeyboardInterrupt
+        write(path, arrays)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "_write", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            encode_file(encoder, TEXTS[2:3], tmp_path / "stopped", outputs=["int8"])
+    assert (tmp_path / "stopped" / files.QUANTIZER).exists()
+    for folder in ("stopped", "fresh"):
+        encode_file(encoder, TEXTS, tmp_path / folder, outputs=["int8"])
+    np.testing.assert_array_equal(
+        load_embeddings(tmp_path / "stopped", "int8"), load_embeddings(tmp_path / "fresh", "int8")
+    )
+
+
 def test_no_texts(tmp_path, encoder):
-    assert encode_file(encoder, [], tmp_path)["texts"] == 0
-    with pytest.raises(ValueError, match="no output"):
-        load_embeddings(tmp_path)
+    outputs = ["dense", "matryoshka", "int8", "bits", "tokens", "chunks"]
+    settings = {"outputs": outputs, "dims": [8]}
+    assert encode_file(encoder, [], tmp_path, **settings)["texts"] == 0
+    expected = encoder.embed([], **settings)
+    for name in (*outputs, "num_tokens", "chunk_spans"):
+        actual, wanted = load_embeddings(tmp_path, name), getattr(expected, name)
+        if name == "matryoshka":
+            assert actual.keys() == wanted.keys()
+            actual, wanted = actual[8], wanted[8]
+        elif isinstance(wanted, Ragged):
+            np.testing.assert_array_equal(actual.offsets, [0])
+            actual, wanted = actual.values, wanted.values
+        assert actual.shape == wanted.shape
+        assert actual.dtype == wanted.dtype
+    with pytest.raises(ValueError, match="no output 'lexical_ids'"):
+        load_embeddings(tmp_path, "lexical_ids")
+    assert encode_file(encoder, TEXTS, tmp_path, **settings)["encoded"] == 9
+    assert len(load_embeddings(tmp_path)) == 9
+    with pytest.raises(ValueError, match="more texts than there are"):
+        encode_file(encoder, [], tmp_path, **settings)
 
 
 def test_command(tmp_path, monkeypatch, capsys):
@@ -153,6 +256,16 @@ def test_command(tmp_path, monkeypatch, capsys):
         command.main()
     assert exit_info.value.code == 1
     assert "choose another folder" in capsys.readouterr().err
+    packed = gzip.compress((tmp_path / "texts.jsonl").read_bytes())
+    (tmp_path / "texts.jsonl.gz").write_bytes(packed[:-20])
+    damaged = line.replace("texts.jsonl", "texts.jsonl.gz").replace(
+        f"{tmp_path}/out", f"{tmp_path}/x"
+    )
+    monkeypatch.setattr(sys, "argv", damaged.split())
+    with pytest.raises(SystemExit) as exit_info:
+        command.main()
+    assert exit_info.value.code == 1
+    assert "texts.jsonl.gz is damaged" in capsys.readouterr().err
 
 
 @pytest.mark.slow

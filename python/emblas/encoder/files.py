@@ -3,7 +3,8 @@
 A folder holds ``manifest.json`` (what is computed, and of how many texts once all are done) and
 ``shard-000000.npz``, ... with the arrays of consecutive texts. A shard is written under another
 name, brought to the disk and renamed; whoever is killed loses the shard that was being computed. A
-shard also holds the hash of its texts, so that another input is noticed instead of mixed in.
+shard also holds the hash of its texts, so that another input is noticed instead of mixed in. Where
+there are no texts, ``empty.npz`` holds the arrays of none.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import json
 import lzma
 import os
 import sys
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -38,8 +40,10 @@ Array = npt.NDArray[Any]
 
 MANIFEST = "manifest.json"
 QUANTIZER = "quantizer.npz"
+EMPTY = "empty.npz"
 FORMAT = "emblas embeddings"
 _OPENERS: dict[str, Any] = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
+_DAMAGED = (EOFError, OSError, zlib.error, lzma.LZMAError, csv.Error)
 
 
 def read_texts(path: str | Path, field: str | None = None) -> Iterator[str]:
@@ -61,7 +65,10 @@ def read_texts(path: str | Path, field: str | None = None) -> Iterator[str]:
     Raises
     ------
     ValueError
-        If a line has no such field, isn't JSON or UTF-8, or ``field`` is given for a file of lines.
+        If a line has no such field, isn't JSON or UTF-8, ``field`` is given for a file of lines, or
+        the file is damaged.
+    OSError
+        If the file can't be opened or read.
     """
     path = Path(path)
     kind = path.suffix if path.suffix not in _OPENERS else path.with_suffix("").suffix
@@ -74,6 +81,11 @@ def read_texts(path: str | Path, field: str | None = None) -> Iterator[str]:
             yield from _FIELDS.get(kind, _lines)(path, file, field or "text")
         except UnicodeDecodeError as error:
             raise ValueError(f"{path} must be UTF-8: {error}") from None
+        except _DAMAGED as error:
+            # Modules of compression raise OSError as well, without the number of the system's own.
+            if isinstance(error, OSError) and error.errno is not None:
+                raise
+            raise ValueError(f"{path} is damaged: {error}") from None
 
 
 def _lines(path: Path, file: TextIO, key: str) -> Iterator[str]:
@@ -120,9 +132,11 @@ def encode_file(
     outputs: Sequence[str] = ("dense",),
     dims: Sequence[int] | None = None,
     prompt: str | None = None,
+    chunk_size: int = 128,
+    chunk_overlap: int = 0,
+    branches: Sequence[str] | None = None,
     shard_size: int = 8192,
     progress: bool = False,
-    **options: Any,
 ) -> dict[str, Any]:
     """Embed texts into a folder, and go on where an earlier run was stopped.
 
@@ -131,10 +145,11 @@ def encode_file(
     encoder : Encoder
         What embeds them.
     texts : iterable of str
-        The same ones, in the same order, in every run; see :func:`read_texts`.
+        The same ones, in the same order, in every run; see :func:`read_texts`. Read shard by shard.
+        Those of more than ``max_length`` tokens are cut.
     folder : str or Path
         Where shards go; created if it doesn't exist.
-    outputs, dims, prompt, **options
+    outputs, dims, prompt, chunk_size, chunk_overlap, branches
         As in :meth:`emblas.Encoder.embed`. The range of "int8" codes is that of the first shard.
     shard_size : int, default 8192
         Texts in a shard, and the most that is lost when the run is killed.
@@ -149,29 +164,46 @@ def encode_file(
 
     Raises
     ------
-    TypeError, ValueError
-        As in :meth:`emblas.Encoder.embed`, and if the folder holds embeddings of another model,
-        other settings or other texts.
+    TypeError
+        If ``texts`` isn't iterable or is a single str, or a text is not a str.
+    ValueError
+        As in :meth:`emblas.Encoder.embed`, and if a text holds half a character, or the folder
+        holds embeddings of another model, other settings or other texts.
     RuntimeError
         If another process is writing to the folder.
     """
     if shard_size < 1:
         raise ValueError(f"shard_size must be at least 1 text, got {shard_size}")
-    encoder.embed([], outputs, dims=dims, prompt=prompt, **options)  # before anything is written
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    if isinstance(texts, str) or not isinstance(texts, Iterable):
+        raise TypeError(
+            f"texts must be a list or an iterator of str, got a single {type(texts).__name__}"
+        )
+    settings = {
+        "dims": dims,
+        "prompt": prompt,
+        "chunk_size": chunk_size,
+        "chunk_overlap": chunk_overlap,
+        "branches": branches,
+    }
+    empty = encoder.embed([], outputs, **settings)  # which checks them, before anything is written
     manifest: dict[str, Any] = {
         "format": FORMAT,
         "version": 1,
         "model": encoder.fingerprint(),
-        "outputs": list(outputs),
-        "dims": None if dims is None else list(dims),
+        **settings,
+        "outputs": outputs,
         "prompt": encoder.prompt_text(prompt),
         "shard_size": shard_size,
-        **options,
     }
+    # As a later run reads it: tuples and other sequences come back as lists.
+    manifest = json.loads(json.dumps(manifest, default=list))
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder), contextlib.ExitStack() as stack:
         _agree(folder, manifest)
+        if not any(folder.glob("shard-*.npz")):
+            # Of a run that was killed before its first shard, maybe one over other texts.
+            (folder / QUANTIZER).unlink(missing_ok=True)
         bar = None
         if progress:
             from tqdm import tqdm
@@ -184,7 +216,7 @@ def encode_file(
             if not part:
                 break
             path = folder / f"shard-{number:06d}.npz"
-            digest = _digest(part)
+            digest = _digest(part, report["texts"])
             if path.exists():
                 with np.load(path) as shard:
                     if not np.array_equal(shard["digest"], digest):
@@ -194,7 +226,7 @@ def encode_file(
                         )
                     cut, tokens = shard["tokens_cut"], shard["num_tokens"]
             else:
-                result = _shard(encoder, part, folder, outputs, dims, prompt, options)
+                result = _shard(encoder, part, folder, outputs, settings)
                 _write(path, {**_arrays(result), "digest": digest})
                 cut, tokens = result.tokens_cut, result.num_tokens
                 report["encoded"] += len(part)
@@ -205,6 +237,8 @@ def encode_file(
                 bar.update(len(part))
         if (folder / f"shard-{-(-report['texts'] // shard_size):06d}.npz").exists():
             raise ValueError(f"{folder} holds embeddings of more texts than there are now")
+        if report["texts"] == 0:  # no shard says what shapes and types the outputs have
+            _write(folder / EMPTY, _arrays(empty))
         manifest["texts"] = report["texts"]
         _replace(folder / MANIFEST, json.dumps(manifest, indent=2).encode())
     return report
@@ -234,10 +268,11 @@ def load_embeddings(folder: str | Path, name: str = "dense") -> Any:
     if manifest is None or "texts" not in manifest:
         raise ValueError(f"{folder} is not finished: run the same command again, it goes on")
     count = -(-manifest["texts"] // manifest["shard_size"])
-    if name == "matryoshka":
-        return {k: _gather(folder, count, f"matryoshka.{k}") for k in manifest["dims"] or ()}
+    paths = [folder / f"shard-{number:06d}.npz" for number in range(count)] or [folder / EMPTY]
+    if name == "matryoshka" and name in manifest["outputs"]:
+        return {k: _gather(paths, f"matryoshka.{k}") for k in manifest["dims"]}
     try:
-        return _gather(folder, count, name)
+        return _gather(paths, name)
     except KeyError:
         raise ValueError(
             f"{folder} has no output {name!r}; it was made with {manifest['outputs']}"
@@ -252,9 +287,7 @@ def _shard(
     texts: list[str],
     folder: Path,
     outputs: Sequence[str],
-    dims: Sequence[int] | None,
-    prompt: str | None,
-    options: dict[str, Any],
+    settings: dict[str, Any],
 ) -> Embeddings:
     """Embed the texts of one shard; the first one fixes the range of int8 codes."""
     quantizer = None
@@ -264,8 +297,7 @@ def _shard(
             quantizer = Int8Quantizer(
                 *(torch.from_numpy(stored[k]).to(encoder.model.device) for k in ("start", "step"))
             )
-    settings = {"dims": dims, "prompt": prompt, "quantizer": quantizer, "truncation": "ignore"}
-    result = encoder.embed(texts, outputs, **settings, **options)
+    result = encoder.embed(texts, outputs, quantizer=quantizer, truncation="ignore", **settings)
     if result.quantizer is not None and not path.exists():
         fitted = result.quantizer
         _write(path, {"start": fitted.start.cpu().numpy(), "step": fitted.step.cpu().numpy()})
@@ -285,28 +317,35 @@ def _arrays(result: Embeddings) -> dict[str, Array]:
     return arrays
 
 
-def _gather(folder: Path, count: int, name: str) -> Any:
+def _gather(paths: Sequence[Path], name: str) -> Any:
     parts: dict[str, list[Array]] = {}
-    for number in range(count):
-        with np.load(folder / f"shard-{number:06d}.npz") as shard:
+    for path in paths:
+        with np.load(path) as shard:
             names = [k for k in shard.files if k in (name, f"{name}.values", f"{name}.offsets")]
             if not names:
                 raise KeyError(name)
             for k in names:
                 parts.setdefault(k, []).append(shard[k])
     if f"{name}.values" not in parts:
-        if not parts:
-            raise KeyError(name)
         return np.concatenate(parts[name])
     lengths = [np.diff(offsets) for offsets in parts[f"{name}.offsets"]]
     offsets = np.concatenate([[0], *lengths]).cumsum()
     return Ragged(np.concatenate(parts[f"{name}.values"]), offsets)
 
 
-def _digest(texts: Sequence[str]) -> Array:
+def _digest(texts: Sequence[str], first: int) -> Array:
+    """Hash texts, or say which is none; ``first`` is the number of the first of them."""
     digest = hashlib.sha256()
-    for text in texts:
-        data = text.encode("utf-8", "surrogatepass")
+    for number, text in enumerate(texts, first):
+        if not isinstance(text, str):
+            raise TypeError(f"texts[{number}] must be a str, got {type(text).__name__}")
+        try:
+            data = text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"texts[{number}] must hold whole characters, got half of one, "
+                f"{text[error.start]!r}, at {error.start}"
+            ) from None
         digest.update(len(data).to_bytes(8, "little"))
         digest.update(data)
     return np.frombuffer(digest.digest(), np.uint8)
