@@ -251,6 +251,25 @@ def test_backward_twice():
     torch.testing.assert_close(second, 2 * first)
 
 
+def test_loss_scale_reaches_float16():
+    """A gradient too small for float16 is there once a GradScaler's factor has made it larger."""
+    vectors = [torch.randn(shape) * 300 for shape in ((64, 32), (80, 32), (64, 3, 32))]
+    vectors = [x.half().requires_grad_() for x in vectors]
+    exact = [x.detach().float().requires_grad_() for x in vectors]
+
+    def loss(q, d, negatives):
+        return info_nce(q, d, negatives=negatives, chunk_size=30)
+
+    scale = 65536
+    expected = torch.autograd.grad(loss(*exact) * scale, exact)
+    value = loss(*vectors) * scale
+    for _ in range(2):
+        for x, g in zip(torch.autograd.grad(value, vectors, retain_graph=True), expected,
+                        strict=True):  # fmt: skip
+            assert x.dtype == torch.float16
+            torch.testing.assert_close(x.float(), g, rtol=1e-3, atol=1e-6)
+
+
 def test_chunks_change_nothing():
     queries, documents, everything = problem()
     whole = info_nce(queries, documents, symmetric=True, **everything)

@@ -119,7 +119,8 @@ def info_nce(
     Extra memory is two blocks of ``chunk_size x m`` scores and the gradients themselves. A scalar
     in one direction takes three matrix products, its gradients being computed in the forward pass;
     everything else, and compiled code, takes four. Formulas stand in ``losses/op.py``. Gradients
-    are first order; ``torch.func`` is not supported.
+    of 16-bit vectors are float32 until the loss' own gradient, such as the factor of a GradScaler,
+    is multiplied in. They are first order; ``torch.func`` is not supported.
 
     With the rows of a vocabulary's output layer as documents, ``similarity="dot"``,
     ``temperature=1`` and ``positives="mean"``, this is the cross-entropy of a bag of words
