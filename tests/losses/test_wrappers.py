@@ -200,6 +200,14 @@ def _check(rank):
             dist.all_reduce(total)
             torch.testing.assert_close(total / 2, expected.detach())
             torch.testing.assert_close(gradients(encoder), gradients(one))
+    # Processes whose random states differ must still gather the same prefixes.
+    torch.manual_seed(rank)
+    sampled = MatryoshkaLoss(InfoNCE(gather=True), [1, 2, 3, 4, 5], samples=2)
+    for _ in range(5):
+        leaf = x[mine].clone().requires_grad_()
+        sampled(leaf, y[mine]).backward()
+        dims, _ = gather_rows(leaf.grad.any(0).sum()[None])
+        assert dims[0] == dims[1]
     with pytest.raises(ValueError, match="mask is not supported"):
         InfoNCE(gather=True)(x, y, mask=torch.ones(10, 10) > 0)
     with pytest.raises(ValueError, match="no margin and no guide"):
