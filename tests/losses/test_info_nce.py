@@ -251,6 +251,25 @@ def test_backward_twice():
     torch.testing.assert_close(second, 2 * first)
 
 
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_second_derivative_is_refused(symmetric):
+    """Terms of it would be missing, whether or not what comes from behind requires grad."""
+    x, documents, _ = problem()
+    for power in (1, 2):  # the gradient of the loss is a constant, and is none
+        weight = torch.eye(6).requires_grad_()
+        loss = info_nce((x @ weight).sin(), documents, symmetric=symmetric) ** power
+        (first,) = torch.autograd.grad(loss, weight, retain_graph=True)
+        (gradient,) = torch.autograd.grad(loss, weight, create_graph=True)
+        torch.testing.assert_close(gradient, first)
+        with pytest.raises(RuntimeError, match="no second derivative"):
+            gradient.square().sum().backward()
+    with use_backend("reference"):
+        loss = info_nce((x @ weight).sin(), documents, symmetric=symmetric)
+        (gradient,) = torch.autograd.grad(loss, weight, create_graph=True)
+        gradient.square().sum().backward()
+        assert weight.grad.any()
+
+
 def test_loss_scale_reaches_float16():
     """A gradient too small for float16 is there once a GradScaler's factor has made it larger."""
     vectors = [torch.randn(shape) * 300 for shape in ((64, 32), (80, 32), (64, 3, 32))]

@@ -175,6 +175,10 @@ def _check(rank):
     assert torch.equal(rows.detach(), torch.cat([x[:3], x[:4]]))
     (rows * (rank + 1)).sum().backward()
     assert (part.grad == 3).all()
+    loss = gather_rows(part)[0].square().sum()
+    (gradient,) = torch.autograd.grad(loss, part, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        gradient.sum().backward()
 
     # Two processes with half a batch each train as one with the whole batch.
     ids = torch.tensor([0, 1, 2, 3, 4, 0, 1, 5, 6, 7])  # some are false negatives of each other

@@ -113,6 +113,8 @@ def info_nce(
         If shapes, devices or settings don't fit together, if targets are out of range, or if a
         vector holds NaN or infinity, or a weight is negative (seen on the CPU in eager mode; on a
         GPU under ``EMBLAS_DEBUG=1``).
+    RuntimeError
+        In the backward pass of a gradient (``create_graph=True``): there is no second derivative.
 
     Notes
     -----
@@ -120,7 +122,8 @@ def info_nce(
     in one direction takes three matrix products, its gradients being computed in the forward pass;
     everything else, and compiled code, takes four. Formulas stand in ``losses/op.py``. Gradients
     of 16-bit vectors are float32 until the loss' own gradient, such as the factor of a GradScaler,
-    is multiplied in. They are first order; ``torch.func`` is not supported.
+    is multiplied in. They are first order (of second order under ``use_backend("reference")``,
+    with the score matrix); ``torch.func`` is not supported.
 
     With the rows of a vocabulary's output layer as documents, ``similarity="dot"``,
     ``temperature=1`` and ``positives="mean"``, this is the cross-entropy of a bag of words

@@ -43,6 +43,8 @@ def token_log_probs(
     ------
     TypeError, ValueError
         If arguments don't fit together, ids are out of range, or a vector holds NaN or infinity.
+    RuntimeError
+        In the backward pass of a gradient (``create_graph=True``): there is no second derivative.
 
     Notes
     -----

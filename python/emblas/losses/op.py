@@ -25,6 +25,7 @@ the vector at the end::
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import wraps
 from typing import Any, NamedTuple
 
 import torch
@@ -343,6 +344,40 @@ _scores_backward_op = _define(
 )
 
 
+class _Last(torch.autograd.Function):
+    """A gradient, handed on as a function of ``inputs`` that can't be differentiated itself."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, *inputs: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> tuple[Any, ...]:
+        raise RuntimeError(
+            "losses over blocks of scores have no second derivative; "
+            'emblas.use_backend("reference") has one, with the whole score matrix'
+        )
+
+
+def _first_order(backward: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
+    """Make ``backward`` refuse a second derivative, of which terms would be missing.
+
+    Unlike torch's ``once_differentiable``, it also does so where only what was saved requires grad,
+    as for ``loss.backward(create_graph=True)``.
+    """
+
+    @wraps(backward)
+    def refusing(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        with torch.no_grad():
+            gradients = backward(ctx, *grads)
+        if not torch.is_grad_enabled():
+            return gradients
+        inputs = *grads, *ctx.saved_tensors
+        return tuple(None if g is None else _Last.apply(g, *inputs) for g in gradients)
+
+    return refusing
+
+
 class _Scores(torch.autograd.Function):
     """The scores with their gradient, which computes each block again."""
 
@@ -353,6 +388,7 @@ class _Scores(torch.autograd.Function):
         return positives, lse, columns
 
     @staticmethod
+    @_first_order
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         columns, arguments = _load(ctx)
         grads = tuple(g.contiguous() for g in grads)
@@ -393,6 +429,7 @@ class _Fused(torch.autograd.Function):
         return total
 
     @staticmethod
+    @_first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         grad_positives, grad_lse, arguments = _load(ctx)
         if ctx.gradients is None:  # a second time (retain_graph): the first has used them up
