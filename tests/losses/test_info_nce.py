@@ -479,6 +479,8 @@ Q, D = torch.ones(2, 3), torch.ones(4, 3)
             Q, D, targets=torch.tensor([[0, 1], [2, 2]]))),
         (ValueError, r"targets must have shape \(2,\)", lambda: info_nce(
             Q, D, targets=torch.tensor([0]))),
+        (ValueError, "documents must have at least 1 row, got none", lambda: info_nce(
+            Q, D[:0], targets=torch.tensor([-1, -1]))),
         (TypeError, "targets must have dtype int64", lambda: info_nce(Q, D, targets=Q[:, 0])),
         (ValueError, "query_ids and document_ids go together", lambda: info_nce(
             Q, D, query_ids=torch.arange(2))),
