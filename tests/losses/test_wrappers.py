@@ -214,6 +214,8 @@ def _check(rank):
         assert dims[0] == dims[1]
     with pytest.raises(ValueError, match="mask is not supported"):
         InfoNCE(gather=True)(x, y, mask=torch.ones(10, 10) > 0)
+    with pytest.raises(ValueError, match="reduction must be 'mean' or 'sum'"):
+        InfoNCE(gather=True, symmetric=True, reduction="none")(x, y)
     with pytest.raises(ValueError, match="no margin and no guide"):
         InfoNCE(gather=True, symmetric=True, margin=0.1)(x, y)
 

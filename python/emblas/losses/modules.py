@@ -68,12 +68,21 @@ class InfoNCE(nn.Module):
 
         ``options`` are keyword arguments of :func:`emblas.losses.info_nce` for this call:
         targets, negatives, ids, masks.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As :func:`emblas.losses.info_nce` does, and for options that ``gather`` excludes.
+        RuntimeError
+            If ``gather`` is set and ``torch.distributed`` is not initialized.
         """
         options = {**self.settings, **options, "temperature": self.temperature}
         if not self.gather:
             return info_nce(queries, documents, symmetric=self.symmetric, **options)
         if options.get("mask") is not None:
             raise ValueError("mask is not supported with gather=True")
+        if self.symmetric and options.get("reduction") == "none":
+            raise ValueError("reduction must be 'mean' or 'sum' with symmetric=True, got 'none'")
         rows = torch.arange(queries.shape[0], device=queries.device)
         targets = options.pop("targets", None)
         targets = rows if targets is None else targets
