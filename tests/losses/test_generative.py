@@ -127,6 +127,10 @@ L = torch.ones(2)
     ("error", "message", "call"),
     [
         (ValueError, "vocabulary must have vectors", lambda: token_log_probs(X, V[:, :2], L)),
+        (ValueError, "vocabulary must have at least 1 row, got none",
+         lambda: token_log_probs(X, V[:0], torch.tensor([-1, -1]))),
+        (TypeError, "token_ids must be a torch.Tensor, got NoneType",
+         lambda: token_log_probs(X, V, None)),
         (TypeError, "token_ids must have dtype int64", lambda: token_log_probs(X, V, L)),
         (ValueError, "token_ids must lie between -1 and 3",
          lambda: token_log_probs(X, V, torch.tensor([0, 4]))),

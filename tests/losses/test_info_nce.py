@@ -251,6 +251,44 @@ def test_backward_twice():
     torch.testing.assert_close(second, 2 * first)
 
 
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_second_derivative_is_refused(symmetric):
+    """Terms of it would be missing, whether or not what comes from behind requires grad."""
+    x, documents, _ = problem()
+    for power in (1, 2):  # the gradient of the loss is a constant, and is none
+        weight = torch.eye(6).requires_grad_()
+        loss = info_nce((x @ weight).sin(), documents, symmetric=symmetric) ** power
+        (first,) = torch.autograd.grad(loss, weight, retain_graph=True)
+        (gradient,) = torch.autograd.grad(loss, weight, create_graph=True)
+        torch.testing.assert_close(gradient, first)
+        with pytest.raises(RuntimeError, match="no second derivative"):
+            gradient.square().sum().backward()
+    with use_backend("reference"):
+        loss = info_nce((x @ weight).sin(), documents, symmetric=symmetric)
+        (gradient,) = torch.autograd.grad(loss, weight, create_graph=True)
+        gradient.square().sum().backward()
+        assert weight.grad.any()
+
+
+def test_loss_scale_reaches_float16():
+    """A gradient too small for float16 is there once a GradScaler's factor has made it larger."""
+    vectors = [torch.randn(shape) * 300 for shape in ((64, 32), (80, 32), (64, 3, 32))]
+    vectors = [x.half().requires_grad_() for x in vectors]
+    exact = [x.detach().float().requires_grad_() for x in vectors]
+
+    def loss(q, d, negatives):
+        return info_nce(q, d, negatives=negatives, chunk_size=30)
+
+    scale = 65536
+    expected = torch.autograd.grad(loss(*exact) * scale, exact)
+    value = loss(*vectors) * scale
+    for _ in range(2):
+        for x, g in zip(torch.autograd.grad(value, vectors, retain_graph=True), expected,
+                        strict=True):  # fmt: skip
+            assert x.dtype == torch.float16
+            torch.testing.assert_close(x.float(), g, rtol=1e-3, atol=1e-6)
+
+
 def test_chunks_change_nothing():
     queries, documents, everything = problem()
     whole = info_nce(queries, documents, symmetric=True, **everything)
@@ -441,6 +479,8 @@ Q, D = torch.ones(2, 3), torch.ones(4, 3)
             Q, D, targets=torch.tensor([[0, 1], [2, 2]]))),
         (ValueError, r"targets must have shape \(2,\)", lambda: info_nce(
             Q, D, targets=torch.tensor([0]))),
+        (ValueError, "documents must have at least 1 row, got none", lambda: info_nce(
+            Q, D[:0], targets=torch.tensor([-1, -1]))),
         (TypeError, "targets must have dtype int64", lambda: info_nce(Q, D, targets=Q[:, 0])),
         (ValueError, "query_ids and document_ids go together", lambda: info_nce(
             Q, D, query_ids=torch.arange(2))),

@@ -175,6 +175,10 @@ def _check(rank):
     assert torch.equal(rows.detach(), torch.cat([x[:3], x[:4]]))
     (rows * (rank + 1)).sum().backward()
     assert (part.grad == 3).all()
+    loss = gather_rows(part)[0].square().sum()
+    (gradient,) = torch.autograd.grad(loss, part, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        gradient.sum().backward()
 
     # Two processes with half a batch each train as one with the whole batch.
     ids = torch.tensor([0, 1, 2, 3, 4, 0, 1, 5, 6, 7])  # some are false negatives of each other
@@ -200,8 +204,18 @@ def _check(rank):
             dist.all_reduce(total)
             torch.testing.assert_close(total / 2, expected.detach())
             torch.testing.assert_close(gradients(encoder), gradients(one))
+    # Processes whose random states differ must still gather the same prefixes.
+    torch.manual_seed(rank)
+    sampled = MatryoshkaLoss(InfoNCE(gather=True), [1, 2, 3, 4, 5], samples=2)
+    for _ in range(5):
+        leaf = x[mine].clone().requires_grad_()
+        sampled(leaf, y[mine]).backward()
+        dims, _ = gather_rows(leaf.grad.any(0).sum()[None])
+        assert dims[0] == dims[1]
     with pytest.raises(ValueError, match="mask is not supported"):
         InfoNCE(gather=True)(x, y, mask=torch.ones(10, 10) > 0)
+    with pytest.raises(ValueError, match="reduction must be 'mean' or 'sum'"):
+        InfoNCE(gather=True, symmetric=True, reduction="none")(x, y)
     with pytest.raises(ValueError, match="no margin and no guide"):
         InfoNCE(gather=True, symmetric=True, margin=0.1)(x, y)
 

@@ -57,8 +57,8 @@ def info_nce(
         ``(n, dim)``, float32, float64, bfloat16 or float16. Scores and sums are kept in float32
         (float64 for float64), under autocast too.
     documents : Tensor
-        ``(m, dim)``: positives and negatives of all queries. To let queries be negatives of each
-        other, append them to the documents and name who is who by the ids.
+        ``(m, dim)``, at least one: positives and negatives of all queries. To let queries be
+        negatives of each other, append them to the documents and name who is who by the ids.
     temperature : float or Tensor, default 0.05
         :math:`\tau`. A tensor of one element may require grad.
     targets : Tensor, optional
@@ -113,13 +113,17 @@ def info_nce(
         If shapes, devices or settings don't fit together, if targets are out of range, or if a
         vector holds NaN or infinity, or a weight is negative (seen on the CPU in eager mode; on a
         GPU under ``EMBLAS_DEBUG=1``).
+    RuntimeError
+        In the backward pass of a gradient (``create_graph=True``): there is no second derivative.
 
     Notes
     -----
     Extra memory is two blocks of ``chunk_size x m`` scores and the gradients themselves. A scalar
     in one direction takes three matrix products, its gradients being computed in the forward pass;
     everything else, and compiled code, takes four. Formulas stand in ``losses/op.py``. Gradients
-    are first order; ``torch.func`` is not supported.
+    of 16-bit vectors are float32 until the loss' own gradient, such as the factor of a GradScaler,
+    is multiplied in. They are first order (of second order under ``use_backend("reference")``,
+    with the score matrix); ``torch.func`` is not supported.
 
     With the rows of a vocabulary's output layer as documents, ``similarity="dot"``,
     ``temperature=1`` and ``positives="mean"``, this is the cross-entropy of a bag of words
@@ -230,25 +234,30 @@ def _problem(
         guides = (first, second, number(fill_value=guide_margin))
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1 query, got {chunk_size}")
+    targets = legal_targets("targets", targets, queries, "documents", m)
     return op.Problem(
-        queries, documents, negatives, scale, legal_targets("targets", targets, queries, m),
+        queries, documents, negatives, scale, targets,
         query_ids, document_ids, mask, None if margin is None else number(fill_value=margin),
         *guides, cosine, symmetric, chunk_size or 0,
     )  # fmt: skip
 
 
-def legal_targets(name: str, targets: Tensor | None, queries: Tensor, m: int) -> Tensor:
-    """Return ``targets``, rows of ``m``, as ``(n, p)`` int64."""
+def legal_targets(
+    name: str, targets: Tensor | None, queries: Tensor, source: str, m: int
+) -> Tensor:
+    """Return ``targets``, rows of ``source`` which has ``m``, as ``(n, p)`` int64."""
     n = queries.shape[0]
     if targets is None:
         if m < n:
-            raise ValueError(f"documents must have at least {n} rows, one per query, got {m}")
+            raise ValueError(f"{source} must have at least {n} rows, one per query, got {m}")
         return torch.arange(n, device=queries.device)[:, None]
     _op.check_tensor(name, targets, dtypes=(torch.int64,), device=queries.device)
     if targets.dim() not in (1, 2) or targets.shape[0] != n or targets.shape[-1] == 0:
         raise ValueError(
             f"{name} must have shape ({n},) or ({n}, positives), got {tuple(targets.shape)}"
         )
+    if n and not m:  # even a query without any positive needs a row for its idle slots
+        raise ValueError(f"{source} must have at least 1 row, got none")
     known = not torch.compiler.is_compiling() and targets.device.type == "cpu" and n > 0
     if known and (int(targets.min()) < -1 or int(targets.max()) >= m):
         raise ValueError(

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from emblas import _op
 
@@ -30,6 +31,7 @@ class _GatherRows(torch.autograd.Function):
         return torch.cat([part[:row] for part, row in zip(parts, rows, strict=True)]), ctx.begin
 
     @staticmethod
+    @once_differentiable  # autograd doesn't see what all_reduce adds
     def backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor, None]:
         # Every process has used this one's rows. (reduce_scatter would send less; gloo lacks it.)
         grad = grad.contiguous().clone()
@@ -58,7 +60,8 @@ def gather_rows(x: Tensor, group: dist.ProcessGroup | None = None) -> tuple[Tens
     Raises
     ------
     RuntimeError
-        If ``torch.distributed`` is not initialized.
+        If ``torch.distributed`` is not initialized, or in the backward pass of a gradient
+        (``create_graph=True``), as there is no second derivative.
     """
     _op.check_tensor("x", x)
     if not dist.is_available() or not dist.is_initialized():

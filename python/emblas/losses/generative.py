@@ -43,6 +43,8 @@ def token_log_probs(
     ------
     TypeError, ValueError
         If arguments don't fit together, ids are out of range, or a vector holds NaN or infinity.
+    RuntimeError
+        In the backward pass of a gradient (``create_graph=True``): there is no second derivative.
 
     Notes
     -----
@@ -67,7 +69,8 @@ def token_log_probs(
     checks.positive("temperature", temperature)
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1 row, got {chunk_size}")
-    targets = legal_targets("token_ids", token_ids, x, vocabulary.shape[0])
+    _op.check_tensor("token_ids", token_ids)
+    targets = legal_targets("token_ids", token_ids, x, "vocabulary", vocabulary.shape[0])
     dtype = checks.accumulator(x, vocabulary)
     scale = torch.full((), 1 / temperature, dtype=dtype, device=x.device)
     known, lse, _ = op.scores(

@@ -68,12 +68,21 @@ class InfoNCE(nn.Module):
 
         ``options`` are keyword arguments of :func:`emblas.losses.info_nce` for this call:
         targets, negatives, ids, masks.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As :func:`emblas.losses.info_nce` does, and for options that ``gather`` excludes.
+        RuntimeError
+            If ``gather`` is set and ``torch.distributed`` is not initialized.
         """
         options = {**self.settings, **options, "temperature": self.temperature}
         if not self.gather:
             return info_nce(queries, documents, symmetric=self.symmetric, **options)
         if options.get("mask") is not None:
             raise ValueError("mask is not supported with gather=True")
+        if self.symmetric and options.get("reduction") == "none":
+            raise ValueError("reduction must be 'mean' or 'sum' with symmetric=True, got 'none'")
         rows = torch.arange(queries.shape[0], device=queries.device)
         targets = options.pop("targets", None)
         targets = rows if targets is None else targets
@@ -135,7 +144,14 @@ class MatryoshkaLoss(nn.Module):
     weights : sequence of float, optional
         Of each prefix; default 1.
     samples : int, optional
-        Take that many prefixes at random in each step, instead of all.
+        Take that many prefixes at random in each step, instead of all. If ``loss`` is, or has among
+        its modules, an :class:`InfoNCE` with ``gather=True``, the first process draws for all. (A
+        function that gathers needs the same state of torch's random generator in all processes.)
+
+    Raises
+    ------
+    ValueError
+        If ``dims`` is empty or holds a length below 1, or ``weights`` or ``samples`` don't fit it.
 
     Notes
     -----
@@ -176,7 +192,11 @@ class MatryoshkaLoss(nn.Module):
             raise ValueError(f"embeddings must have at least {max(self.dims)} dims, got {full}")
         chosen: Sequence[int] = range(len(self.dims))
         if self.samples is not None:
-            chosen = torch.randperm(len(self.dims))[: self.samples].tolist()
+            drawn = torch.randperm(len(self.dims)).to(embeddings[0].device)
+            if any(isinstance(m, InfoNCE) and m.gather for m in self.modules()):
+                # Gathered rows must be equally long, whatever the processes' random states.
+                drawn, _ = gather_rows(drawn)
+            chosen = drawn[: self.samples].tolist()
         negatives = options.pop("negatives", None)
         total = torch.zeros((), device=embeddings[0].device)
         for i in chosen:

@@ -25,6 +25,7 @@ the vector at the end::
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import wraps
 from typing import Any, NamedTuple
 
 import torch
@@ -105,7 +106,9 @@ class _Blocks:
             self.grad_documents = (
                 p.documents.new_zeros(p.documents.shape, dtype=dtype) if need_documents else None
             )
-            self.grad_negatives = None if p.negatives is None else torch.empty_like(p.negatives)
+            self.grad_negatives = (
+                None if p.negatives is None else torch.empty_like(p.negatives, dtype=dtype)
+            )
             self.grad_scale = p.scale.new_zeros((), dtype=dtype)
 
     def __iter__(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
@@ -186,10 +189,10 @@ class _Blocks:
                 norm = _inverse_norm(negatives, dtype)
                 own.mul_(norm)
             grad.add_((own[:, :, None] * negatives).sum(1))
-            grad_negatives = own[:, :, None] * self.scaled[:, None]
+            grad_negatives = self.grad_negatives[rows]
+            torch.mul(own[:, :, None], self.scaled[:, None], out=grad_negatives)
             if p.cosine:
                 _tangent_(grad_negatives, negatives, norm)
-            self.grad_negatives[rows] = grad_negatives
         if self.grad_documents is not None:
             self.grad_documents.addmm_(shared.t(), self.scaled)
         along = torch.linalg.vecdot(grad, self.block)
@@ -201,19 +204,30 @@ class _Blocks:
             grad.mul_(p.scale)
 
     def gradients(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Gradients of queries, documents, negatives (empty if not asked for) and scale."""
-        p, documents, negatives = self.problem, self.grad_documents, self.grad_negatives
+        """Gradients of queries, documents, negatives (empty if not asked for) and scale.
+
+        They have the accumulator's dtype; :func:`_narrowed` gives them that of the vectors.
+        """
+        p, documents = self.problem, self.grad_documents
         if p.cosine and documents is not None:
             for begin in range(0, self.columns, self.rows):
                 part = slice(begin, begin + self.rows)
                 _tangent_(documents[part], p.documents[part], self.document_norm[part])
-        empty = p.queries.new_empty(0)
+        empty = self.grad_scale.new_empty(0)
         return (
-            self.grad_queries.to(p.queries.dtype),
-            empty if documents is None else documents.to(p.documents.dtype),
-            empty if negatives is None else negatives,
-            self.grad_scale.to(p.scale.dtype),
+            self.grad_queries,
+            empty if documents is None else documents,
+            empty if self.grad_negatives is None else self.grad_negatives,
+            self.grad_scale,
         )
+
+
+def _narrowed(gradients: tuple[Tensor, ...], problem: Problem) -> tuple[Tensor, ...]:
+    """Gradients of :meth:`_Blocks.gradients` in the dtypes of what they belong to."""
+    return tuple(
+        gradient if x is None else gradient.to(x.dtype)
+        for gradient, x in zip(gradients, problem[:4], strict=True)
+    )
 
 
 class _Columns:
@@ -276,7 +290,7 @@ def _scores_backward(
     column_lse: Tensor,
     need_documents: bool,
     *arguments: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     problem = Problem(*arguments)
     shift = torch.where(column_lse == -torch.inf, 0, column_lse)
     with full_precision(problem.queries):
@@ -288,7 +302,7 @@ def _scores_backward(
             if problem.both:
                 gradient[:, :m] += scores[:, :m].sub_(shift).exp_().mul_(grad_columns)
             blocks.accumulate(rows, gradient, grad_positives[rows])
-        return blocks.gradients()
+        return _narrowed(blocks.gradients(), problem)
 
 
 def _scores_backward_fake(
@@ -298,12 +312,12 @@ def _scores_backward_fake(
     column_lse: Tensor,
     need_documents: bool,
     *arguments: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     p = Problem(*arguments)
-    empty = p.queries.new_empty(0)
+    empty = p.queries.new_empty(0, dtype=accumulator(p.queries, p.documents))
     return (
         p.queries.new_empty(p.queries.shape),
-        p.documents.new_empty(p.documents.shape) if need_documents else empty,
+        p.documents.new_empty(p.documents.shape if need_documents else 0),
         empty if p.negatives is None else p.negatives.new_empty(p.negatives.shape),
         p.scale.new_empty(()),
     )
@@ -330,6 +344,40 @@ _scores_backward_op = _define(
 )
 
 
+class _Last(torch.autograd.Function):
+    """A gradient, handed on as a function of ``inputs`` that can't be differentiated itself."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, *inputs: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> tuple[Any, ...]:
+        raise RuntimeError(
+            "losses over blocks of scores have no second derivative; "
+            'emblas.use_backend("reference") has one, with the whole score matrix'
+        )
+
+
+def _first_order(backward: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
+    """Make ``backward`` refuse a second derivative, of which terms would be missing.
+
+    Unlike torch's ``once_differentiable``, it also does so where only what was saved requires grad,
+    as for ``loss.backward(create_graph=True)``.
+    """
+
+    @wraps(backward)
+    def refusing(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        with torch.no_grad():
+            gradients = backward(ctx, *grads)
+        if not torch.is_grad_enabled():
+            return gradients
+        inputs = *grads, *ctx.saved_tensors
+        return tuple(None if g is None else _Last.apply(g, *inputs) for g in gradients)
+
+    return refusing
+
+
 class _Scores(torch.autograd.Function):
     """The scores with their gradient, which computes each block again."""
 
@@ -340,6 +388,7 @@ class _Scores(torch.autograd.Function):
         return positives, lse, columns
 
     @staticmethod
+    @_first_order
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         columns, arguments = _load(ctx)
         grads = tuple(g.contiguous() for g in grads)
@@ -374,11 +423,13 @@ class _Fused(torch.autograd.Function):
                 total += part.detach()
                 share.mul_(grad_lse[rows, None])
                 blocks.accumulate(rows, share, grad_positives[rows])
+            # Not in 16 bits yet: the factor that keeps them from underflow comes in backward.
             ctx.gradients = blocks.gradients()
         _save(ctx, arguments, grad_positives, grad_lse)
         return total
 
     @staticmethod
+    @_first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         grad_positives, grad_lse, arguments = _load(ctx)
         if ctx.gradients is None:  # a second time (retain_graph): the first has used them up
@@ -395,6 +446,7 @@ class _Fused(torch.autograd.Function):
             gradients, ctx.gradients = ctx.gradients, None
             for gradient in gradients:
                 gradient.mul_(grad)
+            gradients = _narrowed(gradients, Problem(*arguments))
         return None, None, *_returned(ctx, gradients, 2)
 
 
