@@ -23,6 +23,13 @@ inline vdouble sigmoid(vdouble x) {
   return 1.0 / (1.0 + exp2(at_most(x * -0x1.71547652b82fep+0, 1024.0)));
 }
 
+struct Identity {
+  template <class V>
+  static V of(V x) {
+    return x;
+  }
+};
+
 struct Relu {
   template <class V>
   static V of(V x) {

@@ -147,40 +147,20 @@ void finish_row(T* out, const T* residual, int64_t columns) {
   std::memcpy(out, x, columns * sizeof(T));
 }
 
-struct Identity {
-  template <class V>
-  static V of(V x) {
-    return x;
-  }
-};
-
 // The same for the rows and columns from `row` and `column` on, whose sums are complete.
 template <class T>
 void finish(const LinearArgs<T>& args, int64_t row, int64_t rows, int64_t column) {
   if (args.activation == Activation::none && args.residual == nullptr) return;
+  // In the order of Activation.
+  constexpr void (*functions[])(T*, const T*, int64_t) = {
+      finish_row<Identity, T>, finish_row<Relu, T>, finish_row<Gelu, T>, finish_row<GeluTanh, T>,
+      finish_row<Silu, T>};
   constexpr T zeros[kPanel<T>] = {};
   const int64_t columns = smaller(kPanel<T>, args.columns - column);
   for (const int64_t end = row + rows; row < end; ++row) {
-    T* const out = args.out + row * args.columns + column;
     const T* const residual =
         args.residual ? args.residual + row * args.residual_stride + column : zeros;
-    switch (args.activation) {
-      case Activation::none:
-        finish_row<Identity>(out, residual, columns);
-        break;
-      case Activation::relu:
-        finish_row<Relu>(out, residual, columns);
-        break;
-      case Activation::gelu:
-        finish_row<Gelu>(out, residual, columns);
-        break;
-      case Activation::gelu_tanh:
-        finish_row<GeluTanh>(out, residual, columns);
-        break;
-      case Activation::silu:
-        finish_row<Silu>(out, residual, columns);
-        break;
-    }
+    functions[int(args.activation)](args.out + row * args.columns + column, residual, columns);
   }
 }
 

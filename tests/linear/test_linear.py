@@ -37,18 +37,22 @@ def check(x, weight, bias, depth):
     torch.testing.assert_close(actual.double(), expected, **tolerance(x.dtype, depth))
 
 
+@pytest.fixture(params=_C.supported_isas())
+def isa(request):
+    """Each instruction set in turn."""
+    before = _C.isa()
+    _C.set_isa(request.param)
+    yield request.param
+    _C.set_isa(before)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("isa", _C.supported_isas())
-def test_equals_oracle(isa, shape, dtype):
-    before = _C.isa()
-    _C.set_isa(isa)
-    try:
-        x, weight, bias = problem(*shape, dtype)
-        check(x, weight, bias, shape[2])
-        check(x, weight, None, shape[2])
-    finally:
-        _C.set_isa(before)
+@pytest.mark.usefixtures("isa")
+def test_equals_oracle(shape, dtype):
+    x, weight, bias = problem(*shape, dtype)
+    check(x, weight, bias, shape[2])
+    check(x, weight, None, shape[2])
 
 
 @given(st.integers(1, 40), st.integers(1, 70), st.integers(1, 900))
@@ -79,51 +83,41 @@ def test_threads():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("isa", _C.supported_isas())
-def test_activations_and_residuals(isa, activation, dtype):
-    before = _C.isa()
-    _C.set_isa(isa)
-    try:
-        x, weight, bias = problem(15, 37, 400, dtype)
-        residual = torch.randn(15, 37, dtype=dtype)
-        product = x.double() @ weight.double().t() + bias.double()
-        expected = ACTIVATIONS[activation](product)
-        with only_kernels("linear"):
-            plain = linear(x, weight, bias, activation=activation)
-            added = {
-                name: linear(x, weight, bias, activation=activation, residual=layout)
-                for name, layout in layouts(residual).items()
-            }
-        close = tolerance(dtype, 400)
-        torch.testing.assert_close(plain.double(), expected, **close)
-        for actual in added.values():
-            torch.testing.assert_close(actual.double(), expected + residual.double(), **close)
-    finally:
-        _C.set_isa(before)
+@pytest.mark.usefixtures("isa")
+def test_activations_and_residuals(activation, dtype):
+    x, weight, bias = problem(15, 37, 400, dtype)
+    residual = torch.randn(15, 37, dtype=dtype)
+    product = x.double() @ weight.double().t() + bias.double()
+    expected = ACTIVATIONS[activation](product)
+    with only_kernels("linear"):
+        plain = linear(x, weight, bias, activation=activation)
+        added = {
+            name: linear(x, weight, bias, activation=activation, residual=layout)
+            for name, layout in layouts(residual).items()
+        }
+    close = tolerance(dtype, 400)
+    torch.testing.assert_close(plain.double(), expected, **close)
+    for actual in added.values():
+        torch.testing.assert_close(actual.double(), expected + residual.double(), **close)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("isa", _C.supported_isas())
-def test_activations_to_the_last_digit(isa, activation, dtype):
+@pytest.mark.usefixtures("isa")
+def test_activations_to_the_last_digit(activation, dtype):
     """Of sums that are exact: errors of a few units in the last place of x, at any x."""
-    before = _C.isa()
-    _C.set_isa(isa)
-    try:
-        x = torch.cat([torch.linspace(-20, 20, 4001), torch.tensor([0.0, -0.0, 1e-30, 1e4, -1e4])])
-        x = x.to(dtype)[:, None]
-        actual = linear(x, torch.ones(1, 1, dtype=dtype), activation=activation).double()
-        expected = ACTIVATIONS[activation](x.double())
-        assert ((actual - expected).abs() <= 4 * torch.finfo(dtype).eps * x.abs()).all()
-        x = torch.full((1, 1), -torch.finfo(dtype).max, dtype=dtype)
+    x = torch.cat([torch.linspace(-20, 20, 4001), torch.tensor([0.0, -0.0, 1e-30, 1e4, -1e4])])
+    x = x.to(dtype)[:, None]
+    actual = linear(x, torch.ones(1, 1, dtype=dtype), activation=activation).double()
+    expected = ACTIVATIONS[activation](x.double())
+    assert ((actual - expected).abs() <= 4 * torch.finfo(dtype).eps * x.abs()).all()
+    x = torch.full((1, 1), -torch.finfo(dtype).max, dtype=dtype)
+    actual = linear(x, torch.ones(1, 1, dtype=dtype), activation=activation)
+    assert actual == (x if activation == "none" else 0)
+    for value in (torch.nan, torch.inf):
+        x = torch.full((1, 1), value, dtype=dtype)
         actual = linear(x, torch.ones(1, 1, dtype=dtype), activation=activation)
-        assert actual == (x if activation == "none" else 0)
-        for value in (torch.nan, torch.inf):
-            x = torch.full((1, 1), value, dtype=dtype)
-            actual = linear(x, torch.ones(1, 1, dtype=dtype), activation=activation)
-            torch.testing.assert_close(actual, x, equal_nan=True)
-    finally:
-        _C.set_isa(before)
+        torch.testing.assert_close(actual, x, equal_nan=True)
 
 
 def test_nothing_is_kept_of_a_weight():
