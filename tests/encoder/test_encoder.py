@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import emblas
 import numpy as np
@@ -104,6 +105,52 @@ def test_bare_folder_of_transformers(tmp_path):
     np.testing.assert_array_equal(loaded.encode(TEXTS), make().encode(TEXTS))
     assert loaded.fingerprint() == Encoder.load(tmp_path / "bare").fingerprint()
     assert loaded.fingerprint() != Encoder.load(tmp_path / "bare", pooling="cls").fingerprint()
+
+
+def test_fingerprints():
+    """Whatever changes a vector changes the fingerprint, in the same way in each process."""
+    torch.manual_seed(0)
+    weight = torch.randn(32, 32)
+
+    def linear(width=8):
+        torch.manual_seed(width)
+        return torch.nn.Linear(32, width)
+
+    lexical = [LexicalWeights(32), LexicalWeights(32), LexicalWeights(32, ignored_ids=(2,))]
+    lexical[2].load_state_dict(lexical[1].state_dict())
+    variants = [
+        {},
+        {"head": linear()},
+        {"head": torch.nn.Sequential(linear())},
+        {"head": torch.nn.Sequential(linear(), torch.nn.ReLU())},
+        {"head": lambda x: x[:, :16]},
+        {"head": lambda x: x @ weight},
+        {"head": lambda x: x @ weight.T},
+        {"token_head": linear()},
+        {"token_head": lambda x: x[:, :16]},
+        *({"lexical": part} for part in lexical),
+    ]
+    found = [make(**options).fingerprint() for options in variants]
+    assert len(set(found)) == len(variants)
+    assert found == [make(**options).fingerprint() for options in variants]
+    assert make(pooling=("cls", "mean"), head=lambda x: x[:, :40]).fingerprint() not in found
+    encoder = make(max_length=8)
+    before = encoder.fingerprint()
+    encoder.encode([" ".join(["rain"] * 30)], truncation="ignore")
+    assert encoder.fingerprint() == before  # what the tokenizer did last is none of it
+    encoder.tokenizer.add_tokens(["snowfall"])
+    assert encoder.fingerprint() != before
+
+
+def test_fingerprints_of_sentence_transformers(tmp_path):
+    folder = folder_of(tmp_path, dense=True)
+    models = [st.SentenceTransformer(str(folder), device="cpu", truncate_dim=k) for k in (8, 8, 4)]
+    take_over = Encoder.from_sentence_transformer
+    found = [take_over(model).fingerprint() for model in models]
+    assert found[0] == found[1] != found[2]
+    with torch.no_grad():
+        models[0][2].linear.weight.mul_(2)
+    assert take_over(models[0]).fingerprint() not in found
 
 
 def test_forms_of_texts():
@@ -230,6 +277,18 @@ def test_truncation_is_reported():
         warnings.simplefilter("error")
         encoder.encode(texts, truncation="ignore")
         encoder.encode(["the cat"])
+
+
+def test_threads_share_a_tokenizer():
+    """One thread's truncation, a state of the tokenizer, doesn't cut another's texts unseen."""
+    encoder = make(max_length=6)
+    long = [" ".join(["rain"] * 30)] * 3
+
+    def cut(_):
+        return encoder.embed(long, truncation="ignore").tokens_cut.tolist()
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(found == [26] * 3 for found in pool.map(cut, range(240)))
 
 
 def test_pairs():

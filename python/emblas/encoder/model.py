@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import itertools
-import json
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +16,7 @@ from emblas import packed
 from emblas.binary import Int8Quantizer, pack_sign
 from emblas.encoder import checks
 from emblas.encoder.branches import PackedBranches, pack_branches
+from emblas.encoder.fingerprint import fingerprint
 from emblas.encoder.loading import sentence_transformer, take_over
 from emblas.encoder.outputs import (
     Collector,
@@ -36,7 +35,7 @@ from emblas.encoder.tokens import (
     prompt_tokens,
     tokenize,
 )
-from emblas.integrations import last_layer, layer_keys
+from emblas.integrations import last_layer
 from emblas.integrations import transformers as hf
 from emblas.integrations.optimize import optimize
 from emblas.losses import gather_rows
@@ -378,22 +377,13 @@ class Encoder:
         return to_numpy(out) if as_numpy else out
 
     def fingerprint(self) -> str:
-        """Return a hash of the parameters and of what is done with them."""
-        settings = {
-            "config": self.model.config.to_dict(),
-            "pooling": self.modes,
-            "normalize": self.normalize,
-            "include_prompt": self.include_prompt,
-            "max_length": self.max_length,
-        }
-        digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
-        learned = {} if self.prefixes is None else self.prefixes.state_dict(prefix="prefixes.")
-        learned |= layer_keys.tensors(self.model)
-        for name, value in sorted({**self.model.state_dict(), **learned}.items()):
-            digest.update(name.encode())
-            data = value.detach().cpu().contiguous().reshape(-1)
-            digest.update(data.view(torch.uint8).numpy())
-        return digest.hexdigest()
+        """Return a hash of all that its vectors depend on but texts and prompts.
+
+        Of the parameters and settings of the model, the heads and the prefixes, and of the
+        tokenizer's vocabulary and rules. A head that is a function and no module is known by what
+        it gives for a few fixed rows: one that draws random numbers is another one each time.
+        """
+        return fingerprint(self)
 
     # --- parts -------------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -11,6 +12,9 @@ from torch import nn
 from emblas.integrations import transformers as hf
 
 TRUNCATION = ("warn", "error", "ignore")
+# A fast tokenizer keeps the truncation of a call as its state, which the calls of other threads
+# would see. One lock for all, since copies of a tokenizer may share what they wrap.
+_LOCK = threading.Lock()
 
 
 class Tokens(NamedTuple):
@@ -39,13 +43,14 @@ def token_ids(tokenizer: Any, texts: Sequence[str], **options: Any) -> list[list
     """Return the ids of each text; whole texts with special tokens, unless ``options`` differ."""
     if not texts:
         return []
-    encoded = tokenizer(
-        list(texts),
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        verbose=False,
-        **{"truncation": False, **options},
-    )
+    with _LOCK:
+        encoded = tokenizer(
+            list(texts),
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+            **{"truncation": False, **options},
+        )
     ids: list[list[int]] = encoded["input_ids"]
     return ids
 
