@@ -350,7 +350,7 @@ def test_routes_of_sentence_transformers(tmp_path):
             lexical=LexicalWeights(32).to("meta")).encode(TEXTS)),
         (TypeError, "got str; Encoder.load takes", lambda e: Encoder("model", e.tokenizer)),
         (TypeError, "tokenizer must be callable, got NoneType", lambda e: Encoder(e.model, None)),
-        (ValueError, "max_length must be at least 1", lambda e: make(max_length=0)),
+        (ValueError, "max_length must be at least 3", lambda e: make(max_length=0)),
         (ValueError, "at most 511, for which .* got 512", lambda e: make(
             "xlm-roberta", max_length=512)),
         (ValueError, "token_budget must be", lambda e: make(token_budget=0)),
@@ -364,6 +364,45 @@ def test_routes_of_sentence_transformers(tmp_path):
 def test_bad_arguments(error, message, call):
     with pytest.raises(error, match=message):
         call(make())
+
+
+def test_failing_leaves_the_model_as_it_was():
+    unlimited = make_tokenizer()
+    unlimited.model_max_length = int(1e30)
+    for tokenizer, options, message in (
+        (unlimited, {}, "max_length must be given"),
+        (make_tokenizer(), {"head": torch.nn.Linear(8, 4)}, "shapes cannot be multiplied"),
+    ):
+        model = tiny_replaced("t5").train()
+        before = {path: type(module) for path, module in model.named_modules()}
+        with pytest.raises((ValueError, RuntimeError), match=message):
+            Encoder(model, tokenizer, **options)
+        assert {path: type(module) for path, module in model.named_modules()} == before
+        assert not any("forward" in vars(module) for module in model.modules())
+        assert model.training
+        assert Encoder(model, make_tokenizer()).dim == 64
+
+
+def test_max_length_leaves_a_token_beside_special_ones():
+    for length in (1, 2):
+        with pytest.raises(ValueError, match=f"max_length must be at least 3 .*, got {length}"):
+            make(max_length=length)
+    long = make_tokenizer()
+    long.model_max_length = 2  # what no argument says
+    with pytest.raises(ValueError, match=r"max_length must be at least 3 tokens, .*, got 2"):
+        Encoder(tiny("bert"), long)
+    out = make(max_length=3).embed(TEXTS[:2], truncation="ignore")
+    assert out.num_tokens.tolist() == [3, 3]
+    assert out.tokens_cut.tolist() == [3, 13]
+    bare = make_tokenizer()
+    bare.backend_tokenizer.post_processor = None
+    cut = Encoder(tiny("bert"), bare, max_length=1).embed(TEXTS[:1], truncation="ignore")
+    assert cut.num_tokens.tolist() == [1]
+
+    def words(texts, **options):
+        return {"input_ids": [[len(word) for word in text.split()] for text in texts]}
+
+    assert Encoder(tiny("bert"), words, max_length=1).encode("rain").shape == (32,)
 
 
 def test_unfit_sentence_transformers(tmp_path):

@@ -30,9 +30,9 @@ from emblas.encoder.prefixes import ParallelPrefixes
 from emblas.encoder.tokens import (
     Branches,
     branch_tokens,
-    longest,
-    most_positions,
     prompt_tokens,
+    special_tokens,
+    token_limit,
     tokenize,
 )
 from emblas.integrations import last_layer
@@ -69,8 +69,8 @@ class Encoder:
     include_prompt : bool, default True
         Pool the tokens of the prompt as well.
     max_length : int, optional
-        Most tokens of a text; default: the tokenizer's ``model_max_length``, where it has one, or
-        the model's ``max_position_embeddings``.
+        Most tokens of a text, at least one beside those that the tokenizer adds; default: its
+        ``model_max_length``, where it has one, or the model's ``max_position_embeddings``.
     lexical : LexicalWeights, optional
         The sparse head, for the output "lexical".
     token_head : callable, optional
@@ -90,7 +90,7 @@ class Encoder:
     TypeError, ValueError
         If ``model`` or ``tokenizer`` is something else, or a setting is out of range.
     UnsupportedModelError
-        If the model can't be optimized.
+        If the model can't be optimized. As behind any error, it is left as it was.
 
     Examples
     --------
@@ -117,29 +117,25 @@ class Encoder:
     ) -> None:
         checks.model(model, tokenizer)
         self.modes = check_modes(pooling)
-        most = most_positions(model)
-        if max_length is not None and not 1 <= max_length <= (most or max_length):
-            limit = "" if most is None else f" and at most {most}, for which model has positions"
-            raise ValueError(f"max_length must be at least 1 token{limit}, got {max_length}")
+        self.max_length = token_limit(model, tokenizer, max_length)
         if token_budget < 1:
             raise ValueError(f"token_budget must be at least 1 token, got {token_budget}")
-        if hf.implementation(model.config) != hf.NAME:
-            optimize(model)
-        self.model = model.eval()
         self.tokenizer = tokenizer
         self.normalize = normalize
         self.head = head
         self.prompts = dict(prompts or {})
         self.default_prompt = default_prompt
         self.include_prompt = include_prompt
-        self.max_length = max_length or longest(model, tokenizer)
         self.lexical = lexical
         self.token_head = token_head
         self.prefixes = prefixes
         self.token_budget = token_budget
-        with torch.no_grad():
-            zeros = torch.zeros(1, model.config.hidden_size, dtype=model.dtype, device=model.device)
-            self.dim: int = self._pool(zeros, packed.offsets([1]).to(zeros.device), 0).shape[1]
+        with contextlib.ExitStack() as undo:  # a head that doesn't fit leaves nothing changed
+            if hf.implementation(model.config) != hf.NAME:
+                undo.enter_context(optimize(model))
+            self.dim = self._width(model)
+            undo.pop_all()
+        self.model = model.eval()
 
     @classmethod
     def load(cls, folder: str | Path, *, device: str | None = None, **options: Any) -> Encoder:
@@ -387,6 +383,12 @@ class Encoder:
 
     # --- parts -------------------------------------------------------------------------------
 
+    @torch.no_grad()
+    def _width(self, model: Any) -> int:
+        """Length of the dense vectors, of which the head has the last word."""
+        zeros = torch.zeros(1, model.config.hidden_size, dtype=model.dtype, device=model.device)
+        return self._pool(zeros, packed.offsets([1]).to(zeros.device), 0).shape[1]
+
     def _first_prompt(self, *names: str) -> str | None:
         return next((name for name in names if name in self.prompts), None)
 
@@ -411,7 +413,7 @@ class Encoder:
         added = 0 if tails is None else tails.longest
         added = max(added, 0 if prefixes is None else prefixes.length)
         room = self.max_length - added
-        if room < 1:
+        if added and room <= special_tokens(self.tokenizer):
             raise ValueError(
                 f"branches and prefixes leave no token to a text of max_length = {self.max_length}"
             )

@@ -142,17 +142,37 @@ def most_positions(model: Any) -> int | None:
     return None
 
 
-def longest(model: Any, tokenizer: Any) -> int:
-    """Return the most tokens of a text that tokenizer or model states.
+def special_tokens(tokenizer: Any) -> int:
+    """Return how many special tokens a tokenizer adds to a text; 0 where it doesn't say."""
+    count = getattr(tokenizer, "num_special_tokens_to_add", None)
+    return count() if count is not None else 0
+
+
+def token_limit(model: Any, tokenizer: Any, max_length: int | None) -> int:
+    """Return the most tokens of a text: ``max_length``, or what tokenizer or model states.
 
     Raises
     ------
     ValueError
-        If neither does.
+        If neither states one, the model has fewer positions, or special tokens take all of them.
     """
+    most = most_positions(model)
+    length = _stated(model, tokenizer, most) if max_length is None else max_length
+    # Tokenizers don't cut at all to fewer tokens than the special ones.
+    least = special_tokens(tokenizer) + 1
+    if not least <= length <= (most or length):
+        special = "" if least == 1 else f", one beside {least - 1} special ones"
+        limit = "" if most is None else f" and at most {most}, for which model has positions"
+        raise ValueError(
+            f"max_length must be at least {least} tokens{special}{limit}, got {length}"
+        )
+    return length
+
+
+def _stated(model: Any, tokenizer: Any, most: int | None) -> int:
     limit = getattr(tokenizer, "model_max_length", None)
     if limit is None or limit > 1 << 30:  # transformers writes 1e30 for "unknown"
         limit = getattr(model.config, "max_position_embeddings", None)
         if limit is None:
             raise ValueError("max_length must be given: neither tokenizer nor model states one")
-    return min(int(limit), most_positions(model) or int(limit))
+    return min(int(limit), most or int(limit))
