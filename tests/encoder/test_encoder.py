@@ -16,6 +16,7 @@ transformers = pytest.importorskip("transformers", reason="needs emblas[hf]")
 st = pytest.importorskip("sentence_transformers", reason="needs emblas[hf]")
 
 from emblas.encoder import Encoder, EncoderPair, TruncationWarning  # noqa: E402
+from emblas.integrations.mteb import MtebEncoder  # noqa: E402
 from emblas.integrations.optimize import UnsupportedModelError  # noqa: E402
 from emblas.pooling import LexicalWeights  # noqa: E402
 from integrations.models import (  # noqa: E402
@@ -277,6 +278,30 @@ def test_truncation_is_reported():
         warnings.simplefilter("error")
         encoder.encode(texts, truncation="ignore")
         encoder.encode(["the cat"])
+
+
+def test_truncation_warnings_point_at_the_caller():
+    """Python shows a warning once per line: not once for all callers, at a line of the library."""
+    encoder = make(max_length=8)
+    pair = EncoderPair(encoder, encoder)
+    texts = [" ".join(["rain"] * 30)]
+    calls = [
+        lambda: encoder.encode(texts),
+        lambda: encoder.encode(texts[0]),
+        lambda: encoder.encode_query(texts),
+        lambda: encoder.embed(texts),
+        lambda: [part for part in encoder.stream(texts)],
+        lambda: list(encoder.stream(texts)),
+        lambda: pair.encode_document(texts),
+        lambda: MtebEncoder(pair).encode(texts),
+    ]
+    for call in calls:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            call()
+        (warning,) = caught
+        assert (warning.category, warning.filename) == (TruncationWarning, __file__)
+        assert warning.lineno == call.__code__.co_firstlineno
 
 
 def test_threads_share_a_tokenizer():

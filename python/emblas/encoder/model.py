@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,10 +20,10 @@ from emblas.encoder.loading import sentence_transformer, take_over
 from emblas.encoder.outputs import (
     Collector,
     Embeddings,
-    TruncationWarning,
     chunk_spans,
     concatenate,
     to_numpy,
+    warn_truncated,
 )
 from emblas.encoder.prefixes import ParallelPrefixes
 from emblas.encoder.tokens import (
@@ -348,11 +347,9 @@ class Encoder:
                 longest = max(longest, int((result.tokens_cut + result.num_tokens).max()))
                 yield to_numpy(result) if as_numpy else result
         if cut and truncation == "warn":
-            warnings.warn(
+            warn_truncated(
                 f"{cut} of {done} texts were cut to {self.max_length} tokens, the longest has "
-                f"{longest}; Embeddings.tokens_cut says which",
-                TruncationWarning,
-                stacklevel=2,
+                f"{longest}; Embeddings.tokens_cut says which"
             )
 
     def encode_distributed(self, texts: Iterable[str], **options: Any) -> Any:

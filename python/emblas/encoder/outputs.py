@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
@@ -28,6 +30,18 @@ OUTPUTS = (
 
 class TruncationWarning(UserWarning):
     """Texts were longer than the model takes, and were cut."""
+
+
+def warn_truncated(message: str) -> None:
+    """Issue a :class:`TruncationWarning` at the line outside of this package that led here.
+
+    Python shows a warning once per line: at a line of the package, it would show the first of all.
+    """
+    package = __name__.partition(".")[0]
+    frame, level = sys._getframe().f_back, 2
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] == package:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, TruncationWarning, stacklevel=level)
 
 
 class Ragged(NamedTuple):
