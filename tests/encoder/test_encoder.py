@@ -304,6 +304,36 @@ def test_truncation_warnings_point_at_the_caller():
         assert warning.lineno == call.__code__.co_firstlineno
 
 
+def test_chunks_without_the_prompt():
+    """Chunks begin behind it, where it is not pooled; spans still count all tokens of a text."""
+    encoder = make(include_prompt=False, max_length=12)
+    prompt, size = "the old ", 4  # and [CLS]: three tokens
+    texts = [*TEXTS, ""]
+    options = {"chunk_size": size, "chunk_overlap": 1, "truncation": "ignore"}
+    out = encoder.embed(texts, ["chunks"], prompt=prompt, **options)
+    for i, length in enumerate(out.num_tokens.tolist()):
+        part = slice(*out.chunks.offsets[i : i + 2])
+        starts = range(3, max(length - 1, 4), 3)
+        spans = [[s, min(s + size, length)] for s in starts]
+        assert out.chunk_spans.values[part].tolist() == spans
+        ids = encoder.tokenizer(prompt + texts[i], truncation=True, max_length=12)["input_ids"]
+        with torch.no_grad():
+            hidden = encoder.model(torch.tensor([ids])).last_hidden_state[0]
+        pooled = torch.stack([hidden[a:b].mean(0) for a, b in spans])
+        expected = torch.nn.functional.normalize(pooled)
+        np.testing.assert_allclose(out.chunks.values[part], expected, **CLOSE)
+    whole = encoder.embed(
+        texts, ["dense", "chunks"], prompt=prompt, **{**options, "chunk_size": 99}
+    )
+    np.testing.assert_allclose(whole.chunks.values, whole.dense, **CLOSE)
+    # A prompt that takes all of a text leaves no chunk of it.
+    none = encoder.embed(["rain"], ["chunks"], prompt="rain " * 20, truncation="ignore")
+    assert none.chunks.offsets.tolist() == [0, 0]
+    assert none.chunks.values.shape == (0, 32)
+    empty = encoder.embed([], ["chunks"], prompt=prompt)
+    assert empty.chunks.values.shape == (0, 32)
+
+
 def test_threads_share_a_tokenizer():
     """One thread's truncation, a state of the tokenizer, doesn't cut another's texts unseen."""
     encoder = make(max_length=6)

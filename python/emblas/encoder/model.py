@@ -66,7 +66,7 @@ class Encoder:
         What is put before texts where no prompt is named: the name of one of ``prompts``, or a
         text.
     include_prompt : bool, default True
-        Pool the tokens of the prompt as well.
+        Pool the tokens of the prompt as well; otherwise, chunks begin behind it, too.
     max_length : int, optional
         Most tokens of a text, at least one beside those that the tokenizer adds; default: its
         ``model_max_length``, where it has one, or the model's ``max_position_embeddings``.
@@ -455,7 +455,7 @@ class Encoder:
                 vectors = hidden if self.token_head is None else self.token_head(hidden)
                 kept.put_ragged("tokens", batch, self._finish(vectors.float()), cu_seqlens)
             if "chunks" in outputs:
-                starts, ends, offsets = chunk_spans(cu_seqlens, chunk_size, chunk_overlap)
+                starts, ends, offsets = chunk_spans(cu_seqlens, chunk_size, chunk_overlap, skip)
                 vectors = span_pool(hidden, starts, ends, self.modes)
                 kept.put_ragged("chunks", batch, self._headed(vectors), offsets)
                 begins = cu_seqlens[:-1].long().repeat_interleave(offsets.diff())[:, None]
