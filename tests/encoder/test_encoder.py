@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import emblas
 import numpy as np
@@ -15,6 +16,7 @@ transformers = pytest.importorskip("transformers", reason="needs emblas[hf]")
 st = pytest.importorskip("sentence_transformers", reason="needs emblas[hf]")
 
 from emblas.encoder import Encoder, EncoderPair, TruncationWarning  # noqa: E402
+from emblas.integrations.mteb import MtebEncoder  # noqa: E402
 from emblas.integrations.optimize import UnsupportedModelError  # noqa: E402
 from emblas.pooling import LexicalWeights  # noqa: E402
 from integrations.models import (  # noqa: E402
@@ -104,6 +106,52 @@ def test_bare_folder_of_transformers(tmp_path):
     np.testing.assert_array_equal(loaded.encode(TEXTS), make().encode(TEXTS))
     assert loaded.fingerprint() == Encoder.load(tmp_path / "bare").fingerprint()
     assert loaded.fingerprint() != Encoder.load(tmp_path / "bare", pooling="cls").fingerprint()
+
+
+def test_fingerprints():
+    """Whatever changes a vector changes the fingerprint, in the same way in each process."""
+    torch.manual_seed(0)
+    weight = torch.randn(32, 32)
+
+    def linear(width=8):
+        torch.manual_seed(width)
+        return torch.nn.Linear(32, width)
+
+    lexical = [LexicalWeights(32), LexicalWeights(32), LexicalWeights(32, ignored_ids=(2,))]
+    lexical[2].load_state_dict(lexical[1].state_dict())
+    variants = [
+        {},
+        {"head": linear()},
+        {"head": torch.nn.Sequential(linear())},
+        {"head": torch.nn.Sequential(linear(), torch.nn.ReLU())},
+        {"head": lambda x: x[:, :16]},
+        {"head": lambda x: x @ weight},
+        {"head": lambda x: x @ weight.T},
+        {"token_head": linear()},
+        {"token_head": lambda x: x[:, :16]},
+        *({"lexical": part} for part in lexical),
+    ]
+    found = [make(**options).fingerprint() for options in variants]
+    assert len(set(found)) == len(variants)
+    assert found == [make(**options).fingerprint() for options in variants]
+    assert make(pooling=("cls", "mean"), head=lambda x: x[:, :40]).fingerprint() not in found
+    encoder = make(max_length=8)
+    before = encoder.fingerprint()
+    encoder.encode([" ".join(["rain"] * 30)], truncation="ignore")
+    assert encoder.fingerprint() == before  # what the tokenizer did last is none of it
+    encoder.tokenizer.add_tokens(["snowfall"])
+    assert encoder.fingerprint() != before
+
+
+def test_fingerprints_of_sentence_transformers(tmp_path):
+    folder = folder_of(tmp_path, dense=True)
+    models = [st.SentenceTransformer(str(folder), device="cpu", truncate_dim=k) for k in (8, 8, 4)]
+    take_over = Encoder.from_sentence_transformer
+    found = [take_over(model).fingerprint() for model in models]
+    assert found[0] == found[1] != found[2]
+    with torch.no_grad():
+        models[0][2].linear.weight.mul_(2)
+    assert take_over(models[0]).fingerprint() not in found
 
 
 def test_forms_of_texts():
@@ -232,6 +280,72 @@ def test_truncation_is_reported():
         encoder.encode(["the cat"])
 
 
+def test_truncation_warnings_point_at_the_caller():
+    """Python shows a warning once per line: not once for all callers, at a line of the library."""
+    encoder = make(max_length=8)
+    pair = EncoderPair(encoder, encoder)
+    texts = [" ".join(["rain"] * 30)]
+    calls = [
+        lambda: encoder.encode(texts),
+        lambda: encoder.encode(texts[0]),
+        lambda: encoder.encode_query(texts),
+        lambda: encoder.embed(texts),
+        lambda: [part for part in encoder.stream(texts)],
+        lambda: list(encoder.stream(texts)),
+        lambda: pair.encode_document(texts),
+        lambda: MtebEncoder(pair).encode(texts),
+    ]
+    for call in calls:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            call()
+        (warning,) = caught
+        assert (warning.category, warning.filename) == (TruncationWarning, __file__)
+        assert warning.lineno == call.__code__.co_firstlineno
+
+
+def test_chunks_without_the_prompt():
+    """Chunks begin behind it, where it is not pooled; spans still count all tokens of a text."""
+    encoder = make(include_prompt=False, max_length=12)
+    prompt, size = "the old ", 4  # and [CLS]: three tokens
+    texts = [*TEXTS, ""]
+    options = {"chunk_size": size, "chunk_overlap": 1, "truncation": "ignore"}
+    out = encoder.embed(texts, ["chunks"], prompt=prompt, **options)
+    for i, length in enumerate(out.num_tokens.tolist()):
+        part = slice(*out.chunks.offsets[i : i + 2])
+        starts = range(3, max(length - 1, 4), 3)
+        spans = [[s, min(s + size, length)] for s in starts]
+        assert out.chunk_spans.values[part].tolist() == spans
+        ids = encoder.tokenizer(prompt + texts[i], truncation=True, max_length=12)["input_ids"]
+        with torch.no_grad():
+            hidden = encoder.model(torch.tensor([ids])).last_hidden_state[0]
+        pooled = torch.stack([hidden[a:b].mean(0) for a, b in spans])
+        expected = torch.nn.functional.normalize(pooled)
+        np.testing.assert_allclose(out.chunks.values[part], expected, **CLOSE)
+    whole = encoder.embed(
+        texts, ["dense", "chunks"], prompt=prompt, **{**options, "chunk_size": 99}
+    )
+    np.testing.assert_allclose(whole.chunks.values, whole.dense, **CLOSE)
+    # A prompt that takes all of a text leaves no chunk of it.
+    none = encoder.embed(["rain"], ["chunks"], prompt="rain " * 20, truncation="ignore")
+    assert none.chunks.offsets.tolist() == [0, 0]
+    assert none.chunks.values.shape == (0, 32)
+    empty = encoder.embed([], ["chunks"], prompt=prompt)
+    assert empty.chunks.values.shape == (0, 32)
+
+
+def test_threads_share_a_tokenizer():
+    """One thread's truncation, a state of the tokenizer, doesn't cut another's texts unseen."""
+    encoder = make(max_length=6)
+    long = [" ".join(["rain"] * 30)] * 3
+
+    def cut(_):
+        return encoder.embed(long, truncation="ignore").tokens_cut.tolist()
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(found == [26] * 3 for found in pool.map(cut, range(240)))
+
+
 def test_pairs():
     pair = EncoderPair(make("bert", prompts={"query": "the "}), make("xlm-roberta"))
     np.testing.assert_array_equal(
@@ -291,7 +405,7 @@ def test_routes_of_sentence_transformers(tmp_path):
             lexical=LexicalWeights(32).to("meta")).encode(TEXTS)),
         (TypeError, "got str; Encoder.load takes", lambda e: Encoder("model", e.tokenizer)),
         (TypeError, "tokenizer must be callable, got NoneType", lambda e: Encoder(e.model, None)),
-        (ValueError, "max_length must be at least 1", lambda e: make(max_length=0)),
+        (ValueError, "max_length must be at least 3", lambda e: make(max_length=0)),
         (ValueError, "at most 511, for which .* got 512", lambda e: make(
             "xlm-roberta", max_length=512)),
         (ValueError, "token_budget must be", lambda e: make(token_budget=0)),
@@ -305,6 +419,45 @@ def test_routes_of_sentence_transformers(tmp_path):
 def test_bad_arguments(error, message, call):
     with pytest.raises(error, match=message):
         call(make())
+
+
+def test_failing_leaves_the_model_as_it_was():
+    unlimited = make_tokenizer()
+    unlimited.model_max_length = int(1e30)
+    for tokenizer, options, message in (
+        (unlimited, {}, "max_length must be given"),
+        (make_tokenizer(), {"head": torch.nn.Linear(8, 4)}, "shapes cannot be multiplied"),
+    ):
+        model = tiny_replaced("t5").train()
+        before = {path: type(module) for path, module in model.named_modules()}
+        with pytest.raises((ValueError, RuntimeError), match=message):
+            Encoder(model, tokenizer, **options)
+        assert {path: type(module) for path, module in model.named_modules()} == before
+        assert not any("forward" in vars(module) for module in model.modules())
+        assert model.training
+        assert Encoder(model, make_tokenizer()).dim == 64
+
+
+def test_max_length_leaves_a_token_beside_special_ones():
+    for length in (1, 2):
+        with pytest.raises(ValueError, match=f"max_length must be at least 3 .*, got {length}"):
+            make(max_length=length)
+    long = make_tokenizer()
+    long.model_max_length = 2  # what no argument says
+    with pytest.raises(ValueError, match=r"max_length must be at least 3 tokens, .*, got 2"):
+        Encoder(tiny("bert"), long)
+    out = make(max_length=3).embed(TEXTS[:2], truncation="ignore")
+    assert out.num_tokens.tolist() == [3, 3]
+    assert out.tokens_cut.tolist() == [3, 13]
+    bare = make_tokenizer()
+    bare.backend_tokenizer.post_processor = None
+    cut = Encoder(tiny("bert"), bare, max_length=1).embed(TEXTS[:1], truncation="ignore")
+    assert cut.num_tokens.tolist() == [1]
+
+    def words(texts, **options):
+        return {"input_ids": [[len(word) for word in text.split()] for text in texts]}
+
+    assert Encoder(tiny("bert"), words, max_length=1).encode("rain").shape == (32,)
 
 
 def test_unfit_sentence_transformers(tmp_path):

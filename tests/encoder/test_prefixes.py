@@ -121,6 +121,6 @@ def test_refusals():
     with pytest.raises(ValueError, match="needs an Encoder with prefixes"):
         make(prefixes=None).embed(TEXTS, ["prefixes"])
     with pytest.raises(ValueError, match="leave no token"):
-        make(max_length=2).embed(TEXTS, ["prefixes"])
+        make(max_length=4).embed(TEXTS, ["prefixes"])
     with pytest.raises(ValueError, match="prefixes have vectors of dimension 8, model of 32"):
         make(prefixes=ParallelPrefixes(2, 8)).embed(TEXTS, ["prefixes"])

@@ -57,6 +57,16 @@ def test_correlations():
     assert ev.pearson([0.1] * 3, [1, 2, 4]) == 0
 
 
+@pytest.mark.parametrize("scale", [1e-300, 1e-170, 1e-13, 1e-7, 1e150])
+def test_scale_changes_nothing(scale):
+    x, y = RNG.normal(size=(30, 4)), RNG.normal(size=(30, 4))
+    assert ev.pearson([scale, 2 * scale, 4 * scale], [1, 2, 4]) == pytest.approx(1)
+    assert ev.isoscore(x * scale) == pytest.approx(ev.isoscore(x))
+    assert ev.alignment(x * scale, y) == pytest.approx(ev.alignment(x, y))
+    assert ev.uniformity(x * scale) == pytest.approx(ev.uniformity(x))
+    torch.testing.assert_close(ev.csls(x * scale, y), ev.csls(x, y))
+
+
 def test_knn():
     train, test = RNG.normal(size=(60, 5)), RNG.normal(size=(33, 5))
     a, b = RNG.integers(-1, 3, 60), RNG.integers(-1, 3, 33)
@@ -85,7 +95,8 @@ def test_isoscore():
     assert ev.isoscore(RNG.normal(size=(20000, d))) > 0.99
     line = RNG.normal(size=(100, 1)) * RNG.normal(size=(1, d))
     assert ev.isoscore(line) == pytest.approx(0, abs=1e-9)
-    assert ev.isoscore(np.ones((4, d))) == 0
+    for value in (1, 0.1, 1e-300):
+        assert ev.isoscore(np.full((4, d), value)) == 0
     # Exactly k of d directions with equal variance: about (k - 1) / (d - 1).
     for k in (2, 6, 11):
         basis = linalg.hadamard(16)[:, 1 : k + 1].astype(float)  # uncorrelated, mean 0
@@ -102,6 +113,9 @@ def test_alignment_and_uniformity():
     expected = np.mean([np.exp(-2 * ((p - q) ** 2).sum()) for p, q in itertools.combinations(a, 2)])
     assert ev.uniformity(x) == pytest.approx(np.log(expected))
     assert ev.alignment(x, 3 * x) == pytest.approx(0)
+    for t in (1000, 1e6):  # two of length 1 at right angles
+        assert ev.uniformity(np.eye(3), t) == pytest.approx(-2 * t)
+    assert ev.uniformity(np.zeros((3, 2))) == 0
 
 
 def test_blocks_change_nothing(monkeypatch):

@@ -60,6 +60,10 @@ def test_both_protocols():
     pair = MtebEncoder(EncoderPair(make(pooling="cls"), make()))
     np.testing.assert_array_equal(pair.encode(TEXTS), plain)
     assert pair.mteb_model_meta is None
+    default = MtebEncoder(make(prompts={"query": "the "}, default_prompt="a "))
+    for kind, prompt in ((None, "a "), ("document", "a "), ("query", "the ")):
+        actual = default.encode(TEXTS, prompt_type=kind)
+        np.testing.assert_array_equal(actual, encoder.encode(TEXTS, prompt=prompt))
     with pytest.warns(TruncationWarning, match="1 of 1 texts were cut"):
         MtebEncoder(make(max_length=4)).encode([" ".join(["rain"] * 9)])
     with pytest.raises(ValueError, match="prompt_type must be"):

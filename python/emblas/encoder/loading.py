@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,33 @@ def sentence_transformer(folder: str | Path, device: str | None = None) -> Any:
     except ImportError as error:
         raise versions.import_error("Encoder.load", "sentence-transformers", error) from error
     return SentenceTransformer(str(folder), device=device)
+
+
+class Head(nn.Module):
+    """Layers of sentence-transformers on pooled vectors, and where these are cut.
+
+    Parameters
+    ----------
+    layers : iterable of Module
+        They share their parameters with the model that they are taken from.
+    dim : int or None
+        First dimensions that are kept; None: all.
+    """
+
+    def __init__(self, layers: Iterable[nn.Module], dim: int | None) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*layers)
+        self.dim = dim
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """Turn pooled vectors ``(texts, hidden)`` into embeddings."""
+        features: Any = {"sentence_embedding": pooled}
+        embedding: Tensor = self.layers(features)["sentence_embedding"]
+        return embedding[:, : self.dim]
+
+    def extra_repr(self) -> str:
+        """Return the settings that ``repr`` shows."""
+        return f"dim={self.dim}"
 
 
 def take_over(model: Any, route: str | None = None) -> tuple[Any, Any, dict[str, Any]]:
@@ -52,12 +80,7 @@ def take_over(model: Any, route: str | None = None) -> tuple[Any, Any, dict[str,
     modes, dim = pooling.pooling_mode, model.truncate_dim
     # A vector that is cut is cut last, and not normalized again.
     normalize = dim is None and bool(rest) and isinstance(rest[-1], Normalize)
-    layers = nn.Sequential(*(rest[:-1] if normalize else rest)).eval()
-
-    def head(pooled: Tensor) -> Tensor:
-        features: Any = {"sentence_embedding": pooled}
-        embedding: Tensor = layers(features)["sentence_embedding"]
-        return embedding[:, :dim]
+    layers = rest[:-1] if normalize else rest
 
     length = first.max_seq_length
     if length is not None:
@@ -65,7 +88,7 @@ def take_over(model: Any, route: str | None = None) -> tuple[Any, Any, dict[str,
     settings: dict[str, Any] = {
         "pooling": MODES[modes] if isinstance(modes, str) else [MODES[mode] for mode in modes],
         "normalize": normalize,
-        "head": head if dim is not None or len(layers) else None,
+        "head": Head(layers, dim).eval() if dim is not None or layers else None,
         "prompts": {name: text or "" for name, text in model.prompts.items()},
         "default_prompt": model.default_prompt_name or "",
         "include_prompt": pooling.include_prompt,

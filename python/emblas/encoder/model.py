@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import itertools
-import json
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,25 +15,26 @@ from emblas import packed
 from emblas.binary import Int8Quantizer, pack_sign
 from emblas.encoder import checks
 from emblas.encoder.branches import PackedBranches, pack_branches
+from emblas.encoder.fingerprint import fingerprint
 from emblas.encoder.loading import sentence_transformer, take_over
 from emblas.encoder.outputs import (
     Collector,
     Embeddings,
-    TruncationWarning,
     chunk_spans,
     concatenate,
     to_numpy,
+    warn_truncated,
 )
 from emblas.encoder.prefixes import ParallelPrefixes
 from emblas.encoder.tokens import (
     Branches,
     branch_tokens,
-    longest,
-    most_positions,
     prompt_tokens,
+    special_tokens,
+    token_limit,
     tokenize,
 )
-from emblas.integrations import last_layer, layer_keys
+from emblas.integrations import last_layer
 from emblas.integrations import transformers as hf
 from emblas.integrations.optimize import optimize
 from emblas.losses import gather_rows
@@ -68,10 +66,10 @@ class Encoder:
         What is put before texts where no prompt is named: the name of one of ``prompts``, or a
         text.
     include_prompt : bool, default True
-        Pool the tokens of the prompt as well.
+        Pool the tokens of the prompt as well; otherwise, chunks begin behind it, too.
     max_length : int, optional
-        Most tokens of a text; default: the tokenizer's ``model_max_length``, where it has one, or
-        the model's ``max_position_embeddings``.
+        Most tokens of a text, at least one beside those that the tokenizer adds; default: its
+        ``model_max_length``, where it has one, or the model's ``max_position_embeddings``.
     lexical : LexicalWeights, optional
         The sparse head, for the output "lexical".
     token_head : callable, optional
@@ -91,7 +89,7 @@ class Encoder:
     TypeError, ValueError
         If ``model`` or ``tokenizer`` is something else, or a setting is out of range.
     UnsupportedModelError
-        If the model can't be optimized.
+        If the model can't be optimized. As behind any error, it is left as it was.
 
     Examples
     --------
@@ -118,29 +116,25 @@ class Encoder:
     ) -> None:
         checks.model(model, tokenizer)
         self.modes = check_modes(pooling)
-        most = most_positions(model)
-        if max_length is not None and not 1 <= max_length <= (most or max_length):
-            limit = "" if most is None else f" and at most {most}, for which model has positions"
-            raise ValueError(f"max_length must be at least 1 token{limit}, got {max_length}")
+        self.max_length = token_limit(model, tokenizer, max_length)
         if token_budget < 1:
             raise ValueError(f"token_budget must be at least 1 token, got {token_budget}")
-        if hf.implementation(model.config) != hf.NAME:
-            optimize(model)
-        self.model = model.eval()
         self.tokenizer = tokenizer
         self.normalize = normalize
         self.head = head
         self.prompts = dict(prompts or {})
         self.default_prompt = default_prompt
         self.include_prompt = include_prompt
-        self.max_length = max_length or longest(model, tokenizer)
         self.lexical = lexical
         self.token_head = token_head
         self.prefixes = prefixes
         self.token_budget = token_budget
-        with torch.no_grad():
-            zeros = torch.zeros(1, model.config.hidden_size, dtype=model.dtype, device=model.device)
-            self.dim: int = self._pool(zeros, packed.offsets([1]).to(zeros.device), 0).shape[1]
+        with contextlib.ExitStack() as undo:  # a head that doesn't fit leaves nothing changed
+            if hf.implementation(model.config) != hf.NAME:
+                undo.enter_context(optimize(model))
+            self.dim = self._width(model)
+            undo.pop_all()
+        self.model = model.eval()
 
     @classmethod
     def load(cls, folder: str | Path, *, device: str | None = None, **options: Any) -> Encoder:
@@ -353,11 +347,9 @@ class Encoder:
                 longest = max(longest, int((result.tokens_cut + result.num_tokens).max()))
                 yield to_numpy(result) if as_numpy else result
         if cut and truncation == "warn":
-            warnings.warn(
+            warn_truncated(
                 f"{cut} of {done} texts were cut to {self.max_length} tokens, the longest has "
-                f"{longest}; Embeddings.tokens_cut says which",
-                TruncationWarning,
-                stacklevel=2,
+                f"{longest}; Embeddings.tokens_cut says which"
             )
 
     def encode_distributed(self, texts: Iterable[str], **options: Any) -> Any:
@@ -378,24 +370,21 @@ class Encoder:
         return to_numpy(out) if as_numpy else out
 
     def fingerprint(self) -> str:
-        """Return a hash of the parameters and of what is done with them."""
-        settings = {
-            "config": self.model.config.to_dict(),
-            "pooling": self.modes,
-            "normalize": self.normalize,
-            "include_prompt": self.include_prompt,
-            "max_length": self.max_length,
-        }
-        digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
-        learned = {} if self.prefixes is None else self.prefixes.state_dict(prefix="prefixes.")
-        learned |= layer_keys.tensors(self.model)
-        for name, value in sorted({**self.model.state_dict(), **learned}.items()):
-            digest.update(name.encode())
-            data = value.detach().cpu().contiguous().reshape(-1)
-            digest.update(data.view(torch.uint8).numpy())
-        return digest.hexdigest()
+        """Return a hash of all that its vectors depend on but texts and prompts.
+
+        Of the parameters and settings of the model, the heads and the prefixes, and of the
+        tokenizer's vocabulary and rules. A head that is a function and no module is known by what
+        it gives for a few fixed rows: one that draws random numbers is another one each time.
+        """
+        return fingerprint(self)
 
     # --- parts -------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _width(self, model: Any) -> int:
+        """Length of the dense vectors, of which the head has the last word."""
+        zeros = torch.zeros(1, model.config.hidden_size, dtype=model.dtype, device=model.device)
+        return self._pool(zeros, packed.offsets([1]).to(zeros.device), 0).shape[1]
 
     def _first_prompt(self, *names: str) -> str | None:
         return next((name for name in names if name in self.prompts), None)
@@ -421,7 +410,7 @@ class Encoder:
         added = 0 if tails is None else tails.longest
         added = max(added, 0 if prefixes is None else prefixes.length)
         room = self.max_length - added
-        if room < 1:
+        if added and room <= special_tokens(self.tokenizer):
             raise ValueError(
                 f"branches and prefixes leave no token to a text of max_length = {self.max_length}"
             )
@@ -466,7 +455,7 @@ class Encoder:
                 vectors = hidden if self.token_head is None else self.token_head(hidden)
                 kept.put_ragged("tokens", batch, self._finish(vectors.float()), cu_seqlens)
             if "chunks" in outputs:
-                starts, ends, offsets = chunk_spans(cu_seqlens, chunk_size, chunk_overlap)
+                starts, ends, offsets = chunk_spans(cu_seqlens, chunk_size, chunk_overlap, skip)
                 vectors = span_pool(hidden, starts, ends, self.modes)
                 kept.put_ragged("chunks", batch, self._headed(vectors), offsets)
                 begins = cu_seqlens[:-1].long().repeat_interleave(offsets.diff())[:, None]

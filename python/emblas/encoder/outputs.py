@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
@@ -28,6 +30,18 @@ OUTPUTS = (
 
 class TruncationWarning(UserWarning):
     """Texts were longer than the model takes, and were cut."""
+
+
+def warn_truncated(message: str) -> None:
+    """Issue a :class:`TruncationWarning` at the line outside of this package that led here.
+
+    Python shows a warning once per line: at a line of the package, it would show the first of all.
+    """
+    package = __name__.partition(".")[0]
+    frame, level = sys._getframe().f_back, 2
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] == package:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, TruncationWarning, stacklevel=level)
 
 
 class Ragged(NamedTuple):
@@ -120,16 +134,21 @@ class Collector:
         return Ragged(torch.cat(parts), lengths.cumsum(0))
 
 
-def chunk_spans(cu_seqlens: Tensor, size: int, overlap: int) -> tuple[Tensor, Tensor, Tensor]:
-    """First and last (exclusive) token of the chunks of a packed batch, and texts' offsets."""
-    lengths = cu_seqlens.diff().long()
+def chunk_spans(
+    cu_seqlens: Tensor, size: int, overlap: int, skip: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """First and last (exclusive) token of the chunks of a packed batch, and texts' offsets.
+
+    The first ``skip`` tokens of each text are in none.
+    """
+    lengths = (cu_seqlens.diff().long() - skip).clamp_min(0)
     step = size - overlap
     # The last chunk is the first one that reaches the end.
     counts = torch.where(lengths > 0, (lengths - size).clamp_min(0).add(step - 1) // step + 1, 0)
     offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
     inside = torch.arange(int(offsets[-1]), device=lengths.device)
     inside = inside - offsets[:-1].repeat_interleave(counts)
-    starts = cu_seqlens[:-1].long().repeat_interleave(counts) + inside * step
+    starts = (cu_seqlens[:-1].long() + skip).repeat_interleave(counts) + inside * step
     ends = torch.minimum(starts + size, cu_seqlens[1:].long().repeat_interleave(counts))
     return starts, ends, offsets
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -11,6 +12,9 @@ from torch import nn
 from emblas.integrations import transformers as hf
 
 TRUNCATION = ("warn", "error", "ignore")
+# A fast tokenizer keeps the truncation of a call as its state, which the calls of other threads
+# would see. One lock for all, since copies of a tokenizer may share what they wrap.
+_LOCK = threading.Lock()
 
 
 class Tokens(NamedTuple):
@@ -39,13 +43,14 @@ def token_ids(tokenizer: Any, texts: Sequence[str], **options: Any) -> list[list
     """Return the ids of each text; whole texts with special tokens, unless ``options`` differ."""
     if not texts:
         return []
-    encoded = tokenizer(
-        list(texts),
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        verbose=False,
-        **{"truncation": False, **options},
-    )
+    with _LOCK:
+        encoded = tokenizer(
+            list(texts),
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+            **{"truncation": False, **options},
+        )
     ids: list[list[int]] = encoded["input_ids"]
     return ids
 
@@ -137,17 +142,37 @@ def most_positions(model: Any) -> int | None:
     return None
 
 
-def longest(model: Any, tokenizer: Any) -> int:
-    """Return the most tokens of a text that tokenizer or model states.
+def special_tokens(tokenizer: Any) -> int:
+    """Return how many special tokens a tokenizer adds to a text; 0 where it doesn't say."""
+    count = getattr(tokenizer, "num_special_tokens_to_add", None)
+    return count() if count is not None else 0
+
+
+def token_limit(model: Any, tokenizer: Any, max_length: int | None) -> int:
+    """Return the most tokens of a text: ``max_length``, or what tokenizer or model states.
 
     Raises
     ------
     ValueError
-        If neither does.
+        If neither states one, the model has fewer positions, or special tokens take all of them.
     """
+    most = most_positions(model)
+    length = _stated(model, tokenizer, most) if max_length is None else max_length
+    # Tokenizers don't cut at all to fewer tokens than the special ones.
+    least = special_tokens(tokenizer) + 1
+    if not least <= length <= (most or length):
+        special = "" if least == 1 else f", one beside {least - 1} special ones"
+        limit = "" if most is None else f" and at most {most}, for which model has positions"
+        raise ValueError(
+            f"max_length must be at least {least} tokens{special}{limit}, got {length}"
+        )
+    return length
+
+
+def _stated(model: Any, tokenizer: Any, most: int | None) -> int:
     limit = getattr(tokenizer, "model_max_length", None)
     if limit is None or limit > 1 << 30:  # transformers writes 1e30 for "unknown"
         limit = getattr(model.config, "max_position_embeddings", None)
         if limit is None:
             raise ValueError("max_length must be given: neither tokenizer nor model states one")
-    return min(int(limit), most_positions(model) or int(limit))
+    return min(int(limit), most or int(limit))

@@ -10,7 +10,8 @@ from torch import Tensor
 
 def numbers(name: str, value: Any, *, ndim: int = 1, rows: int | None = None) -> Tensor:
     """Return ``value`` as float64, if it is finite, of this rank and number of rows."""
-    x = torch.as_tensor(value).detach().cpu().to(torch.float64)
+    # At once: without a dtype, floats of lists are read as float32.
+    x = torch.as_tensor(value, dtype=torch.float64, device="cpu").detach()
     if x.dim() != ndim:
         raise ValueError(f"{name} must have {ndim} dimensions, got shape {tuple(x.shape)}")
     if rows is not None and x.shape[0] != rows:
@@ -36,9 +37,18 @@ def classes(name: str, value: Any, rows: int) -> tuple[Tensor, Tensor]:
     return torch.unique(x, return_inverse=True)
 
 
+def scaled(x: Tensor, dim: int | None = None) -> Tensor:
+    """Largest absolute value 1, of all or along ``dim``, so that squares keep their digits."""
+    if not x.numel():
+        return x
+    largest = x.abs().max() if dim is None else x.abs().amax(dim, keepdim=True)
+    return x / torch.where(largest > 0, largest, 1)
+
+
 def unit(x: Tensor) -> Tensor:
     """Vectors of length 1; the zero vector stays zero."""
-    return torch.nn.functional.normalize(x, dim=-1)
+    x = scaled(x, -1)  # of which all but the zero vector are at least of length 1
+    return x / x.norm(dim=-1, keepdim=True).clamp_min(1)
 
 
 def count(name: str, value: int, most: int | None = None) -> int:

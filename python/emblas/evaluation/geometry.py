@@ -38,9 +38,10 @@ def isoscore(x: Any) -> float:
     d = x.shape[1]
     if d < 2:
         raise ValueError(f"x must have at least 2 dimensions, got {d}")
-    variances = torch.linalg.eigvalsh(torch.cov(x.T)).clamp_min(0)
-    if not variances.any():
+    if (x == x[0]).all():  # whose mean may differ from them by rounding
         return 0.0
+    centered = checks.scaled(x - x.mean(0))
+    variances = torch.linalg.eigvalsh(torch.cov(centered.T)).clamp_min(0)
     spread = math.sqrt(d) * checks.unit(variances)
     root = d - math.sqrt(d)
     defect = float((spread - 1).norm()) / math.sqrt(2 * root)
@@ -87,14 +88,14 @@ def uniformity(x: Any, t: float = 2.0) -> float:
     Wang and Isola 2020, arXiv 2005.10242 (section 4.1).
     """
     x = checks.unit(checks.vectors("x", x, least=2))
-    n, total = len(x), 0.0
+    n, logs = len(x), []
     for begin in range(0, n, BLOCK):
         part = x[begin : begin + BLOCK]
-        energy = (-t * torch.cdist(part, x).square()).exp()
+        exponents = -t * torch.cdist(part, x).square()
         rows = torch.arange(len(part))
-        energy[rows, rows + begin] = 0
-        total += float(energy.sum())
-    return math.log(total / (n * (n - 1)))
+        exponents[rows, rows + begin] = -torch.inf
+        logs.append(exponents.logsumexp((0, 1)))  # the sum itself may be too small for a float
+    return float(torch.stack(logs).logsumexp(0)) - math.log(n * (n - 1))
 
 
 def two_nn(x: Any) -> float:

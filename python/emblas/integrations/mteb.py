@@ -24,7 +24,9 @@ class MtebEncoder:
     Parameters
     ----------
     encoder : Encoder or EncoderPair
-        Queries and documents get its prompts for them; other texts get none.
+        Queries and documents get its prompts for them; other texts, and those of which it has no
+        prompt, get its ``default_prompt`` (of a pair: other texts go through the encoder of
+        documents).
     mteb_model_meta : mteb.ModelMeta, optional
         Name, revision and so on under which mteb files the results; without it, they have no name.
     progress : bool, default False
