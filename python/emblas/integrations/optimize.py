@@ -432,22 +432,16 @@ def _take_padding_out(
     """Turn the arguments of a padded batch into those of a packed one."""
     given = dict(given)
     mask = given["attention_mask"]
+    positions = given.get("position_ids")
+    if positions is None:
+        positions = _positions(model, given.get("input_ids"), mask)
+    given["position_ids"] = positions.expand(mask.shape)
     packable = [
         name
         for name, value in given.items()
         if isinstance(value, Tensor) and value.dim() >= 2 and value.shape[:2] == mask.shape
     ]
-    positions = given.get("position_ids")
-    if positions is not None:
-        packable.append("position_ids")
-        given["position_ids"] = positions.expand(mask.shape)
-    start, ids = hf.position_start(model), given.get("input_ids")
     given |= {name: batch.take(given[name]) for name in packable}
-    if positions is None and start and ids is not None:
-        real = (ids != start - 1).long()  # such models count what is no padding, masked or not
-        given["position_ids"] = batch.take(real.cumsum(1) * real + start - 1)
-    elif positions is None:
-        given["position_ids"] = (batch.rows % mask.shape[1] + start)[None]
     given |= {
         "attention_mask": None,
         "cu_seq_lens_q": batch.cu_seqlens,
@@ -463,6 +457,15 @@ def _take_padding_out(
     if getattr(model.config, "use_cache", False):
         given["use_cache"] = False
     return given
+
+
+def _positions(model: Any, ids: Tensor | None, mask: Tensor) -> Tensor:
+    """Positions of a padded batch, as its model would number them."""
+    start = hf.position_start(model)
+    if start and ids is not None:  # such models count what is no padding, masked or not
+        real = (ids != start - 1).long()
+        return real.cumsum(1) * real + start - 1
+    return torch.arange(start, start + mask.shape[1], device=mask.device)[None]
 
 
 def _put_padding_back(model: Any, outputs: Any, batch: hf.PaddedBatch, shape: torch.Size) -> Any:
