@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import inspect
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -38,7 +38,7 @@ def warn_truncated(message: str) -> None:
     Python shows a warning once per line: at a line of the package, it would show the first of all.
     """
     package = __name__.partition(".")[0]
-    frame, level = sys._getframe().f_back, 2
+    frame, level = inspect.currentframe(), 1
     while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] == package:
         frame, level = frame.f_back, level + 1
     warnings.warn(message, TruncationWarning, stacklevel=level)
